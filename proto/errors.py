@@ -1,0 +1,296 @@
+"""The whole exception tree, split by what the caller can do about it.
+
+    EverstepError
+    ├── Retryable                  try again, same arguments
+    │   ├── AgentUnavailable       the agent is dead, stopped or not there yet
+    │   ├── DeadlineExceeded       a bounded wait ended; names who is late
+    │   └── WriteFailed            a level could not store; what it held before is untouched
+    ├── Refused                    change the call, the configuration or the environment
+    │   ├── InvalidName            a job or node name that could not be a path component
+    │   ├── InvalidConfiguration   an option is unknown, malformed or contradicts another
+    │   ├── RankClaimed            another living process holds this rank
+    │   ├── StaleIncarnation       this process belongs to an incarnation that has ended
+    │   ├── OutOfSpace             memory or disk does not hold what was asked; nothing was written
+    │   ├── NotCapturable          a leaf cannot be expressed without pickle; names path and type
+    │   ├── StateMismatch          model and snapshot differ; lists missing, unexpected, reshaped
+    │   └── PermissionRefused      the peer's uid may not talk to this agent
+    └── Damaged                    these bytes cannot be used; take another copy
+        ├── ShardCorrupt           a unit's digest does not match
+        ├── FormatInvalid          not one of our files, truncated, or a version from the future
+        └── NothingRecoverable     no copy of any wanted step is whole
+
+Each error says what happened, what it means for the user's data, and what to do. Facts are
+attributes. This module imports nothing, so that it can be imported from anywhere.
+"""
+
+
+class EverstepError(Exception):
+    """Anything Everstep raises on purpose."""
+
+
+class Retryable(EverstepError):
+    """The same call may succeed later."""
+
+
+class AgentUnavailable(Retryable):
+    """The agent could not be reached.
+
+    Attributes:
+        address: Where it was looked for.
+    """
+
+    def __init__(self, address: str, detail: str) -> None:
+        self.address = address
+        self.detail = detail
+        super().__init__(
+            f"no agent answers at {address}: {detail}. Training is not affected and committed "
+            f"snapshots are safe; look at it with `everstep status --agent {address}`."
+        )
+
+
+class DeadlineExceeded(Retryable):
+    """A bounded wait ended before what it waited for.
+
+    Attributes:
+        waited_for: What.
+        timeout_s: How long.
+        late: Who had not answered, e.g. ranks.
+    """
+
+    def __init__(self, waited_for: str, timeout_s: float, late: tuple[str, ...] = ()) -> None:
+        self.waited_for = waited_for
+        self.timeout_s = timeout_s
+        self.late = late
+        who = f"; still missing: {', '.join(late)}" if late else ""
+        super().__init__(f"{waited_for} did not happen within {timeout_s:g} s{who}.")
+
+
+class WriteFailed(Retryable):
+    """A level could not store a snapshot; what it held before is untouched.
+
+    Attributes:
+        where: The file.
+        cause: The operating system's error.
+    """
+
+    def __init__(self, where: str, cause: OSError) -> None:
+        self.where = where
+        self.cause = cause
+        super().__init__(
+            f"writing {where} failed: {cause}. The file was discarded, since after a failed write "
+            "or fsync its bytes cannot be trusted; older snapshots are untouched, and the next "
+            "flush starts a new file. Check the device if this repeats."
+        )
+
+
+class Refused(EverstepError):
+    """The request itself must change."""
+
+
+class InvalidName(Refused):
+    """A name that is not safe as a path component.
+
+    Attributes:
+        kind: What it was to name.
+        name: As given.
+    """
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind = kind
+        self.name = name
+        super().__init__(
+            f"{name!r} is no valid {kind} name: use 1 to 128 of letters, digits, '.', '_' and "
+            "'-', not starting with a dot. Nothing was written."
+        )
+
+
+class InvalidConfiguration(Refused):
+    """An option is unknown, malformed, or contradicts another.
+
+    Attributes:
+        option: Its name as written.
+        source: The file or flag it came from.
+    """
+
+    def __init__(self, option: str, problem: str, source: str = "") -> None:
+        self.option = option
+        self.source = source
+        where = f" in {source}" if source else ""
+        super().__init__(f"{option}{where}: {problem}.")
+
+
+class RankClaimed(Refused):
+    """Another living process holds this rank of this job.
+
+    Attributes:
+        job: The job.
+        rank: The rank.
+        pid: The process that holds it.
+    """
+
+    def __init__(self, job: str, rank: int, pid: int) -> None:
+        self.job = job
+        self.rank = rank
+        self.pid = pid
+        super().__init__(
+            f"rank {rank} of job {job!r} is held by process {pid}, which is alive. Its state is "
+            "untouched. Use another job name, or end that process first if it is a leftover."
+        )
+
+
+class StaleIncarnation(Refused):
+    """The calling process belongs to an incarnation of the job that has ended.
+
+    Attributes:
+        job: The job.
+        mine: The caller's incarnation.
+        current: The one that replaced it.
+    """
+
+    def __init__(self, job: str, mine: int, current: int) -> None:
+        self.job = job
+        self.mine = mine
+        self.current = current
+        super().__init__(
+            f"job {job!r} was restarted: incarnation {current} has replaced {mine}, to which this "
+            "process belongs. Nothing of this process is stored any more; end it."
+        )
+
+
+class OutOfSpace(Refused):
+    """Memory or disk does not hold what was asked for.
+
+    Attributes:
+        where: The directory.
+        needed_bytes: What was asked for.
+        available_bytes: What there is, if known.
+    """
+
+    def __init__(
+        self, where: str, needed_bytes: int, available_bytes: int | None, advice: str = ""
+    ) -> None:
+        self.where = where
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+        has = "" if available_bytes is None else f" and has {available_bytes / 1e6:,.1f} MB"
+        super().__init__(
+            f"{where} needs {needed_bytes / 1e6:,.1f} MB more{has}. Snapshots already committed "
+            f"are untouched. {advice or 'Free space there, or name a larger directory.'}"
+        )
+
+
+class NotCapturable(Refused):
+    """A leaf cannot be expressed without pickle.
+
+    Attributes:
+        path: Where in the state.
+        type_name: What was found there.
+    """
+
+    def __init__(self, path: str, type_name: str, detail: str = "") -> None:
+        self.path = path
+        self.type_name = type_name
+        more = f" ({detail})" if detail else ""
+        super().__init__(
+            f"the state at {path!r} is of type {type_name}{more}, which is not stored, because "
+            "Everstep never pickles. Turn it into tensors, numbers, strings, lists and dicts in "
+            "its state_dict()."
+        )
+
+
+class StateMismatch(Refused):
+    """What is attached and what was saved differ.
+
+    Attributes:
+        missing: Leaves that are attached but not in the snapshot.
+        unexpected: Leaves of the snapshot that nothing attached takes.
+        reshaped: Leaves whose dtype or shape differ, each as "name: saved -> attached".
+    """
+
+    def __init__(
+        self,
+        summary: str,
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+        reshaped: tuple[str, ...] = (),
+    ) -> None:
+        self.missing = missing
+        self.unexpected = unexpected
+        self.reshaped = reshaped
+        lines = [summary]
+        for title, names in (
+            ("missing from the snapshot", missing),
+            ("in the snapshot but not attached", unexpected),
+            ("of another dtype or shape (saved -> attached)", reshaped),
+        ):
+            if names:
+                shown = "".join(f"\n    {name}" for name in names[:20])
+                more = f"\n    and {len(names) - 20} more" if len(names) > 20 else ""
+                lines.append(f"  {title}, {len(names)}:{shown}{more}")
+        super().__init__("\n".join(lines))
+
+
+class PermissionRefused(Refused):
+    """The peer's uid may not talk to this agent.
+
+    Attributes:
+        uid: The peer's user id.
+    """
+
+    def __init__(self, uid: int) -> None:
+        self.uid = uid
+        super().__init__(f"user id {uid} may not talk to this agent; see `allowed_uids`.")
+
+
+class Damaged(EverstepError):
+    """These bytes cannot be used."""
+
+
+class ShardCorrupt(Damaged):
+    """A unit's digest does not match.
+
+    Attributes:
+        where: File or arena, with the shard's id.
+        units: Indices of the units that differ.
+    """
+
+    def __init__(self, where: str, units: tuple[int, ...]) -> None:
+        self.where = where
+        self.units = units
+        shown = ", ".join(map(str, units[:8])) + (", ..." if len(units) > 8 else "")
+        super().__init__(
+            f"{where}: {len(units)} unit(s) of 1 MiB do not match their digest ({shown}). "
+            "This copy is not used."
+        )
+
+
+class FormatInvalid(Damaged):
+    """Not one of our files, truncated, or written by a newer version.
+
+    Attributes:
+        where: The file or message.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        self.where = where
+        self.problem = problem
+        super().__init__(f"{where}: {problem}. This copy is not used.")
+
+
+class NothingRecoverable(Damaged):
+    """No copy of any wanted step is whole.
+
+    Attributes:
+        job: The job.
+        rejected: Each copy that was looked at, and why it was not taken.
+    """
+
+    def __init__(self, job: str, rejected: tuple[str, ...]) -> None:
+        self.job = job
+        self.rejected = rejected
+        detail = "".join(f"\n    {line}" for line in rejected)
+        super().__init__(
+            f"job {job!r} has snapshots, but none can be restored whole:{detail}\n"
+            "Nothing was loaded. `everstep verify` lists the damage; `restore()` never falls back "
+            "to part of a state."
+        )
