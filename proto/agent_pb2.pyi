@@ -79,32 +79,32 @@ class Committed(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., level: _Optional[str] = ...) -> None: ...
 
 class Dropped(_message.Message):
-    __slots__ = ("incarnation", "step", "reason")
+    __slots__ = ("incarnation", "step", "reason", "drifted")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    DRIFTED_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     step: int
     reason: str
-    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    drifted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ..., drifted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DeclareRequest(_message.Message):
-    __slots__ = ("session", "layout", "layout_id", "candidate_digests", "candidates", "reserve", "round")
+    __slots__ = ("session", "layout", "layout_id", "candidates", "candidate_digests", "round")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
-    CANDIDATE_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
-    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     session: Session
     layout: bytes
     layout_id: str
-    candidate_digests: bytes
     candidates: _containers.RepeatedScalarFieldContainer[str]
-    reserve: bool
+    candidate_digests: bytes
     round: int
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layout: _Optional[bytes] = ..., layout_id: _Optional[str] = ..., candidate_digests: _Optional[bytes] = ..., candidates: _Optional[_Iterable[str]] = ..., reserve: _Optional[bool] = ..., round: _Optional[int] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layout: _Optional[bytes] = ..., layout_id: _Optional[str] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., round: _Optional[int] = ...) -> None: ...
 
 class DeclareReply(_message.Message):
     __slots__ = ("agreed", "arena_path", "slot_bytes", "slot_count", "generation")
@@ -121,26 +121,24 @@ class DeclareReply(_message.Message):
     def __init__(self, agreed: _Optional[_Iterable[int]] = ..., arena_path: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., slot_count: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("session", "step", "layout_id", "generation")
+    __slots__ = ("session", "step")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
-    GENERATION_FIELD_NUMBER: _ClassVar[int]
     session: Session
     step: int
-    layout_id: str
-    generation: int
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., step: _Optional[int] = ..., layout_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., step: _Optional[int] = ...) -> None: ...
 
 class OfferReply(_message.Message):
-    __slots__ = ("granted", "slot", "reason")
+    __slots__ = ("granted", "slot", "generation", "reason")
     GRANTED_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     granted: bool
     slot: int
+    generation: int
     reason: str
-    def __init__(self, granted: _Optional[bool] = ..., slot: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, granted: _Optional[bool] = ..., slot: _Optional[int] = ..., generation: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SealRequest(_message.Message):
     __slots__ = ("session", "step", "slot", "generation", "record")
@@ -233,12 +231,12 @@ class RestoreReply(_message.Message):
     def __init__(self, found: _Optional[bool] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardLocation, _Mapping]]] = ..., rejected: _Optional[_Iterable[_Union[RejectedCopy, _Mapping]]] = ...) -> None: ...
 
 class PersistRequest(_message.Message):
-    __slots__ = ("session", "timeout_s")
-    SESSION_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("job", "timeout_s")
+    JOB_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
-    session: Session
+    job: str
     timeout_s: float
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class PersistReply(_message.Message):
     __slots__ = ("durable", "step", "reason")

@@ -1,0 +1,202 @@
+"""What happens to the agent: plain data, fed to `agent.state.State.handle`.
+
+Owns the vocabulary only. Everything a decision needs is in the event: whether a process is alive
+was looked up before, the time is passed beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from everstep.agent.actions import Place
+from everstep.proto.ids import SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A trainer process within a job."""
+
+    job: str
+    rank: int
+    world: int
+    process_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A snapshot that a re-attaching trainer is still copying."""
+
+    step: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """A trainer opens a session. Replied to with the incarnation it belongs to."""
+
+    caller: Caller
+    launch_id: str
+    pid: int
+    pid_started_s: float
+    holder_alive: bool
+    """Whether the process that held this rank until now is alive (and another one)."""
+    nvme_interval_steps: int | None = None
+    in_flight: InFlight | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    """A session's stream ended without a `Detach`: the trainer died, or the link to it."""
+
+    job: str
+    rank: int
+    process_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """A trainer ends its session in good order."""
+
+    caller: Caller
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaReserved:
+    """A rank has an arena now."""
+
+    job: str
+    rank: int
+    generation: int
+    slot_bytes: int
+    slot_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Declare:
+    """A rank names the leaves that it believes replicated, with their digests."""
+
+    caller: Caller
+    round: int
+    candidates: tuple[str, ...]
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A rank asks for a slot. Replied to with a `Place`, or the reason why not."""
+
+    caller: Caller
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """A rank's shard is complete in its slot. Replied to with None, or why it was refused."""
+
+    caller: Caller
+    step: int
+    place: Place
+    layout_id: str
+    image_bytes: int
+    replica_samples: bytes
+    captured_unix_s: float
+    envelope: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """A rank will not seal this step."""
+
+    caller: Caller
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedShard:
+    """A record found beside an arena at the start."""
+
+    snapshot: SnapshotId
+    rank: int
+    world: int
+    place: Place
+    layout_id: str
+    image_bytes: int
+    replica_samples: bytes
+    captured_unix_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedMember:
+    """A process that belonged to the job when the membership was last written."""
+
+    rank: int
+    process_id: str
+    pid: int
+    pid_started_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Everything found of a job in memory and on NVMe at the agent's start."""
+
+    job: str
+    incarnation: int
+    world: int
+    launch_id: str
+    members: Sequence[AdoptedMember]
+    arenas: Sequence[ArenaReserved]
+    shards: Sequence[AdoptedShard]
+    durable: Sequence[tuple[SnapshotId, int]]
+    """Snapshots committed on NVMe, each with its number of ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedVerified:
+    """The digests of an adopted snapshot were checked; `damaged` says what was wrong."""
+
+    job: str
+    snapshot: SnapshotId
+    damaged: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FlushEnded:
+    """A flush to NVMe ended; `problem` is empty if the snapshot is committed there."""
+
+    job: str
+    snapshot: SnapshotId
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PersistWanted:
+    """Somebody waits for the newest committed snapshot to be on NVMe. Replied to with its id."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreDecided:
+    """The snapshot that all ranks of this incarnation restore, or None for a fresh start."""
+
+    job: str
+    incarnation: int
+    snapshot: SnapshotId | None
+
+
+Event = (
+    Attach
+    | SessionLost
+    | Detach
+    | ArenaReserved
+    | Declare
+    | Offer
+    | Seal
+    | Abandon
+    | Adopt
+    | AdoptedVerified
+    | FlushEnded
+    | PersistWanted
+    | RestoreDecided
+)
