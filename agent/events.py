@@ -177,6 +177,29 @@ class PersistWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """Somebody reads a committed snapshot. Replied to with whether it is still there."""
+
+    job: str
+    snapshot: SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class Unpin:
+    """The reader of a `Pin` is done."""
+
+    job: str
+    snapshot: SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A whole job is to be forgotten; refused while it is in use."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreDecided:
     """The snapshot that all ranks of this incarnation restore, or None for a fresh start."""
 
@@ -198,5 +221,8 @@ Event = (
     | AdoptedVerified
     | FlushEnded
     | PersistWanted
+    | Pin
+    | Unpin
+    | Removed
     | RestoreDecided
 )

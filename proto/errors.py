@@ -25,7 +25,19 @@ attributes. This module imports nothing, so that it can be imported from anywher
 
 
 class EverstepError(Exception):
-    """Anything Everstep raises on purpose."""
+    """Anything Everstep raises on purpose.
+
+    Attributes:
+        arguments: What the constructor was given, so that the wire can carry the error whole.
+    """
+
+    arguments: tuple[object, ...]
+
+    def __new__(cls, *arguments: object, **_: object) -> "EverstepError":
+        """Keep the arguments before a subclass turns them into a message."""
+        self = super().__new__(cls, *arguments)
+        self.arguments = arguments
+        return self
 
 
 class Retryable(EverstepError):

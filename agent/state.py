@@ -1,0 +1,504 @@
+"""The agent's decisions: events in, actions and a reply out.
+
+Owns every rule about incarnations, grants, seals, commits, flushes and what may be evicted.
+Promises: the same events in the same order give the same actions; every rank of a job gets the
+same answer for the same step; a commit is a fact derived from sealed shards, never stored apart.
+Does no I/O, reads no clock, holds no lock: the caller feeds it from one thread and performs the
+actions in order, those before the reply first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from everstep.agent import actions, events
+from everstep.agent.actions import Action, Place
+from everstep.agent.job import (
+    REMEMBERED_REFUSALS,
+    Arena,
+    Declaration,
+    Job,
+    Member,
+    SealedShard,
+    Snapshot,
+    Stage,
+)
+from everstep.proto.errors import OutOfSpace, RankClaimed, Refused, StaleIncarnation
+from everstep.proto.ids import SnapshotId, checked_name
+
+Expired = Callable[[list[SnapshotId]], list[tuple[SnapshotId, str]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What the configuration says, as far as decisions need it."""
+
+    max_jobs: int = 64
+    max_ranks: int = 1024
+    nvme: bool = True
+    nvme_interval_steps: int | None = 100
+    nvme_interval_s: float | None = None
+    flush_on_exit: bool = True
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one event leads to."""
+
+    actions: list[Action] = field(default_factory=list)
+    reply: Any = None
+
+
+class State:
+    """All jobs of this node. Never change attributes from outside: only through `handle`."""
+
+    def __init__(self, rules: Rules, expired: Expired) -> None:
+        self.rules = rules
+        self.jobs: dict[str, Job] = {}
+        self._expired = expired
+        self._actions: list[Action] = []
+        self._now_s = 0.0
+
+    def handle(self, event: events.Event, now_s: float) -> Outcome:
+        """Take one event; return what to do about it.
+
+        Args:
+            event: What happened.
+            now_s: A monotonic time; only differences matter.
+
+        Raises:
+            Refused: If a trainer's request is not acceptable; nothing has changed then.
+        """
+        self._now_s = now_s
+        self._actions = []
+        reply = _HANDLERS[type(event)](self, event)
+        return Outcome(self._actions, reply)
+
+    def _job(self, caller: events.Caller) -> Job:
+        job = self.jobs.get(caller.job)
+        member = job.members.get(caller.rank) if job is not None else None
+        if job is None or member is None or member.process_id != caller.process_id:
+            raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation if job else 0)
+        if caller.incarnation != job.incarnation:
+            raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
+        return job
+
+    def _attach(self, event: events.Attach) -> int:
+        caller = event.caller
+        checked_name("job", caller.job)
+        if not 0 <= caller.rank < caller.world <= self.rules.max_ranks:
+            raise Refused(f"rank {caller.rank} of world {caller.world} is not possible here.")
+        job = self.jobs.get(caller.job)
+        if job is None:
+            if len(self.jobs) >= self.rules.max_jobs:
+                raise Refused(f"this agent holds {self.rules.max_jobs} jobs (max_jobs) already.")
+            # A trainer that outlived an agent with all its memory keeps its incarnation.
+            job = Job(caller.job, caller.world, caller.incarnation, event.launch_id)
+            self.jobs[caller.job] = job
+        holder = job.members.get(caller.rank)
+        new_process = holder is not None and holder.process_id != caller.process_id
+        if new_process and event.holder_alive:
+            assert holder is not None
+            raise RankClaimed(caller.job, caller.rank, holder.pid)
+        launched_anew = bool(event.launch_id) and event.launch_id != job.launch_id
+        if job.incarnation == 0 or new_process or job.world != caller.world or launched_anew:
+            if holder is not None and not new_process and caller.incarnation:
+                raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
+            self._begin_incarnation(job, caller.world, event.launch_id)
+        elif caller.incarnation and caller.incarnation != job.incarnation:
+            raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
+        job.members[caller.rank] = Member(caller.process_id, event.pid, event.pid_started_s)
+        if event.nvme_interval_steps is not None:
+            job.nvme_interval_steps = event.nvme_interval_steps
+        if event.in_flight is not None:
+            self._readmit(job, caller.rank, event.in_flight)
+        self._actions.append(actions.WriteMembership(job.name))
+        return job.incarnation
+
+    def _begin_incarnation(self, job: Job, world: int, launch_id: str) -> None:
+        newest = max([0, job.incarnation, *(s.incarnation for s in [*job.snapshots, *job.durable])])
+        for snapshot in job.open_snapshots():
+            self._drop(job, snapshot, "the job was restarted before all ranks had sealed it")
+        job.incarnation = newest + 1
+        job.world = world
+        job.launch_id = launch_id
+        job.members.clear()
+        job.refused.clear()
+        job.declarations.clear()
+        job.restoring.clear()
+        job.restored = None
+        job.restore_decided = False
+
+    def _readmit(self, job: Job, rank: int, in_flight: events.InFlight) -> None:
+        """After the agent's restart, take note of a copy that was going on meanwhile."""
+        arenas = job.arenas.get(rank)
+        if not arenas or arenas[-1].generation != in_flight.place.generation:
+            return
+        snapshot_id = SnapshotId(job.incarnation, in_flight.step)
+        taken = any(
+            other.granted.get(rank) == in_flight.place
+            for other in job.snapshots.values()
+            if other.id != snapshot_id
+        )
+        if taken or in_flight.step in job.refused:
+            return
+        snapshot = job.snapshots.setdefault(snapshot_id, Snapshot(snapshot_id, job.world))
+        if snapshot.stage is Stage.OPEN:
+            snapshot.granted.setdefault(rank, in_flight.place)
+
+    def _session_lost(self, event: events.SessionLost) -> None:
+        job = self.jobs.get(event.job)
+        member = job.members.get(event.rank) if job else None
+        if job is None or member is None or member.process_id != event.process_id:
+            return
+        member.attached = False
+        job.restoring.discard(event.rank)
+        for snapshot in job.open_snapshots():
+            if event.rank not in snapshot.sealed:
+                self._drop(job, snapshot, f"the trainer of rank {event.rank} is gone")
+        if self.rules.flush_on_exit:
+            self._flush_newest(job)
+
+    def _detach(self, event: events.Detach) -> None:
+        job = self._job(event.caller)
+        job.members[event.caller.rank].attached = False
+        job.restoring.discard(event.caller.rank)
+        for snapshot in job.open_snapshots():
+            if event.caller.rank not in snapshot.sealed:
+                self._drop(job, snapshot, f"rank {event.caller.rank} closed its client")
+
+    def _arena_reserved(self, event: events.ArenaReserved) -> None:
+        arenas = self.jobs[event.job].arenas.setdefault(event.rank, [])
+        arenas.append(Arena(event.generation, event.slot_count, event.slot_bytes))
+        arenas.sort(key=lambda arena: arena.generation)
+
+    def _declare(self, event: events.Declare) -> None:
+        job = self._job(event.caller)
+        for stale in [known for known in job.declarations if known != event.round]:
+            del job.declarations[stale]
+        declaration = job.declarations.setdefault(event.round, Declaration())
+        declaration.candidates[event.caller.rank] = event.candidates
+        declaration.digests[event.caller.rank] = event.digests
+        if len(declaration.candidates) == job.world:
+            agreed = declaration.agreed()
+            self._actions.append(actions.ReplicasAgreed(job.name, event.round, agreed))
+
+    def _offer(self, event: events.Offer) -> Place | str:
+        job = self._job(event.caller)
+        rank = event.caller.rank
+        job.restoring.discard(rank)
+        if rank not in job.arenas:
+            raise Refused(f"rank {rank} has no arena yet: declare a layout first.")
+        if event.step in job.refused:
+            return job.refused[event.step]
+        snapshot_id = SnapshotId(job.incarnation, event.step)
+        snapshot = job.snapshots.get(snapshot_id)
+        if snapshot is None:
+            refusal = self._refusal(job, snapshot_id)
+            if refusal:
+                return self._refuse(job, event.step, refusal)
+            snapshot = job.snapshots[snapshot_id] = Snapshot(snapshot_id, job.world)
+        if snapshot.stage is Stage.DROPPED:
+            return snapshot.reason
+        if rank in snapshot.sealed:
+            return f"step {event.step} is sealed already"
+        return self._grant(job, snapshot, rank)
+
+    def _refusal(self, job: Job, wanted: SnapshotId) -> str:
+        """Why no rank may capture this step now; empty if all may."""
+        newer = [s for s in job.snapshots if s.incarnation == job.incarnation and s > wanted]
+        if newer:
+            return f"step {newer[0].step} was captured already"
+        gone = [r for r in range(job.world) if r in job.members and not job.members[r].attached]
+        if gone:
+            return f"rank {gone[0]} is not attached any more"
+        slots = min(job.arenas[rank][-1].slot_count for rank in job.arenas)
+        staying = [s for s in job.snapshots.values() if job.must_stay(s)]
+        # Snapshots in a replaced arena take no slot of the present one.
+        staying = [s for s in staying if self._in_present_arenas(job, s)]
+        if len(staying) < slots:
+            return ""
+        return "busy: " + "; ".join(_why_staying(job, s) for s in staying if _is_busy(job, s))
+
+    def _in_present_arenas(self, job: Job, snapshot: Snapshot) -> bool:
+        return any(
+            place.generation == job.arenas[rank][-1].generation
+            for rank, place in snapshot.granted.items()
+            if rank in job.arenas
+        )
+
+    def _refuse(self, job: Job, step: int, reason: str) -> str:
+        job.count("skipped")
+        job.refused[step] = reason
+        while len(job.refused) > REMEMBERED_REFUSALS:
+            del job.refused[next(iter(job.refused))]
+        return reason
+
+    def _grant(self, job: Job, snapshot: Snapshot, rank: int) -> Place | str:
+        if rank in snapshot.granted:
+            return snapshot.granted[rank]
+        place = job.free_place(rank)
+        for old in job.evictable():
+            if place is not None:
+                break
+            if rank in old.granted:
+                self._forget(job, old)
+                place = job.free_place(rank)
+        if place is None:
+            self._drop(job, snapshot, f"rank {rank} has no free slot")
+            return snapshot.reason
+        snapshot.granted[rank] = place
+        return place
+
+    def _seal(self, event: events.Seal) -> str | None:
+        job = self._job(event.caller)
+        rank = event.caller.rank
+        snapshot = job.snapshots.get(SnapshotId(job.incarnation, event.step))
+        if snapshot is None or snapshot.granted.get(rank) != event.place:
+            return f"step {event.step} was not granted that slot"
+        if snapshot.stage is Stage.DROPPED:
+            return snapshot.reason
+        if event.image_bytes > job.arenas[rank][-1].slot_bytes:
+            raise OutOfSpace("the slot", event.image_bytes, job.arenas[rank][-1].slot_bytes)
+        snapshot.sealed[rank] = SealedShard(
+            event.place,
+            event.layout_id,
+            event.image_bytes,
+            event.replica_samples,
+            event.captured_unix_s,
+        )
+        self._actions.append(
+            actions.PublishRecord(job.name, rank, event.place, event.envelope)
+        )
+        if not snapshot.missing_ranks() and snapshot.stage is Stage.OPEN:
+            self._commit(job, snapshot)
+        return snapshot.reason or None
+
+    def _commit(self, job: Job, snapshot: Snapshot) -> None:
+        drifted = snapshot.drifted_replicas()
+        if drifted is None or drifted:
+            what = "disagree on what is replicated" if drifted is None else "have drifted apart"
+            self._drop(job, snapshot, f"the ranks' replicas {what}", drifted or ())
+            return
+        snapshot.stage = Stage.COMMITTED
+        job.count("committed")
+        self._actions.append(actions.NotifyCommitted(job.name, snapshot.id, "memory"))
+        self._tidy(job, snapshot)
+        if self._flush_due(job, snapshot.id):
+            self._start_flush(job, snapshot)
+
+    def _tidy(self, job: Job, committed: Snapshot) -> None:
+        """Forget what the new commit has made useless, and arenas that hold nothing else."""
+        for old in job.evictable():
+            dropped = old.stage is Stage.DROPPED and old.id < committed.id
+            if dropped or not self._in_present_arenas(job, old):
+                self._forget(job, old)
+        for rank, generation in job.idle_generations():
+            job.arenas[rank] = [a for a in job.arenas[rank] if a.generation != generation]
+            self._actions.append(actions.ReleaseArena(job.name, rank, generation))
+
+    def _abandon(self, event: events.Abandon) -> None:
+        job = self._job(event.caller)
+        snapshot = job.snapshots.get(SnapshotId(job.incarnation, event.step))
+        if snapshot is not None and snapshot.stage is Stage.OPEN:
+            self._drop(job, snapshot, f"rank {event.caller.rank}: {event.reason}")
+
+    def _drop(
+        self, job: Job, snapshot: Snapshot, reason: str, drifted: tuple[int, ...] = ()
+    ) -> None:
+        snapshot.stage = Stage.DROPPED
+        snapshot.reason = reason
+        job.count("dropped")
+        job.last_error = f"{snapshot.id} was dropped: {reason}"
+        for rank, shard in snapshot.sealed.items():
+            self._actions.append(actions.DropRecord(job.name, rank, shard.place))
+        self._actions.append(actions.NotifyDropped(job.name, snapshot.id, reason, drifted))
+
+    def _forget(self, job: Job, snapshot: Snapshot) -> None:
+        """Withdraw a snapshot so that its slots can be written."""
+        assert not job.must_stay(snapshot)
+        if snapshot.stage is not Stage.DROPPED:
+            for rank, shard in snapshot.sealed.items():
+                self._actions.append(actions.DropRecord(job.name, rank, shard.place))
+        del job.snapshots[snapshot.id]
+        if snapshot.id.incarnation == job.incarnation:
+            job.refused.setdefault(snapshot.id.step, snapshot.reason or "superseded")
+
+    def _flush_due(self, job: Job, committed: SnapshotId) -> bool:
+        if not self.rules.nvme:
+            return False
+        if job.flush_wanted:
+            return True
+        interval = job.nvme_interval_steps or self.rules.nvme_interval_steps
+        if interval:
+            mine = [s.step for s in job.durable if s.incarnation == job.incarnation]
+            before = max(mine, default=job.restored.step if job.restored else 0)
+            return committed.step // interval > before // interval
+        interval_s = self.rules.nvme_interval_s
+        if interval_s is None:
+            return False
+        return job.flushed_at_s is None or self._now_s - job.flushed_at_s >= interval_s
+
+    def _start_flush(self, job: Job, snapshot: Snapshot) -> None:
+        if job.flushing is not None:
+            # A late flush is skipped, never queued: the next interval brings a newer snapshot.
+            job.count("flushes_skipped")
+            return
+        job.flush_wanted = False
+        job.flushing = snapshot.id
+        job.flushed_at_s = self._now_s
+        snapshot.pins += 1
+        self._actions.append(actions.Flush(job.name, snapshot.id))
+
+    def _flush_newest(self, job: Job) -> SnapshotId | None:
+        newest = job.newest_committed()
+        if newest is None or not self.rules.nvme:
+            return None
+        if newest.id not in job.durable and job.flushing != newest.id:
+            if job.flushing is None:
+                self._start_flush(job, newest)
+            else:
+                job.flush_wanted = True
+        return newest.id
+
+    def _persist_wanted(self, event: events.PersistWanted) -> SnapshotId | None:
+        job = self.jobs.get(event.job)
+        return self._flush_newest(job) if job is not None else None
+
+    def _flush_ended(self, event: events.FlushEnded) -> None:
+        job = self.jobs[event.job]
+        snapshot = job.snapshots.get(event.snapshot)
+        job.flushing = None
+        if snapshot is not None:
+            snapshot.pins -= 1
+        if event.problem:
+            job.count("flushes_failed")
+            job.last_error = f"flush of {event.snapshot}: {event.problem}"
+        else:
+            job.count("flushed")
+            self._now_durable(job, event.snapshot, snapshot.world if snapshot else job.world)
+        if job.flush_wanted and not event.problem:
+            self._flush_newest(job)
+
+    def _now_durable(self, job: Job, snapshot: SnapshotId, world: int) -> None:
+        for old in [s for s in job.durable if s.step == snapshot.step and s != snapshot]:
+            del job.durable[old]
+        job.durable[snapshot] = world
+        self._actions.append(actions.NotifyCommitted(job.name, snapshot, "nvme"))
+        for old, reason in self._expired(sorted(job.durable)):
+            if old == job.restored and job.restoring:
+                continue
+            del job.durable[old]
+            self._actions.append(actions.DeleteDurable(job.name, old, reason))
+
+    def _adopt(self, event: events.Adopt) -> None:
+        job = Job(event.job, event.world, event.incarnation, event.launch_id)
+        job.members = {
+            m.rank: Member(m.process_id, m.pid, m.pid_started_s, attached=False)
+            for m in event.members
+        }
+        job.durable = dict(event.durable)
+        self.jobs[event.job] = job
+        for arena in event.arenas:
+            self._arena_reserved(arena)
+        for shard in event.shards:
+            self._adopt_shard(job, shard)
+        for snapshot in sorted(job.snapshots.values(), key=lambda s: s.id, reverse=True):
+            if not snapshot.missing_ranks():
+                snapshot.stage = Stage.COMMITTED
+                snapshot.verified = False
+                snapshot.pins += 1
+                self._actions.append(actions.VerifyAdopted(job.name, snapshot.id))
+            elif snapshot.id.incarnation != job.incarnation:
+                self._drop(job, snapshot, "not all ranks had sealed it")
+
+    def _adopt_shard(self, job: Job, found: events.AdoptedShard) -> None:
+        snapshot = job.snapshots.setdefault(
+            found.snapshot, Snapshot(found.snapshot, found.world)
+        )
+        snapshot.granted[found.rank] = found.place
+        snapshot.sealed[found.rank] = SealedShard(
+            found.place,
+            found.layout_id,
+            found.image_bytes,
+            found.replica_samples,
+            found.captured_unix_s,
+        )
+
+    def _adopted_verified(self, event: events.AdoptedVerified) -> None:
+        job = self.jobs.get(event.job)
+        snapshot = job.snapshots.get(event.snapshot) if job else None
+        if job is None or snapshot is None or snapshot.verified:
+            return
+        snapshot.verified = True
+        snapshot.pins -= 1
+        if event.damaged:
+            job.count("damaged")
+            self._drop(job, snapshot, event.damaged)
+
+    def _pin(self, event: events.Pin) -> bool:
+        job = self.jobs.get(event.job)
+        snapshot = job.snapshots.get(event.snapshot) if job else None
+        if snapshot is None or snapshot.stage is not Stage.COMMITTED:
+            return False
+        snapshot.pins += 1
+        return True
+
+    def _unpin(self, event: events.Unpin) -> None:
+        job = self.jobs.get(event.job)
+        snapshot = job.snapshots.get(event.snapshot) if job else None
+        if snapshot is not None and snapshot.pins:
+            snapshot.pins -= 1
+
+    def _removed(self, event: events.Removed) -> None:
+        job = self.jobs.get(event.job)
+        if job is None:
+            return
+        if any(member.attached for member in job.members.values()):
+            raise Refused(f"job {event.job!r} has a trainer attached: end it first.")
+        if job.flushing is not None:
+            raise Refused(f"job {event.job!r} is being flushed to NVMe: try again shortly.")
+        del self.jobs[event.job]
+
+    def _restore_decided(self, event: events.RestoreDecided) -> None:
+        job = self.jobs[event.job]
+        if job.incarnation != event.incarnation:
+            return
+        job.restored = event.snapshot
+        job.restore_decided = True
+        job.restoring = set(range(job.world)) if event.snapshot is not None else set()
+        self._actions.append(actions.WriteMembership(job.name))
+
+
+def _is_busy(job: Job, snapshot: Snapshot) -> bool:
+    newest = job.newest_committed()
+    return snapshot.stage is Stage.OPEN or newest is None or snapshot.id != newest.id
+
+
+def _why_staying(job: Job, snapshot: Snapshot) -> str:
+    if snapshot.stage is Stage.OPEN:
+        ranks = ", ".join(map(str, snapshot.missing_ranks()))
+        return f"step {snapshot.id.step} is still being copied by rank(s) {ranks}"
+    if snapshot.id == job.flushing:
+        return f"step {snapshot.id.step} is being flushed to NVMe"
+    return f"step {snapshot.id.step} is being read"
+
+
+_HANDLERS: dict[type, Callable[[State, Any], Any]] = {
+    events.Attach: State._attach,
+    events.SessionLost: State._session_lost,
+    events.Detach: State._detach,
+    events.ArenaReserved: State._arena_reserved,
+    events.Declare: State._declare,
+    events.Offer: State._offer,
+    events.Seal: State._seal,
+    events.Abandon: State._abandon,
+    events.Adopt: State._adopt,
+    events.AdoptedVerified: State._adopted_verified,
+    events.FlushEnded: State._flush_ended,
+    events.PersistWanted: State._persist_wanted,
+    events.Pin: State._pin,
+    events.Unpin: State._unpin,
+    events.Removed: State._removed,
+    events.RestoreDecided: State._restore_decided,
+}

@@ -1,0 +1,75 @@
+"""Errors across gRPC: the same class, with the same facts, on both sides.
+
+Owns the mapping between the exception tree and gRPC's status codes. Promises that an error that
+the agent raised on purpose arrives as the class it was raised as; anything else arrives as
+`AgentUnavailable`. Executes nothing: only classes of `proto.errors` are ever constructed.
+"""
+
+import json
+
+import grpc
+
+from everstep.proto import errors
+from everstep.proto.errors import AgentUnavailable, DeadlineExceeded, EverstepError, Refused
+
+METADATA_KEY = "everstep-error-bin"
+_MAXIMUM_BYTES = 6000
+_CLASSES = {
+    name: thing
+    for name, thing in vars(errors).items()
+    if isinstance(thing, type) and issubclass(thing, EverstepError)
+}
+
+
+def status_of(error: EverstepError) -> grpc.StatusCode:
+    """The gRPC status that fits an error best, for clients that know no more."""
+    if isinstance(error, DeadlineExceeded):
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    if isinstance(error, errors.OutOfSpace):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+    if isinstance(error, Refused):
+        return grpc.StatusCode.FAILED_PRECONDITION
+    if isinstance(error, errors.Damaged):
+        return grpc.StatusCode.DATA_LOSS
+    return grpc.StatusCode.UNAVAILABLE
+
+
+def encode(error: EverstepError) -> bytes:
+    """The error as bytes for the trailing metadata."""
+    name = type(error).__name__
+    try:
+        data = json.dumps([name, error.arguments]).encode()
+    except TypeError:
+        data = b""
+    if not data or len(data) > _MAXIMUM_BYTES or name not in _CLASSES:
+        kind = "Damaged" if isinstance(error, errors.Damaged) else "Refused"
+        data = json.dumps([kind, [str(error)[: _MAXIMUM_BYTES // 2]]]).encode()
+    return data
+
+
+def decode(error: grpc.RpcError, address: str) -> EverstepError:
+    """The error that the agent raised, or what a failed call means.
+
+    Args:
+        error: What the stub raised.
+        address: The agent's, for the message.
+    """
+    metadata = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    for key, value in metadata or ():
+        if key == METADATA_KEY:
+            rebuilt = _rebuild(value)
+            if rebuilt is not None:
+                return rebuilt
+    code = error.code() if hasattr(error, "code") else None
+    detail = error.details() if hasattr(error, "details") else str(error)
+    name = code.name.lower().replace("_", " ") if code is not None else "no answer"
+    return AgentUnavailable(address, f"{name}: {detail}"[:500])
+
+
+def _rebuild(data: bytes) -> EverstepError | None:
+    try:
+        name, arguments = json.loads(data)
+        arguments = [tuple(a) if isinstance(a, list) else a for a in arguments]
+        return _CLASSES[name](*arguments)
+    except (ValueError, KeyError, TypeError):
+        return None
