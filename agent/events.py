@@ -124,6 +124,7 @@ class AdoptedShard:
     image_bytes: int
     replica_samples: bytes
     captured_unix_s: float
+    envelope: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,15 @@ class AdoptedVerified:
     job: str
     snapshot: SnapshotId
     damaged: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A committed snapshot in memory failed its digests."""
+
+    job: str
+    snapshot: SnapshotId
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +229,7 @@ Event = (
     | Abandon
     | Adopt
     | AdoptedVerified
+    | Damaged
     | FlushEnded
     | PersistWanted
     | Pin

@@ -33,6 +33,7 @@ class SealedShard:
     image_bytes: int
     replica_samples: bytes
     captured_unix_s: float
+    envelope: bytes = field(repr=False)
 
 
 @dataclass(slots=True)

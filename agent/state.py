@@ -151,6 +151,8 @@ class State:
         member = job.members.get(event.rank) if job else None
         if job is None or member is None or member.process_id != event.process_id:
             return
+        if not member.attached:  # it had detached in good order
+            return
         member.attached = False
         job.restoring.discard(event.rank)
         for snapshot in job.open_snapshots():
@@ -266,10 +268,9 @@ class State:
             event.image_bytes,
             event.replica_samples,
             event.captured_unix_s,
+            event.envelope,
         )
-        self._actions.append(
-            actions.PublishRecord(job.name, rank, event.place, event.envelope)
-        )
+        self._actions.append(actions.PublishRecord(job.name, rank, event.place, event.envelope))
         if not snapshot.missing_ranks() and snapshot.stage is Stage.OPEN:
             self._commit(job, snapshot)
         return snapshot.reason or None
@@ -413,9 +414,7 @@ class State:
                 self._drop(job, snapshot, "not all ranks had sealed it")
 
     def _adopt_shard(self, job: Job, found: events.AdoptedShard) -> None:
-        snapshot = job.snapshots.setdefault(
-            found.snapshot, Snapshot(found.snapshot, found.world)
-        )
+        snapshot = job.snapshots.setdefault(found.snapshot, Snapshot(found.snapshot, found.world))
         snapshot.granted[found.rank] = found.place
         snapshot.sealed[found.rank] = SealedShard(
             found.place,
@@ -423,6 +422,7 @@ class State:
             found.image_bytes,
             found.replica_samples,
             found.captured_unix_s,
+            found.envelope,
         )
 
     def _adopted_verified(self, event: events.AdoptedVerified) -> None:
@@ -433,8 +433,7 @@ class State:
         snapshot.verified = True
         snapshot.pins -= 1
         if event.damaged:
-            job.count("damaged")
-            self._drop(job, snapshot, event.damaged)
+            self._damaged(events.Damaged(event.job, event.snapshot, event.damaged))
 
     def _pin(self, event: events.Pin) -> bool:
         job = self.jobs.get(event.job)
@@ -459,6 +458,13 @@ class State:
         if job.flushing is not None:
             raise Refused(f"job {event.job!r} is being flushed to NVMe: try again shortly.")
         del self.jobs[event.job]
+
+    def _damaged(self, event: events.Damaged) -> None:
+        job = self.jobs.get(event.job)
+        snapshot = job.snapshots.get(event.snapshot) if job else None
+        if job is not None and snapshot is not None and snapshot.stage is Stage.COMMITTED:
+            job.count("damaged")
+            self._drop(job, snapshot, event.reason)
 
     def _restore_decided(self, event: events.RestoreDecided) -> None:
         job = self.jobs[event.job]
@@ -495,6 +501,7 @@ _HANDLERS: dict[type, Callable[[State, Any], Any]] = {
     events.Abandon: State._abandon,
     events.Adopt: State._adopt,
     events.AdoptedVerified: State._adopted_verified,
+    events.Damaged: State._damaged,
     events.FlushEnded: State._flush_ended,
     events.PersistWanted: State._persist_wanted,
     events.Pin: State._pin,

@@ -1,0 +1,85 @@
+"""What an agent finds when it starts: arenas that outlived the last one, snapshots on NVMe.
+
+Owns turning files into `Adopt` events. Promises to read only; that one unreadable file costs no
+other; and that whatever cannot be adopted is reported with its reason. Digests of the adopted
+images are checked afterwards, in the background.
+"""
+
+import logging
+from collections.abc import Iterator
+
+from google.protobuf.message import DecodeError
+
+from everstep.agent import events
+from everstep.agent.actions import Place
+from everstep.proto.envelope import open_envelope
+from everstep.proto.errors import FormatInvalid
+from everstep.proto.ids import SnapshotId
+from everstep.proto.state_pb2 import Membership
+from everstep.storage.arena import MemoryLevel
+from everstep.storage.nvme import NvmeLevel
+
+log = logging.getLogger("everstep.agent")
+
+
+def adoptions(memory: MemoryLevel, nvme: NvmeLevel | None) -> Iterator[events.Adopt]:
+    """One event for each job that left anything behind."""
+    durable_jobs = set(nvme.jobs()) if nvme is not None else set()
+    for job in sorted(set(memory.jobs()) | durable_jobs):
+        if nvme is not None and job in durable_jobs:
+            nvme.sweep(job)
+        yield _adoption(job, memory, nvme if job in durable_jobs else None)
+        for problem in memory.problems(job):
+            log.warning("job %s: %s: %s", job, problem.where, problem.reason)
+
+
+def _adoption(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> events.Adopt:
+    membership = _membership(job, memory)
+    shards = tuple(_shards(job, memory))
+    commits = nvme.commits(job) if nvme is not None else []
+    durable = tuple((SnapshotId(c.incarnation, c.step), c.world) for c in commits)
+    known = [shard.snapshot.incarnation for shard in shards] + [s.incarnation for s, _ in durable]
+    return events.Adopt(
+        job=job,
+        incarnation=membership.incarnation or max(known, default=0),
+        world=membership.world or max((shard.world for shard in shards), default=1),
+        launch_id=membership.launch_id,
+        members=tuple(
+            events.AdoptedMember(m.rank, m.process_id, m.pid, m.pid_started_s)
+            for m in membership.members
+        ),
+        arenas=tuple(
+            events.ArenaReserved(job, a.rank, a.generation, a.slot_bytes, a.slot_count)
+            for a in memory.arenas(job)
+        ),
+        shards=shards,
+        durable=durable,
+    )
+
+
+def _shards(job: str, memory: MemoryLevel) -> Iterator[events.AdoptedShard]:
+    for found in memory.records(job):
+        record = found.record
+        yield events.AdoptedShard(
+            snapshot=SnapshotId(record.incarnation, record.step),
+            rank=found.rank,
+            world=record.world,
+            place=Place(found.generation, found.slot),
+            layout_id=record.layout_id,
+            image_bytes=record.image_bytes,
+            replica_samples=record.replica_samples,
+            captured_unix_s=record.captured_unix_s,
+            envelope=found.envelope,
+        )
+
+
+def _membership(job: str, memory: MemoryLevel) -> Membership:
+    envelope = memory.membership(job)
+    if envelope is None:
+        return Membership()
+    try:
+        return Membership.FromString(open_envelope("membership", envelope, f"membership of {job}"))
+    except (FormatInvalid, DecodeError) as error:
+        # Without it the next trainers simply begin a new incarnation.
+        log.warning("job %s: %s", job, error)
+        return Membership()

@@ -1,0 +1,158 @@
+"""The agent as a process: puts the parts together, starts and ends them.
+
+Owns the order of things: one agent for each socket (a lock file says so), adoption before the
+first call is answered, and on SIGTERM or SIGINT a last flush within `shutdown_timeout_s`. Promises
+that `torch` is never imported here. Ends with exit status 0 when it was asked to end.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import grpc
+
+from everstep.agent import events
+from everstep.agent.adoption import adoptions
+from everstep.agent.config import Config
+from everstep.agent.door import Door
+from everstep.agent.pipeline import Pipeline
+from everstep.agent.server import Service
+from everstep.agent.state import Rules, State
+from everstep.proto.agent_pb2_grpc import add_AgentServicer_to_server
+from everstep.proto.errors import InvalidConfiguration
+from everstep.proto.ids import SnapshotId
+from everstep.proto.places import private_directory
+from everstep.storage.arena import MemoryLevel
+from everstep.storage.nvme import NvmeLevel
+from everstep.storage.retention import Rule, expired
+
+log = logging.getLogger("everstep.agent")
+_GRACE_S = 1.0
+
+
+def installed_version() -> str:
+    """Everstep's version, or "source" when it runs from a checkout that is not installed."""
+    try:
+        return version("everstep")
+    except PackageNotFoundError:
+        return "source"
+
+
+def run(config: Config) -> None:
+    """Run an agent in the foreground until it is told to end.
+
+    Raises:
+        InvalidConfiguration: If another agent owns the socket or a directory is unusable.
+    """
+    _log_to(config.agent.log_file, config.agent.log_level)
+    private_directory(config.agent.memory_dir, os.getuid())
+    if config.agent.nvme_dir is not None:
+        config.agent.nvme_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    config.agent.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _only_agent(config.lock):
+        asyncio.run(_serve(config))
+
+
+def _log_to(file: Path | None, level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+        handlers=[logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)],
+    )
+
+
+@contextlib.contextmanager
+def _only_agent(lock: Path) -> Iterator[None]:
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise InvalidConfiguration(
+            "socket", f"another agent holds {lock}; see it with `everstep status`"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _build(config: Config) -> Pipeline:
+    nvme = None
+    if config.agent.nvme_dir is not None:
+        nvme = NvmeLevel(
+            config.agent.nvme_dir,
+            write_threads=config.nvme.write_threads,
+            chunk_bytes=config.nvme.chunk_bytes,
+            direct=config.nvme.direct,
+        )
+    memory = MemoryLevel(config.agent.memory_dir, keep_free_bytes=config.memory.keep_free_bytes)
+    rule = Rule(config.nvme.keep_newest, config.nvme.keep_every_steps or None)
+
+    def no_longer_kept(snapshots: list[SnapshotId]) -> list[tuple[SnapshotId, str]]:
+        return expired(snapshots, rule, set())
+
+    rules = Rules(
+        max_jobs=config.agent.max_jobs,
+        max_ranks=config.limits.max_ranks,
+        nvme=nvme is not None,
+        nvme_interval_steps=config.nvme.interval.every_steps or None,
+        nvme_interval_s=config.nvme.interval.every_s or None,
+        flush_on_exit=config.nvme.flush_on_exit,
+    )
+    return Pipeline(config, State(rules, no_longer_kept), memory, nvme)
+
+
+async def _serve(config: Config) -> None:
+    pipeline = _build(config)
+    for adopted in await asyncio.to_thread(lambda: list(adoptions(pipeline.memory, pipeline.nvme))):
+        pipeline.submit(adopted)
+    limit = config.limits.max_message_bytes
+    server = grpc.aio.server(
+        maximum_concurrent_rpcs=config.limits.max_concurrent_calls,
+        options=[
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+        ],
+    )
+    add_AgentServicer_to_server(Service(config, pipeline, installed_version()), server)
+    private_directory(config.private_socket.parent, os.getuid())
+    config.private_socket.unlink(missing_ok=True)
+    server.add_insecure_port(f"unix:{config.private_socket}")
+    door = Door(
+        config.agent.socket,
+        config.private_socket,
+        config.agent.allowed_uids,
+        config.limits.max_connections,
+    )
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    await server.start()
+    await door.start()
+    # What was made so far lives as long as the process.
+    gc.collect()
+    gc.freeze()
+    log.info("agent %s answers at %s", config.agent.node_id, config.agent.socket)
+    await ended.wait()
+    await _end(config, pipeline, door, server)
+
+
+async def _end(config: Config, pipeline: Pipeline, door: Door, server: grpc.aio.Server) -> None:
+    log.info("ending; memory stays where it is and is adopted by the next agent")
+    if config.nvme.flush_on_sigterm:
+        for name in pipeline.state.jobs:
+            pipeline.submit(events.PersistWanted(name))
+    if not await pipeline.idle(config.agent.shutdown_timeout_s):
+        log.error("the last flush did not end within shutdown_timeout_s; NVMe is as before it")
+    await door.close()
+    await server.stop(_GRACE_S)
+    pipeline.close()

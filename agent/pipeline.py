@@ -1,0 +1,258 @@
+"""Performs what the state machine decides: records, flushes, verification, notices.
+
+Owns all of the agent's input and output on levels, and the bounded threads that do it. Promises
+that an action marked *before the reply* has taken effect when `submit` returns, and that the
+outcome of every longer action comes back to the state machine as an event. Decides nothing.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from everstep.agent import actions, events
+from everstep.agent.config import Config
+from everstep.agent.job import Job, Snapshot
+from everstep.agent.notices import Notices
+from everstep.agent.state import State
+from everstep.proto.envelope import seal
+from everstep.proto.errors import EverstepError
+from everstep.proto.failpoint import failpoint
+from everstep.proto.ids import SnapshotId
+from everstep.proto.state_pb2 import Commit, CommittedShard, Member, Membership
+from everstep.snapshot.digest import check_image
+from everstep.snapshot.record import open_record, record_digest
+from everstep.storage.arena import ArenaFile, MemoryLevel
+from everstep.storage.level import ShardImage
+from everstep.storage.nvme import NvmeLevel
+
+log = logging.getLogger("everstep.agent")
+
+
+class Pipeline:
+    """The hands of one agent."""
+
+    def __init__(
+        self, config: Config, state: State, memory: MemoryLevel, nvme: NvmeLevel | None
+    ) -> None:
+        self.config = config
+        self.state = state
+        self.memory = memory
+        self.nvme = nvme
+        self.notices = Notices()
+        self.digesters = ThreadPoolExecutor(config.memory.digest_threads, "everstep-digest")
+        # One thread for each job's flush at most; the levels' own threads do the writing.
+        self.workers = ThreadPoolExecutor(config.agent.max_jobs, "everstep-level")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._progress = asyncio.Condition()
+        self._performers: dict[type, Callable[[Any], None]] = {
+            actions.DropRecord: self._drop_record,
+            actions.PublishRecord: self._publish_record,
+            actions.WriteMembership: self._write_membership,
+            actions.ReleaseArena: self._release_arena,
+            actions.NotifyCommitted: self._notify_committed,
+            actions.NotifyDropped: self._notify_dropped,
+            actions.Flush: lambda action: self._spawn(self._flush(action)),
+            actions.VerifyAdopted: lambda action: self._spawn(self._verify_adopted(action)),
+            actions.DeleteDurable: lambda action: self._spawn(self._delete_durable(action)),
+            actions.ReplicasAgreed: self._replicas_agreed,
+        }
+
+    def submit(self, event: events.Event) -> Any:
+        """Feed an event to the state machine and act on the outcome.
+
+        Returns:
+            The reply of the decision.
+
+        Raises:
+            Refused: From the decision; nothing was done then.
+        """
+        outcome = self.state.handle(event, time.monotonic())
+        for action in outcome.actions:
+            self._performers[type(action)](action)
+        return outcome.reply
+
+    async def settled(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until a condition on the state holds; it is looked at after each longer action."""
+        try:
+            async with asyncio.timeout(timeout_s), self._progress:
+                await self._progress.wait_for(condition)
+        except TimeoutError:
+            return False
+        return True
+
+    async def idle(self, timeout_s: float) -> bool:
+        """Wait until no longer action is under way."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give the threads back; actions under way are not waited for."""
+        self.digesters.shutdown(wait=False, cancel_futures=True)
+        self.workers.shutdown(wait=False, cancel_futures=True)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        self._idle.clear()
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not self._tasks:
+            self._idle.set()
+        if not task.cancelled() and task.exception() is not None:
+            log.error("an action failed", exc_info=task.exception())
+
+    async def _announce_progress(self) -> None:
+        async with self._progress:
+            self._progress.notify_all()
+
+    def _drop_record(self, action: actions.DropRecord) -> None:
+        self.memory.drop(action.job, action.rank, action.place.generation, action.place.slot)
+
+    def _publish_record(self, action: actions.PublishRecord) -> None:
+        failpoint("agent.seal.before_record")
+        place = action.place
+        self.memory.publish(action.job, action.rank, place.generation, place.slot, action.envelope)
+        failpoint("agent.seal.after_record")
+
+    def _write_membership(self, action: actions.WriteMembership) -> None:
+        job = self.state.jobs[action.job]
+        body = membership_of(job).SerializeToString(deterministic=True)
+        self.memory.write_membership(job.name, seal("membership", body))
+
+    def _release_arena(self, action: actions.ReleaseArena) -> None:
+        self.memory.release(action.job, action.rank, action.generation)
+
+    def _notify_committed(self, action: actions.NotifyCommitted) -> None:
+        failpoint("agent.commit.before_notice")
+        self.notices.committed(action.job, action.snapshot, action.level)
+
+    def _notify_dropped(self, action: actions.NotifyDropped) -> None:
+        log.warning("job %s: %s was dropped: %s", action.job, action.snapshot, action.reason)
+        self.notices.dropped(action.job, action.snapshot, action.reason, action.drifted)
+
+    def _replicas_agreed(self, action: actions.ReplicasAgreed) -> None:
+        self.notices.agreed(action.job, action.round, action.agreed)
+
+    async def _flush(self, action: actions.Flush) -> None:
+        job = self.state.jobs[action.job]
+        snapshot = job.snapshots[action.snapshot]
+        problem = ""
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.workers, self._write_durable, job, snapshot)
+        except (EverstepError, OSError) as error:
+            problem = str(error)
+            log.warning("job %s: flush of %s failed: %s", job.name, action.snapshot, error)
+        self.submit(events.FlushEnded(action.job, action.snapshot, problem))
+        await self._announce_progress()
+
+    def _write_durable(self, job: Job, snapshot: Snapshot) -> None:
+        assert self.nvme is not None
+        failpoint("agent.flush.before_begin")
+        self.nvme.begin(job.name, snapshot.id)
+        commit = Commit(
+            job=job.name,
+            incarnation=snapshot.id.incarnation,
+            step=snapshot.id.step,
+            world=snapshot.world,
+            committed_unix_s=time.time(),
+        )
+        for rank, shard in sorted(snapshot.sealed.items()):
+            layout = self.memory.layout(job.name, shard.layout_id)
+            self.nvme.put_layout(job.name, shard.layout_id, layout)
+            with self.open_memory(job, snapshot, rank) as image:
+                self.nvme.store(job.name, snapshot.id, rank, image.image, shard.envelope)
+            commit.shards.append(
+                CommittedShard(
+                    rank=rank,
+                    layout_id=shard.layout_id,
+                    image_bytes=shard.image_bytes,
+                    record_digest=record_digest(shard.envelope),
+                )
+            )
+            failpoint("agent.flush.after_shard")
+        body = commit.SerializeToString(deterministic=True)
+        self.nvme.commit(job.name, snapshot.id, seal("commit", body, repairable=True))
+        failpoint("agent.flush.after_commit")
+
+    async def _verify_adopted(self, action: actions.VerifyAdopted) -> None:
+        job = self.state.jobs[action.job]
+        snapshot = job.snapshots[action.snapshot]
+        loop = asyncio.get_running_loop()
+        damaged = ""
+        try:
+            for rank in sorted(snapshot.sealed):
+                await loop.run_in_executor(self.workers, self.check_memory, job, snapshot, rank)
+        except (EverstepError, OSError) as error:
+            damaged = str(error)
+            log.error("job %s: adopted %s is damaged: %s", job.name, action.snapshot, error)
+        self.submit(events.AdoptedVerified(action.job, action.snapshot, damaged))
+        await self._announce_progress()
+
+    async def _delete_durable(self, action: actions.DeleteDurable) -> None:
+        assert self.nvme is not None
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self.workers, self.nvme.delete, action.job, action.snapshot)
+        except (EverstepError, OSError) as error:
+            # A snapshot that could not be deleted costs space, never safety: found at the next
+            # start and deleted then.
+            log.warning("job %s: %s was not deleted: %s", action.job, action.snapshot, error)
+
+    def arena_file(self, job: str, rank: int, generation: int) -> ArenaFile:
+        """The arena of a rank's generation, as found on tmpfs."""
+        for arena in self.memory.arenas(job):
+            if (arena.rank, arena.generation) == (rank, generation):
+                return arena
+        raise FileNotFoundError(f"arena of rank {rank}, generation {generation}, of job {job}")
+
+    def open_memory(self, job: Job, snapshot: Snapshot, rank: int) -> ShardImage:
+        """Map one sealed shard of this node's memory, read-only."""
+        shard = snapshot.sealed[rank]
+        arena = self.arena_file(job.name, rank, shard.place.generation)
+        return self.memory.image(arena, shard.place.slot, shard.image_bytes)
+
+    def check_memory(self, job: Job, snapshot: Snapshot, rank: int) -> None:
+        """Check a sealed shard's digests; blocks, so call it in a thread.
+
+        Raises:
+            Damaged: If the bytes are not what was captured.
+        """
+        record = open_record(snapshot.sealed[rank].envelope, f"record of rank {rank}")
+        with self.open_memory(job, snapshot, rank) as image:
+            where = f"memory, rank {rank} of {snapshot.id}"
+            check_image(image.image, record, where, self.digesters)
+
+
+def membership_of(job: Job) -> Membership:
+    """What is kept of a job's membership beside its arenas."""
+    restored = job.restored or SnapshotId(0, 0)
+    return Membership(
+        job=job.name,
+        incarnation=job.incarnation,
+        world=job.world,
+        launch_id=job.launch_id,
+        restored_incarnation=restored.incarnation,
+        restored_step=restored.step,
+        restore_decided=job.restore_decided,
+        members=[
+            Member(
+                rank=rank,
+                process_id=member.process_id,
+                pid=member.pid,
+                pid_started_s=member.pid_started_s,
+            )
+            for rank, member in sorted(job.members.items())
+        ],
+    )

@@ -1,0 +1,210 @@
+"""Which snapshot a job restores, and from which copies.
+
+Owns the search: newest first, each rank's shard from memory, else NVMe, digests checked before
+the answer is given. Promises that every rank of an incarnation gets the same snapshot, that a
+copy which fails its check is named, and that an answer is whole or an error (P0): never a mix of
+steps, never part of a state. Does not move bytes: trainers read the copies in place.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from everstep.agent import events
+from everstep.agent.job import Job, Stage
+from everstep.agent.pipeline import Pipeline
+from everstep.proto.agent_pb2 import RejectedCopy, RestoreReply, ShardLocation
+from everstep.proto.errors import (
+    Damaged,
+    DeadlineExceeded,
+    EverstepError,
+    NothingRecoverable,
+    StateMismatch,
+)
+from everstep.proto.failpoint import failpoint
+from everstep.proto.ids import SnapshotId
+from everstep.snapshot.digest import check_image
+from everstep.snapshot.record import open_record
+
+log = logging.getLogger("everstep.agent")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a restore may take."""
+
+    to_step: int | None = None
+    levels: frozenset[str] = frozenset()
+    """Allowed levels; empty means all."""
+
+    def allows(self, level: str) -> bool:
+        """Whether copies of this level may be used."""
+        return not self.levels or level in self.levels
+
+
+@dataclass(slots=True)
+class Search:
+    """One search under way; all ranks wait for the same."""
+
+    rejected: list[RejectedCopy] = field(default_factory=list)
+
+    def reject(self, snapshot: SnapshotId, rank: int, level: str, reason: str) -> None:
+        """Note a copy that was not taken."""
+        log.warning("%s, rank %d, %s: not used: %s", snapshot, rank, level, reason)
+        self.rejected.append(
+            RejectedCopy(step=snapshot.step, rank=rank, level=level, reason=reason)
+        )
+
+
+class Recovery:
+    """Decides restores for one agent."""
+
+    def __init__(self, pipeline: Pipeline, timeout_s: float) -> None:
+        self._pipeline = pipeline
+        self._timeout_s = timeout_s
+        self._decisions: dict[tuple[str, int], asyncio.Task[RestoreReply]] = {}
+
+    async def decide(self, job: Job, wanted: Wanted) -> RestoreReply:
+        """The one answer for the job's present incarnation.
+
+        Raises:
+            NothingRecoverable: If there are snapshots, but no whole one.
+            StateMismatch: If the newest was saved by another number of ranks.
+            DeadlineExceeded: If the check takes longer than `restore_timeout_s`.
+        """
+        key = (job.name, job.incarnation)
+        for ended in [k for k in self._decisions if k[0] == job.name and k != key]:
+            del self._decisions[ended]
+        task = self._decisions.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            task = asyncio.get_running_loop().create_task(self._search(job, wanted))
+            self._decisions[key] = task
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await asyncio.shield(task)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"checking the snapshots of {job.name}", self._timeout_s
+            ) from None
+
+    async def _search(self, job: Job, wanted: Wanted) -> RestoreReply:
+        search = Search()
+        candidates = _candidates(job, wanted)
+        for snapshot in candidates:
+            locations = await self._locate(job, snapshot, wanted, search)
+            if locations is None:
+                continue
+            decided = events.RestoreDecided(job.name, job.incarnation, snapshot)
+            self._pipeline.submit(decided)
+            failpoint("agent.restore.decided")
+            return RestoreReply(
+                found=True,
+                incarnation=snapshot.incarnation,
+                step=snapshot.step,
+                shards=locations,
+                rejected=search.rejected,
+            )
+        if candidates or (wanted.to_step is not None):
+            reasons = [
+                f"step {r.step}, rank {r.rank}, {r.level}: {r.reason}" for r in search.rejected
+            ]
+            if not candidates:
+                reasons = [f"step {wanted.to_step} is at no level; `everstep list` shows what is"]
+            raise NothingRecoverable(job.name, tuple(reasons))
+        self._pipeline.submit(events.RestoreDecided(job.name, job.incarnation, None))
+        return RestoreReply(found=False)
+
+    async def _locate(
+        self, job: Job, snapshot: SnapshotId, wanted: Wanted, search: Search
+    ) -> list[ShardLocation] | None:
+        """A checked copy of every rank's shard, or None with the reasons in `search`."""
+        world = _world_of(job, snapshot)
+        if world != job.world:
+            raise StateMismatch(
+                f"{snapshot} of job {job.name!r} was saved by {world} rank(s), and this launch "
+                f"has {job.world}. Start {world} rank(s), or restore an older step with `to=`. "
+                "Nothing was loaded."
+            )
+        in_memory = self._pipeline.submit(events.Pin(job.name, snapshot))
+        try:
+            found = await asyncio.gather(
+                *(self._copy_of(job, snapshot, rank, wanted, search) for rank in range(world))
+            )
+            return None if None in found else [location for location in found if location]
+        finally:
+            if in_memory:
+                self._pipeline.submit(events.Unpin(job.name, snapshot))
+
+    async def _copy_of(
+        self, job: Job, snapshot: SnapshotId, rank: int, wanted: Wanted, search: Search
+    ) -> ShardLocation | None:
+        sources: Iterable[tuple[str, Callable[[Job, SnapshotId, int], ShardLocation | None]]] = (
+            ("memory", self._from_memory),
+            ("nvme", self._from_nvme),
+        )
+        loop = asyncio.get_running_loop()
+        for level, source in sources:
+            if not wanted.allows(level):
+                continue
+            try:
+                location = await loop.run_in_executor(
+                    self._pipeline.workers, source, job, snapshot, rank
+                )
+            except (EverstepError, OSError) as error:
+                search.reject(snapshot, rank, level, str(error))
+                if level == "memory" and isinstance(error, Damaged):
+                    self._pipeline.submit(events.Damaged(job.name, snapshot, str(error)))
+                continue
+            if location is not None:
+                return location
+        return None
+
+    def _from_memory(self, job: Job, snapshot_id: SnapshotId, rank: int) -> ShardLocation | None:
+        snapshot = job.snapshots.get(snapshot_id)
+        if snapshot is None or snapshot.stage is not Stage.COMMITTED:
+            return None
+        shard = snapshot.sealed[rank]
+        self._pipeline.check_memory(job, snapshot, rank)
+        arena = self._pipeline.arena_file(job.name, rank, shard.place.generation)
+        return ShardLocation(
+            rank=rank,
+            level="memory",
+            path=str(arena.path),
+            offset=shard.place.slot * arena.slot_bytes,
+            image_bytes=shard.image_bytes,
+            record=shard.envelope,
+            layout=self._pipeline.memory.layout(job.name, shard.layout_id),
+        )
+
+    def _from_nvme(self, job: Job, snapshot: SnapshotId, rank: int) -> ShardLocation | None:
+        nvme = self._pipeline.nvme
+        if nvme is None or snapshot not in job.durable:
+            return None
+        with nvme.open_shard(job.name, snapshot, rank) as shard:
+            record = open_record(shard.record, f"record of rank {rank}")
+            check_image(shard.image, record, str(shard.path), self._pipeline.digesters)
+            return ShardLocation(
+                rank=rank,
+                level="nvme",
+                path=str(shard.path),
+                offset=0,
+                image_bytes=record.image_bytes,
+                record=shard.record,
+                layout=nvme.layout(job.name, record.layout_id),
+            )
+
+
+def _world_of(job: Job, snapshot: SnapshotId) -> int:
+    in_memory = job.snapshots.get(snapshot)
+    return in_memory.world if in_memory is not None else job.durable[snapshot]
+
+
+def _candidates(job: Job, wanted: Wanted) -> list[SnapshotId]:
+    """Committed snapshots that the caller may take, newest first."""
+    found: set[SnapshotId] = set()
+    if wanted.allows("memory"):
+        found |= {s.id for s in job.snapshots.values() if s.stage is Stage.COMMITTED}
+    if wanted.allows("nvme"):
+        found |= set(job.durable)
+    return sorted((s for s in found if wanted.to_step in (None, s.step)), reverse=True)

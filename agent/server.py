@@ -1,0 +1,283 @@
+"""The agent's gRPC service: message in, event or query, message out.
+
+Owns the translation between the wire and the state machine, and the life of each trainer's
+session. Promises that every call ends within its limit, that an error raised on purpose arrives
+as itself (see `proto/wire_errors.py`), and that nothing received is used before it was checked.
+Decides nothing and touches no level itself.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import wraps
+from typing import Any
+
+import grpc
+import psutil
+
+from everstep.agent import events, reports
+from everstep.agent.actions import Place
+from everstep.agent.config import Config
+from everstep.agent.pipeline import Pipeline
+from everstep.agent.recovery import Recovery, Wanted
+from everstep.agent.reservation import reserve_arena
+from everstep.proto import agent_pb2 as wire
+from everstep.proto.agent_pb2_grpc import AgentServicer
+from everstep.proto.errors import DeadlineExceeded, EverstepError, FormatInvalid, StaleIncarnation
+from everstep.proto.failpoint import failpoint
+from everstep.proto.ids import checked_name
+from everstep.proto.wire_errors import METADATA_KEY, encode, status_of
+from everstep.snapshot.record import open_record
+
+log = logging.getLogger("everstep.agent")
+Handler = Callable[[Any, Any, Any], Awaitable[Any]]
+
+
+def _answered(handler: Handler) -> Handler:
+    """Turn errors raised on purpose into their gRPC form."""
+
+    @wraps(handler)
+    async def answered(self: Any, request: Any, context: Any) -> Any:
+        try:
+            return await handler(self, request, context)
+        except EverstepError as error:
+            await _abort(context, error)
+
+    return answered
+
+
+async def _abort(context: Any, error: EverstepError) -> None:
+    metadata = ((METADATA_KEY, encode(error)),)
+    # Status messages travel as headers, which have a limit.
+    await context.abort(status_of(error), str(error)[:2000], trailing_metadata=metadata)
+
+
+def process_alive(pid: int, started_s: float) -> bool:
+    """Whether this very process (not a later one with its pid) runs."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started_s) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+class Service(AgentServicer):
+    """What trainers and the CLI call."""
+
+    def __init__(self, config: Config, pipeline: Pipeline, version: str) -> None:
+        self._config = config
+        self._pipeline = pipeline
+        self._state = pipeline.state
+        self._recovery = Recovery(pipeline, config.limits.restore_timeout_s)
+        self._version = version
+        self._started_s = time.monotonic()
+
+    async def Attach(self, request: wire.AttachRequest, context: Any) -> AsyncIterator[wire.Notice]:
+        """Hold a trainer's session open; see agent.proto."""
+        try:
+            incarnation = self._attach(request)
+        except EverstepError as error:
+            await _abort(context, error)
+            return
+        caller = _caller(request.session)
+        queue = self._pipeline.notices.subscribe(caller.job, caller.rank)
+        try:
+            yield self._attached(incarnation)
+            for notice in reports.newest_commits(self._state.jobs[caller.job]):
+                yield notice
+            while True:
+                yield await queue.get()
+        finally:
+            self._pipeline.notices.unsubscribe(caller.job, caller.rank, queue)
+            self._pipeline.submit(events.SessionLost(caller.job, caller.rank, caller.process_id))
+
+    def _attach(self, request: wire.AttachRequest) -> int:
+        caller = _caller(request.session)
+        job = self._state.jobs.get(caller.job)
+        holder = job.members.get(caller.rank) if job is not None else None
+        alive = (
+            holder is not None
+            and holder.process_id != caller.process_id
+            and holder.pid != request.pid
+            and process_alive(holder.pid, holder.pid_started_s)
+        )
+        in_flight = None
+        if request.HasField("in_flight"):
+            place = Place(request.in_flight.generation, request.in_flight.slot)
+            in_flight = events.InFlight(request.in_flight.step, place)
+        has_interval = request.HasField("nvme_interval_steps")
+        incarnation: int = self._pipeline.submit(
+            events.Attach(
+                caller=caller,
+                launch_id=request.launch_id[:256],
+                pid=request.pid,
+                pid_started_s=request.pid_started_s,
+                holder_alive=alive,
+                nvme_interval_steps=request.nvme_interval_steps if has_interval else None,
+                in_flight=in_flight,
+            )
+        )
+        log.info("job %s: rank %d attached, pid %d", caller.job, caller.rank, request.pid)
+        return incarnation
+
+    def _attached(self, incarnation: int) -> wire.Notice:
+        levels = ["memory"] + (["nvme"] if self._pipeline.nvme is not None else [])
+        return wire.Notice(
+            attached=wire.Attached(
+                incarnation=incarnation,
+                node_id=self._config.agent.node_id,
+                agent_version=self._version,
+                levels=levels,
+            )
+        )
+
+    @_answered
+    async def Declare(self, request: wire.DeclareRequest, context: Any) -> wire.DeclareReply:
+        """Agree on replicated leaves, reserve the arena; see agent.proto."""
+        caller = _caller(request.session)
+        agreed: tuple[int, ...] = ()
+        if not request.layout:
+            agreed = await self._agree(caller, request)
+            return wire.DeclareReply(agreed=agreed)
+        arena = await reserve_arena(
+            self._pipeline, self._config, caller, request.layout, request.layout_id
+        )
+        failpoint("agent.declare.reserved")
+        return wire.DeclareReply(
+            arena_path=str(arena.path),
+            slot_bytes=arena.slot_bytes,
+            slot_count=arena.slot_count,
+            generation=arena.generation,
+        )
+
+    async def _agree(self, caller: events.Caller, request: wire.DeclareRequest) -> tuple[int, ...]:
+        candidates = tuple(request.candidates)
+        if len(request.candidate_digests) != 16 * len(candidates):
+            raise FormatInvalid("Declare", "does not have one digest a candidate")
+        digests = tuple(
+            request.candidate_digests[at : at + 16]
+            for at in range(0, len(request.candidate_digests), 16)
+        )
+        future = self._pipeline.notices.agreement(caller.job, request.round)
+        self._pipeline.submit(events.Declare(caller, request.round, candidates, digests))
+        timeout_s = self._config.limits.declare_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            job = self._state.jobs[caller.job]
+            declared = job.declarations.get(request.round)
+            present = declared.candidates if declared is not None else {}
+            late = tuple(f"rank {r}" for r in range(job.world) if r not in present)
+            raise DeadlineExceeded(f"comparing replicas of {caller.job}", timeout_s, late) from None
+
+    @_answered
+    async def Offer(self, request: wire.OfferRequest, context: Any) -> wire.OfferReply:
+        """Grant a slot for a step, or say why not."""
+        reply = self._pipeline.submit(events.Offer(_caller(request.session), request.step))
+        failpoint("agent.offer.decided")
+        if isinstance(reply, Place):
+            return wire.OfferReply(granted=True, slot=reply.slot, generation=reply.generation)
+        return wire.OfferReply(granted=False, reason=reply)
+
+    @_answered
+    async def Seal(self, request: wire.SealRequest, context: Any) -> wire.SealReply:
+        """Take note of a complete shard."""
+        caller = _caller(request.session)
+        record = open_record(request.record, f"record of rank {caller.rank}")
+        fits = (record.job, record.rank, record.step, record.world, record.incarnation) == (
+            caller.job,
+            caller.rank,
+            request.step,
+            caller.world,
+            caller.incarnation,
+        )
+        if not fits:
+            raise FormatInvalid("Seal", "the record is of another shard")
+        refusal = self._pipeline.submit(
+            events.Seal(
+                caller=caller,
+                step=request.step,
+                place=Place(request.generation, request.slot),
+                layout_id=record.layout_id,
+                image_bytes=record.image_bytes,
+                replica_samples=record.replica_samples,
+                captured_unix_s=record.captured_unix_s,
+                envelope=request.record,
+            )
+        )
+        failpoint("agent.seal.before_reply")
+        return wire.SealReply(accepted=refusal is None, reason=refusal or "")
+
+    @_answered
+    async def Abandon(self, request: wire.AbandonRequest, context: Any) -> wire.AbandonReply:
+        """Drop a step that a rank will not seal."""
+        reason = request.reason[:500]
+        self._pipeline.submit(events.Abandon(_caller(request.session), request.step, reason))
+        return wire.AbandonReply()
+
+    @_answered
+    async def Restore(self, request: wire.RestoreRequest, context: Any) -> wire.RestoreReply:
+        """Say which snapshot to load, and where its checked copies lie."""
+        caller = _caller(request.session)
+        job = self._state.jobs.get(caller.job)
+        if job is None or job.incarnation != caller.incarnation:
+            raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation if job else 0)
+        to_step = request.to_step if request.HasField("to_step") else None
+        return await self._recovery.decide(job, Wanted(to_step, frozenset(request.levels)))
+
+    @_answered
+    async def Persist(self, request: wire.PersistRequest, context: Any) -> wire.PersistReply:
+        """Wait, bounded, until the newest committed snapshot is on NVMe."""
+        if self._pipeline.nvme is None:
+            return wire.PersistReply(durable=False, reason="this agent has no nvme_dir")
+        wanted = self._pipeline.submit(events.PersistWanted(checked_name("job", request.job)))
+        if wanted is None:
+            return wire.PersistReply(durable=False, reason="nothing is committed in memory yet")
+        job = self._state.jobs[request.job]
+        await self._pipeline.settled(
+            lambda: wanted in job.durable or (job.flushing is None and not job.flush_wanted),
+            min(request.timeout_s, self._config.limits.restore_timeout_s),
+        )
+        durable = wanted in job.durable
+        reason = "" if durable else (job.last_error or "the flush did not end in time")
+        return wire.PersistReply(durable=durable, step=wanted.step, reason=reason)
+
+    @_answered
+    async def Detach(self, request: wire.DetachRequest, context: Any) -> wire.DetachReply:
+        """End a session in good order."""
+        self._pipeline.submit(events.Detach(_caller(request.session)))
+        return wire.DetachReply()
+
+    @_answered
+    async def Status(self, request: wire.StatusRequest, context: Any) -> wire.StatusReply:
+        """What the agent holds and does."""
+        return reports.status(
+            self._config,
+            self._state,
+            version=self._version,
+            uptime_s=time.monotonic() - self._started_s,
+            only_job=request.job,
+        )
+
+    @_answered
+    async def Verify(self, request: wire.VerifyRequest, context: Any) -> wire.VerifyReply:
+        """Check the digests of what is held."""
+        return await reports.verify(self._pipeline, request)
+
+    @_answered
+    async def Collect(self, request: wire.CollectRequest, context: Any) -> wire.CollectReply:
+        """Free what the retention rule does not keep, or a whole job."""
+        return await reports.collect(self._pipeline, self._config, request)
+
+
+def _caller(session: wire.Session) -> events.Caller:
+    return events.Caller(
+        job=checked_name("job", session.job),
+        rank=session.rank,
+        world=session.world,
+        process_id=session.process_id[:128],
+        incarnation=session.incarnation,
+    )
