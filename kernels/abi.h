@@ -1,0 +1,75 @@
+// The C ABI of libeverstep_kernels: plain pointers and sizes, loaded by kernels/native.py.
+//
+// Promises: no function here starts a thread, allocates, throws, or keeps a pointer after it
+// returns; every range is given by the caller, so threads may share the work by units. Results
+// are the same bytes on every instruction set.
+// Does not promise: any check of pointers or sizes. The Python wrappers do that.
+//
+// A unit is `unit_bytes` of an image, the last one possibly shorter. A digest is the XXH3-128 of
+// a unit (default secret, seed 0), 16 bytes in canonical big-endian order.
+//
+// `isa`: 0 is the best this machine has, 1 scalar, 2 AVX2, 3 AVX-512; one that the machine lacks
+// means the best it has.
+#ifndef EVERSTEP_ABI_H
+#define EVERSTEP_ABI_H
+
+#include <stdint.h>
+
+#define EVERSTEP_ABI 1
+#define EVERSTEP_DIGEST_BYTES 16
+#define EVERSTEP_EXPORT __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// One source (capture) or destination (restore) of a byte range of the image. Arrays of pieces
+// are sorted by offset and do not overlap. A null address, like a gap between two pieces, means
+// that the image's own bytes are neither written (capture) nor copied out (restore).
+typedef struct {
+    uint8_t* address;
+    uint64_t offset;
+    uint64_t bytes;
+} everstep_piece;
+
+EVERSTEP_EXPORT uint32_t everstep_abi(void);
+EVERSTEP_EXPORT int everstep_best_isa(void);
+
+// Writes one digest a unit.
+EVERSTEP_EXPORT void everstep_digest_units(const uint8_t* data, uint64_t bytes,
+                                           uint64_t unit_bytes, uint8_t* digests, int isa);
+
+// Returns the number of units whose digest differs; sets one byte a unit, 1 where it differs.
+EVERSTEP_EXPORT uint64_t everstep_verify_units(const uint8_t* data, uint64_t bytes,
+                                               uint64_t unit_bytes, const uint8_t* expected,
+                                               uint8_t* bad, int isa);
+
+// Copies the pieces' bytes in units [first_unit, first_unit + unit_count) into the image and
+// writes these units' digests; `digests` is indexed from unit 0 and may be null (copy only).
+// Everything stored is visible to other threads once this returns.
+EVERSTEP_EXPORT void everstep_capture_units(const everstep_piece* pieces, uint64_t piece_count,
+                                            uint8_t* image, uint64_t image_bytes,
+                                            uint64_t unit_bytes, uint64_t first_unit,
+                                            uint64_t unit_count, uint8_t* digests, int isa);
+
+// Checks each unit of the range against its digest (`expected` is indexed from unit 0) and
+// copies it out to the pieces only if it matches. Returns the number of units that do not;
+// `bad` has one byte for each unit of the range, the first for `first_unit`.
+EVERSTEP_EXPORT uint64_t everstep_restore_units(const everstep_piece* pieces,
+                                                uint64_t piece_count, const uint8_t* image,
+                                                uint64_t image_bytes, uint64_t unit_bytes,
+                                                uint64_t first_unit, uint64_t unit_count,
+                                                const uint8_t* expected, uint8_t* bad, int isa);
+
+// Writes a 64-bit fingerprint of each source: of its first and last 8 bytes and of `samples`
+// windows of 8 bytes, at positions that depend on the seed and the source's index. A source of
+// at most max(16, 8 * samples) bytes is hashed whole.
+EVERSTEP_EXPORT void everstep_sample(const uint8_t* const* sources, const uint64_t* bytes,
+                                     uint64_t count, uint32_t samples, uint64_t seed,
+                                     uint64_t* fingerprints);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
