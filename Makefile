@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 READY := .venv/.everstep-ready
 LIBRARY := kernels/libeverstep_kernels.so
 LINKS := .view/.everstep-links
@@ -33,8 +34,8 @@ setup: $(READY)
 # pip's own isolation builds the wheel, so that .venv need not hold a build backend.
 $(READY): pyproject.toml constraints.txt CMakeLists.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --upgrade pip
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 view: $(LINKS) kernels
@@ -47,8 +48,8 @@ $(LINKS): Makefile
 
 kernels: $(LIBRARY)
 
-# Installed through the view's link, the library lands in kernels/ itself, where the editable
-# install finds it before the copy that pip built.
+# Installed through the view's link, the library lands in kernels/ itself. Being newer, it is
+# loaded instead of the one that pip built.
 $(LIBRARY): $(KERNEL_SOURCES) | $(LINKS)
 	cmake -S . -B build/dev -DEVERSTEP_WARNINGS_ARE_ERRORS=ON
 	cmake --build build/dev

@@ -43,21 +43,20 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def find_library(folders: Iterable[str]) -> Path:
-    """Return the first library in `folders`.
+    """Return the library in `folders`, the newest if several hold one.
 
     Raises:
         ImportError: If there is none.
     """
-    looked = []
-    for folder in folders:
-        path = Path(folder) / LIBRARY_NAME
-        if path.exists():
-            return path
-        looked.append(folder)
-    raise ImportError(
-        f"{LIBRARY_NAME} is in none of {', '.join(looked) or 'no folder at all'}. Build it: "
-        "`make kernels` in a checkout, or install Everstep again (`pip install everstep`)."
-    )
+    candidates = [Path(folder) / LIBRARY_NAME for folder in folders]
+    found = [path for path in candidates if path.exists()]
+    if not found:
+        looked = ", ".join(str(path.parent) for path in candidates) or "no folder at all"
+        raise ImportError(
+            f"{LIBRARY_NAME} was not found; looked in {looked}. Build it with `make kernels` in a "
+            "checkout, or install Everstep again (`pip install everstep`)."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
 def load_library(path: Path) -> ctypes.CDLL:
@@ -86,8 +85,8 @@ def load_library(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-# `__path__` and not `__file__`: in an editable install the sources lie in the checkout and the
-# library in site-packages.
+# `__path__` and not `__file__`: in an editable install the sources lie in the checkout and pip's
+# build of the library in site-packages, where it grows old once `make kernels` has built another.
 library = load_library(find_library(kernels.__path__))
 
 

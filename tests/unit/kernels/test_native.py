@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import shutil
 import subprocess
 import sys
@@ -13,15 +14,19 @@ from everstep import kernels
 from everstep.kernels import native
 
 
-def test_the_first_folder_with_a_library_wins(tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    second.mkdir()
-    (second / native.LIBRARY_NAME).touch()
-    assert native.find_library([str(first), str(second)]) == second / native.LIBRARY_NAME
+@pytest.mark.parametrize("newest", [0, 1])
+def test_the_newest_library_wins(tmp_path: Path, newest: int) -> None:
+    folders = [tmp_path / "site-packages", tmp_path / "checkout", tmp_path / "empty"]
+    for age, folder in enumerate(folders):
+        folder.mkdir()
+        if age < 2:
+            (folder / native.LIBRARY_NAME).touch()
+            os.utime(folder / native.LIBRARY_NAME, (1000, 1000 + (age == newest)))
+    assert native.find_library(map(str, folders)).parent == folders[newest]
 
 
 def test_no_library_says_how_to_build_one(tmp_path: Path) -> None:
-    with pytest.raises(ImportError, match=r"make kernels.*pip install") as caught:
+    with pytest.raises(ImportError, match=r"make kernels.*install Everstep") as caught:
         native.find_library([str(tmp_path)])
     assert str(tmp_path) in str(caught.value)
 
