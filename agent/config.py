@@ -1,0 +1,344 @@
+"""Every option of the agent, where it may come from, and what it may be.
+
+Owns the options with their defaults and ranges; deploy/everstep.toml is their commented list.
+Promises that a `Config` was checked as a whole, so that whoever reads it need not check again, that
+flags win over the file and the file over the defaults, and that an unknown option is an error. Does
+not look at the machine: whether directories exist and limits suffice is the doctor's to say.
+"""
+
+import difflib
+import os
+import re
+import socket as sockets
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from everstep.agent.options import (
+    ALIGNMENT_BYTES,
+    MIB,
+    Interval,
+    as_bytes,
+    as_choice,
+    as_count,
+    as_endpoint,
+    as_flag,
+    as_interval,
+    as_path,
+    as_path_or_none,
+    as_seconds,
+    as_text,
+    as_uids,
+    is_loopback,
+    split_endpoint,
+)
+from everstep.proto.errors import InvalidConfiguration
+from everstep.proto.ids import MAX_RANKS, checked_name
+from everstep.proto.places import (
+    SOCKET_PATH_MAX_BYTES,
+    default_places,
+    fits_socket,
+    private_socket,
+)
+
+AUTO = "auto"
+"""In the file: take what `default_places` or the host says."""
+
+
+def _rule(parse: Callable[[object], Any]) -> Mapping[str, Callable[[object], Any]]:
+    return MappingProxyType({"parse": parse})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentOptions:
+    """[agent]: who and where this agent is. Fields without a default are "auto" in the file."""
+
+    node_id: str = field(metadata=_rule(as_text))
+    """This host's name among agents; the host name, made safe."""
+    socket: Path = field(metadata=_rule(as_path))
+    """The public unix socket for trainers and the CLI."""
+    listen: str = field(default="", metadata=_rule(as_endpoint))
+    """``HOST:PORT`` for other agents; empty for none."""
+    insecure: bool = field(default=False, metadata=_rule(as_flag))
+    """Allow `listen` beyond loopback without TLS: anyone on that network can read the state."""
+    memory_dir: Path = field(metadata=_rule(as_path))
+    """Directory of the arenas, on a tmpfs."""
+    nvme_dir: Path | None = field(metadata=_rule(as_path_or_none))
+    """Directory of the durable level; None for no such level."""
+    allowed_uids: frozenset[int] = field(default=frozenset(), metadata=_rule(as_uids))
+    """Users besides the agent's own and root who may talk to it."""
+    log_file: Path | None = field(default=None, metadata=_rule(as_path_or_none))
+    """None for standard error."""
+    log_level: str = field(
+        default="info", metadata=_rule(as_choice("debug", "info", "warning", "error"))
+    )
+    """The least severe messages that are logged."""
+    max_jobs: int = field(default=16, metadata=_rule(as_count(1, 4096)))
+    """Jobs whose arenas are held at one time."""
+    shutdown_timeout_s: float = field(default=30.0, metadata=_rule(as_seconds(1, 3600)))
+    """From SIGTERM to the end of the process, flush included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryOptions:
+    """[memory]: the arenas."""
+
+    slots: int = field(default=2, metadata=_rule(as_count(2, 8)))
+    """Snapshots of one rank held side by side, the one in flight included."""
+    keep_free_bytes: int = field(default=512 * MIB, metadata=_rule(as_bytes(0, 1 << 50)))
+    """Left free in `memory_dir` and in the host's memory."""
+    quota_bytes: int = field(default=0, metadata=_rule(as_bytes(0, 1 << 50)))
+    """Arena bytes one job may hold on this host; 0 for no limit."""
+    digest_threads: int = field(default=2, metadata=_rule(as_count(1, 64)))
+    """Threads that digest committed shards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NvmeOptions:
+    """[nvme]: the durable level of this host."""
+
+    interval: Interval = field(default=Interval(every_steps=100), metadata=_rule(as_interval))
+    """How often a committed snapshot is flushed; a trainer may ask for another interval."""
+    keep_newest: int = field(default=2, metadata=_rule(as_count(1, 1000)))
+    """Committed steps that are kept."""
+    keep_every_steps: int = field(default=0, metadata=_rule(as_count(0, 1 << 40)))
+    """Also keep each step that this divides; 0 for none."""
+    write_threads: int = field(default=2, metadata=_rule(as_count(1, 64)))
+    """Shards written at one time."""
+    chunk_bytes: int = field(default=8 * MIB, metadata=_rule(as_bytes(ALIGNMENT_BYTES, 1024 * MIB)))
+    """Bytes of one write; a multiple of 4096."""
+    direct: bool = field(default=True, metadata=_rule(as_flag))
+    """Write with O_DIRECT where the file system can."""
+    flush_on_exit: bool = field(default=True, metadata=_rule(as_flag))
+    """Flush the newest committed snapshot when a trainer dies."""
+    flush_on_sigterm: bool = field(default=True, metadata=_rule(as_flag))
+    """Flush the newest committed snapshot before the agent ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitOptions:
+    """[limits]: bounds on waits and on what a peer can make the agent hold."""
+
+    declare_timeout_s: float = field(default=30.0, metadata=_rule(as_seconds(1, 3600)))
+    """How long ranks wait for each other to declare their layouts."""
+    restore_timeout_s: float = field(default=600.0, metadata=_rule(as_seconds(1, 86400)))
+    """How long ranks wait for a restore to be decided and verified."""
+    max_message_bytes: int = field(default=64 * MIB, metadata=_rule(as_bytes(MIB, 1024 * MIB)))
+    """The largest gRPC message that is accepted."""
+    max_ranks: int = field(default=1024, metadata=_rule(as_count(1, MAX_RANKS)))
+    """The largest world a job may have."""
+    max_connections: int = field(default=256, metadata=_rule(as_count(8, 1 << 16)))
+    """Open connections to the public socket; each holds two file descriptors."""
+    max_concurrent_calls: int = field(default=1024, metadata=_rule(as_count(16, 1 << 20)))
+    """gRPC calls at one time; each attached trainer holds one open."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsOptions:
+    """[tls]: mutual TLS between agents; all three or none."""
+
+    certificate: Path | None = field(default=None, metadata=_rule(as_path_or_none))
+    """PEM; its subject is the node id."""
+    key: Path | None = field(default=None, metadata=_rule(as_path_or_none))
+    """PEM, readable by the agent's user only."""
+    authority: Path | None = field(default=None, metadata=_rule(as_path_or_none))
+    """PEM of who signs the agents' certificates."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether agents must prove who they are."""
+        return self.certificate is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All options of one agent, checked."""
+
+    agent: AgentOptions
+    memory: MemoryOptions
+    nvme: NvmeOptions
+    limits: LimitOptions
+    tls: TlsOptions
+
+    @property
+    def private_socket(self) -> Path:
+        """Where the gRPC server listens, behind the door."""
+        return private_socket(self.agent.socket)
+
+    @property
+    def lock(self) -> Path:
+        """Held by the agent that owns the socket."""
+        return self.agent.socket.with_suffix(".lock")
+
+
+_SECTIONS: Mapping[str, type[Any]] = MappingProxyType(
+    {section.name: section.type for section in fields(Config)}  # type: ignore[misc]
+)
+_Given = dict[str, tuple[object, str]]
+"""By dotted option: the value as given, and the file it came from (empty for a flag)."""
+
+
+def load(
+    file: Path | None = None,
+    overrides: Mapping[str, object] = MappingProxyType({}),
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Read, merge and check all options.
+
+    Args:
+        file: TOML; without it ``EVERSTEP_CONFIG`` names one, else there is none.
+        overrides: By dotted name, e.g. ``{"nvme.interval": "60 s"}``; None means not given. A
+            text is also understood as the file would, so ``"4"`` will do for a number.
+        environ: Instead of the process's own environment.
+
+    Raises:
+        InvalidConfiguration: For the first option that is unknown or not acceptable.
+    """
+    if environ is None:
+        environ = os.environ  # noqa: TID251  the place to read it
+    if file is None and environ.get("EVERSTEP_CONFIG"):
+        file = Path(environ["EVERSTEP_CONFIG"])
+    given: _Given = {} if file is None else _read(file)
+    given |= {option: (value, "") for option, value in overrides.items() if value is not None}
+    for option, (_, source) in given.items():
+        _known(option, source)
+    automatic = _automatic(environ)
+    return _checked(
+        Config(
+            **{
+                name: section(**_section_values(name, section, given, automatic))
+                for name, section in _SECTIONS.items()
+            }
+        ),
+        given,
+    )
+
+
+def _read(file: Path) -> _Given:
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        problem = f"the file cannot be read ({error.strerror})"
+        raise InvalidConfiguration(str(file), problem) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidConfiguration(str(file), f"the file is not TOML ({error})") from error
+    given: _Given = {}
+    for section, table in tables.items():
+        if isinstance(table, dict):
+            if section not in _SECTIONS:
+                raise InvalidConfiguration(
+                    f"[{section}]", "unknown section" + _nearest(section, _SECTIONS), str(file)
+                )
+            given |= {f"{section}.{name}": (value, str(file)) for name, value in table.items()}
+        else:
+            given[section] = (table, str(file))
+    return given
+
+
+def option_names() -> tuple[str, ...]:
+    """All options by their dotted names, in the order of the file."""
+    return tuple(
+        f"{name}.{option.name}" for name, section in _SECTIONS.items() for option in fields(section)
+    )
+
+
+def _known(option: str, source: str) -> None:
+    names = option_names()
+    if option in names:
+        return
+    elsewhere = [name for name in names if name.partition(".")[2] == option.rpartition(".")[2]]
+    hint = f"; the nearest is {elsewhere[0]}" if elsewhere else _nearest(option, names)
+    raise InvalidConfiguration(option, "unknown option" + hint, source)
+
+
+def _nearest(name: str, names: Mapping[str, object] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
+    return f"; the nearest is {close[0]}" if close else ""
+
+
+def _automatic(environ: Mapping[str, str]) -> dict[str, object]:
+    places = default_places(environ, os.getuid())
+    return {
+        "agent.node_id": safe_node_id(sockets.gethostname()),
+        "agent.socket": places.socket,
+        "agent.memory_dir": places.memory_dir,
+        "agent.nvme_dir": places.nvme_dir,
+    }
+
+
+def safe_node_id(hostname: str) -> str:
+    """Return `hostname` with what an id may not contain replaced; never empty."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", hostname).lstrip(".")[:128] or "node"
+
+
+def _section_values(
+    section_name: str, section: type[Any], given: _Given, automatic: Mapping[str, object]
+) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for option in fields(section):
+        name = f"{section_name}.{option.name}"
+        value, source = given.get(name, (AUTO if name in automatic else MISSING, ""))
+        if value == AUTO and name in automatic:
+            values[option.name] = automatic[name]
+        elif value is not MISSING:
+            values[option.name] = _parsed(name, option, value, source)
+    return values
+
+
+def _parsed(name: str, option: Field[Any], value: object, source: str) -> object:
+    parse: Callable[[object], object] = option.metadata["parse"]
+    try:
+        return parse(value)
+    except ValueError as error:
+        if not source and isinstance(value, str):
+            try:
+                return parse(tomllib.loads(f"value = {value}")["value"])
+            except (tomllib.TOMLDecodeError, ValueError):
+                pass
+        raise InvalidConfiguration(name, str(error), source) from error
+
+
+def _checked(config: Config, given: _Given) -> Config:
+    """The rules that concern more than one option or more than its type."""
+
+    def require(holds: bool, option: str, problem: str) -> None:
+        if not holds:
+            raise InvalidConfiguration(option, problem, given.get(option, ("", ""))[1])
+
+    agent, tls = config.agent, config.tls
+    checked_name("node", agent.node_id)
+    require(
+        fits_socket(agent.socket) and fits_socket(config.private_socket),
+        "agent.socket",
+        f"{agent.socket} is too long: a unix socket's path, {config.private_socket} included, "
+        f"has at most {SOCKET_PATH_MAX_BYTES} bytes; name a shorter one",
+    )
+    require(
+        agent.nvme_dir is None or not agent.nvme_dir.is_relative_to(agent.memory_dir),
+        "agent.nvme_dir",
+        f"{agent.nvme_dir} lies in memory_dir and would not survive power loss; name a directory "
+        'on a disk, or "" to do without that level',
+    )
+    require(
+        config.nvme.chunk_bytes % ALIGNMENT_BYTES == 0,
+        "nvme.chunk_bytes",
+        f"{config.nvme.chunk_bytes} is not a multiple of {ALIGNMENT_BYTES}, as O_DIRECT needs",
+    )
+    pems = (tls.certificate, tls.key, tls.authority)
+    require(
+        all(pems) or not any(pems),
+        "tls",
+        "certificate, key and authority are needed together; set all three or none",
+    )
+    host = split_endpoint(agent.listen)[0] if agent.listen else "localhost"
+    require(
+        is_loopback(host) or tls.enabled or agent.insecure,
+        "agent.listen",
+        f"{agent.listen} can be reached from other hosts, and without TLS anyone there could read "
+        "and replace training state; fill in [tls], listen on 127.0.0.1, or set insecure = true "
+        "on a network that you trust",
+    )
+    return config
