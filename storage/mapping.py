@@ -1,0 +1,53 @@
+"""Files as memory, for as long as a ``with`` block.
+
+Owns mapping a range of an open file whatever its offset and length. Does not guard against a file
+that is cut short while it is mapped: arenas never shrink, and shards are only ever replaced.
+"""
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def map_range(
+    descriptor: int, offset: int, length_bytes: int, *, writable: bool = False
+) -> tuple[memoryview, mmap.mmap | None]:
+    """Map part of a file; the view is exactly that part.
+
+    Args:
+        descriptor: The open file. It may be closed afterwards.
+        offset: First byte; need not be aligned.
+        length_bytes: How many. None at all needs no mapping, and gives an empty view.
+        writable: Whether what is written to the view changes the file.
+
+    Raises:
+        OSError: If the kernel refuses.
+    """
+    if length_bytes == 0:
+        return memoryview(b""), None
+    lead_bytes = offset % mmap.ALLOCATIONGRANULARITY
+    mapping = mmap.mmap(
+        descriptor,
+        length_bytes + lead_bytes,
+        flags=mmap.MAP_SHARED,
+        prot=mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ,
+        offset=offset - lead_bytes,
+    )
+    with memoryview(mapping) as whole:
+        return whole[lead_bytes:], mapping
+
+
+@contextmanager
+def writable_range(descriptor: int, offset: int, length_bytes: int) -> Iterator[memoryview]:
+    """A writable view of part of a file, unmapped at the end of the block."""
+    view, mapping = map_range(descriptor, offset, length_bytes, writable=True)
+    try:
+        yield view
+    finally:
+        try:
+            view.release()
+            if mapping is not None:
+                mapping.close()
+        except BufferError:
+            # See ShardImage.__exit__: the mapping goes when the last view does.
+            pass
