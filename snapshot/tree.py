@@ -36,6 +36,7 @@ Key = str | int | float | bool | None
 MAX_DEPTH = 100
 MAX_ENTRIES = 1 << 22
 MAX_NAME_CHARS = 1 << 16
+MAX_KEY_BITS = 4096
 
 _WHERE = "the names of a snapshot"
 _ESCAPED = re.compile(r"~(?:e|x[0-9a-f]+|i-?[0-9]{1,4000}|j[-+.a-z0-9]{1,32})")
@@ -155,12 +156,10 @@ class _Flattening:
             if child_kind in _SCALARS:
                 values.append((position, key, child))
             elif child_kind in _WALKERS:
-                # A key without a spelling matters only if there is a tensor behind it.
-                known = type(key) in _KEYS
-                name = prefix + (_element(key, path) if known else "?")
-                if not self.walk(child, name, depth + 1):
+                element = _spelled(key)
+                if not self.walk(child, prefix + (element or "?"), depth + 1):
                     values.append((position, key, child))
-                elif not known:
+                elif element is None:  # it matters only now that there is a tensor behind it
                     raise _no_spelling(path, key)
             elif self.is_tensor(child):
                 self.tensors.append((prefix + _element(key, path), child))
@@ -200,17 +199,22 @@ _CONTAINER_NAMES: dict[type, str] = {
 
 
 def _no_spelling(path: str, key: object) -> NotCapturable:
-    return NotCapturable(path[:200], type(key).__name__, f"the dict key {key!r:.80} has no name")
+    return NotCapturable(path[:200], type(key).__name__, "a dict key that has no spelling in names")
 
 
 def _element(key: Key, path: str) -> str:
-    spell = _KEYS.get(type(key))
-    if spell is None:
+    element = _spelled(key)
+    if element is None:
         raise _no_spelling(path, key)
-    return spell(key, path)
+    return element
 
 
-def _spell_str(key: str, path: str) -> str:
+def _spelled(key: Key) -> str | None:
+    spell = _KEYS.get(type(key))
+    return None if spell is None else spell(key)
+
+
+def _spell_str(key: str) -> str:
     if key.isascii() or not any("\ud800" <= character <= "\udfff" for character in key):
         if "~" in key or "/" in key:
             return key.replace("~", "~0").replace("/", "~1")
@@ -218,24 +222,20 @@ def _spell_str(key: str, path: str) -> str:
     return "~x" + key.encode("utf-8", "surrogatepass").hex()
 
 
-def _spell_int(key: Any, path: str) -> str:
-    if key.bit_length() > 4096:
-        raise _no_spelling(path, "a very large int")
-    return f"~i{key}"
+def _spell_int(key: int) -> str | None:
+    return f"~i{key}" if key.bit_length() <= MAX_KEY_BITS else None
 
 
-def _spell_json(key: Any, path: str) -> str:
-    if type(key) is float and not math.isfinite(key):
-        raise _no_spelling(path, key)
-    return f"~j{json.dumps(key)}"
+def _spell_float(key: float) -> str | None:
+    return f"~j{json.dumps(key)}" if math.isfinite(key) else None
 
 
-_KEYS: dict[type, Callable[[Any, str], str]] = {
+_KEYS: dict[type, Callable[[Any], str | None]] = {
     str: _spell_str,
     int: _spell_int,
-    float: _spell_json,
-    bool: _spell_json,
-    type(None): _spell_json,
+    float: _spell_float,
+    bool: lambda key: "~jtrue" if key else "~jfalse",
+    type(None): lambda key: "~jnull",
 }
 
 
