@@ -10,11 +10,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from everstep.proto.errors import InvalidConfiguration
 from everstep.proto.ids import MAX_RANKS
-from everstep.proto.places import Places, default_places, parse_address
+from everstep.proto.places import Places, default_places, format_address, parse_address
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """Slurm numbers its batch, interactive and external steps from the top of 32 bits down."""
@@ -92,18 +92,16 @@ def places(environ: Mapping[str, str] | None = None) -> Places:
     return default_places(_own(environ), os.getuid())
 
 
-def named_agent(
-    address: str | None = None, environ: Mapping[str, str] | None = None
-) -> Path | None:
-    """Return the socket that `address`, or else ``EVERSTEP_AGENT``, names.
+def named_agent(address: str | None = None, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the address that `address`, or else ``EVERSTEP_AGENT``, names, as gRPC spells it.
 
-    None means that nobody named one: the default is ``places().socket``.
+    None means that nobody named one: the default is ``places().address``.
 
     Raises:
-        InvalidConfiguration: If the address is not of the form ``unix:/path``.
+        InvalidConfiguration: If it is not of the form ``unix:/path``.
     """
     chosen = address or _own(environ).get("EVERSTEP_AGENT", "")
-    return parse_address(chosen) if chosen else None
+    return format_address(parse_address(chosen)) if chosen else None
 
 
 def _own(environ: Mapping[str, str] | None) -> Mapping[str, str]:

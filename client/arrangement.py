@@ -1,0 +1,231 @@
+"""What trainer and agent have arranged: the layout of this rank's shard, and the arena for it.
+
+Owns the mapping of the arena, the lock that keeps a second writer out, and the negotiation when
+the state's form changes: which replicated leaves are really equal on all ranks, and which range
+of each this rank keeps. Promises that a plan is used only while every source is where it was
+when the plan was made, and that leaves seen to differ between ranks are never shared again.
+"""
+
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+import xxhash
+
+from everstep.client.attachment import Collected
+from everstep.client.channel import Channel
+from everstep.kernels.capture import Sampler
+from everstep.proto import agent_pb2 as wire
+from everstep.proto.errors import RankClaimed
+from everstep.snapshot.capture import CapturePlan, check_capturable, dtype_name, identity
+from everstep.snapshot.layout import Layout, LeafSpec, Part, encode, pack
+from everstep.snapshot.replicas import share
+
+REPLICA_SAMPLES = 32
+
+
+class ArenaMapping:
+    """This process's writable view of its rank's arena, locked against a second writer."""
+
+    def __init__(self, reply: wire.DeclareReply, job: str, rank: int) -> None:
+        self.generation = reply.generation
+        self.slot_bytes = reply.slot_bytes
+        descriptor = os.open(reply.arena_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._descriptor = descriptor
+        try:
+            # A record lock: not inherited by forked children, gone with the process. A stopped
+            # trainer of an earlier launch would otherwise go on writing when it is continued.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = reply.slot_bytes * reply.slot_count
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self._memory = mmap.mmap(descriptor, size, flags=flags)
+        except OSError as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError | PermissionError):
+                raise RankClaimed(job, rank, -1) from error
+            raise
+
+    def slot(self, index: int, image_bytes: int) -> memoryview:
+        """The writable memory of a slot."""
+        begin = index * self.slot_bytes
+        return memoryview(self._memory)[begin : begin + image_bytes]
+
+    def close(self) -> None:
+        """Unmap and unlock; views of slots must have been released."""
+        self._memory.close()
+        os.close(self._descriptor)
+
+
+@dataclass(slots=True)
+class Arrangement:
+    """A layout with the plan that fills it, ready for use."""
+
+    plan: CapturePlan
+    arena: ArenaMapping
+    identity: tuple[object, ...]
+    replicated: tuple[str, ...]
+    sampler: Sampler
+    plan_digest: bytes
+
+    @property
+    def layout(self) -> Layout:
+        """Of this rank's shard."""
+        return self.plan.layout
+
+    def replica_samples(self, seed: int) -> bytes:
+        """What must be equal on all ranks, else their replicas have drifted apart."""
+        return self.plan_digest + self.sampler.fingerprints(REPLICA_SAMPLES, seed)
+
+
+class Arranger:
+    """Keeps the arrangement of one rank up to date."""
+
+    def __init__(self, channel: Channel, timeout_s: float) -> None:
+        self._channel = channel
+        self._timeout_s = timeout_s
+        self._current: Arrangement | None = None
+        self._divergent: set[str] = set()
+        self._unguarded: set[str] = set()
+        self._agreed: dict[tuple[object, ...], tuple[str, ...]] = {}
+
+    def forget(self) -> None:
+        """The agent may have changed: arrange anew before the next snapshot."""
+        if self._current is not None:
+            self._current.arena.close()
+        self._current = None
+        self._agreed.clear()
+
+    def distrust(self, names: Sequence[str]) -> None:
+        """These leaves were changed outside the fence: copy them at once from now on."""
+        self._unguarded |= set(names)
+        self._stale()
+
+    def replicas_drifted(self, indices: Sequence[int]) -> list[str]:
+        """These replicated leaves differ between ranks: keep each rank's own from now on."""
+        replicated = self._current.replicated if self._current is not None else ()
+        names = [replicated[index] for index in indices if index < len(replicated)]
+        self._divergent |= set(names)
+        self._stale()
+        return names
+
+    def _stale(self) -> None:
+        if self._current is not None:
+            self._current.identity = ()
+
+    def arrange(
+        self, session: wire.Session, parts: Sequence[Part], collected: Collected, step: int
+    ) -> Arrangement:
+        """An arrangement that fits the live state.
+
+        Raises:
+            EverstepError: If state cannot be stored, the agent has no room, or ranks are late.
+        """
+        guarded = frozenset(collected.guarded - self._unguarded)
+        tensors = [tensor for _, tensor in collected.tensors]
+        now = (
+            tuple(name for name, _ in collected.tensors),
+            tuple(collected.aliases.items()),
+            guarded,
+            identity(tensors),
+        )
+        current = self._current
+        if current is not None and current.identity == now:
+            return current
+        for name, tensor in collected.tensors:
+            check_capturable(name, tensor)
+        replicated = self._agree(session, collected, step)
+        layout = self._layout(session, parts, collected, replicated)
+        if current is None or current.layout.layout_id != layout.layout_id:
+            arena = self._reserve(session, layout)
+        else:
+            arena = current.arena
+        self._current = self._arranged(layout, arena, collected, guarded, now)
+        return self._current
+
+    def _agree(self, session: wire.Session, collected: Collected, step: int) -> tuple[str, ...]:
+        """Which of the leaves that should be replicas are, byte for byte."""
+        candidates = [
+            (name, tensor)
+            for name, tensor in collected.tensors
+            if name in collected.replicated and name not in self._divergent
+        ]
+        if session.world == 1 or not candidates:
+            return ()
+        form = tuple((name, tensor.dtype, tensor.shape) for name, tensor in candidates)
+        known = self._agreed.get(form)
+        if known is None:
+            digests = b"".join(_whole_digest(tensor) for _, tensor in candidates)
+            request = wire.DeclareRequest(
+                session=session,
+                candidates=[name for name, _ in candidates],
+                candidate_digests=digests,
+                round=step,
+            )
+            reply = self._channel.call("Declare", request, self._timeout_s)
+            known = tuple(candidates[index][0] for index in reply.agreed)
+            self._agreed[form] = known
+        return known
+
+    def _layout(
+        self,
+        session: wire.Session,
+        parts: Sequence[Part],
+        collected: Collected,
+        replicated: tuple[str, ...],
+    ) -> Layout:
+        sizes = {
+            name: (tensor.numel() * tensor.element_size(), tensor.element_size())
+            for name, tensor in collected.tensors
+        }
+        shares = share([(n, *sizes[n]) for n in replicated], session.rank, session.world)
+        specs = []
+        for name, tensor in collected.tensors:
+            start, stop = shares.get(name, (0, sizes[name][0]))
+            specs.append(
+                LeafSpec(
+                    name, dtype_name(tensor.dtype), tuple(tensor.shape), start, stop, name in shares
+                )
+            )
+        return pack(parts, specs, collected.aliases, collected.containers)
+
+    def _reserve(self, session: wire.Session, layout: Layout) -> ArenaMapping:
+        request = wire.DeclareRequest(
+            session=session, layout=encode(layout), layout_id=layout.layout_id
+        )
+        reply = self._channel.call("Declare", request, self._timeout_s)
+        current = self._current
+        if current is not None and current.arena.generation == reply.generation:
+            return current.arena
+        if current is not None:
+            self._current = None
+            current.arena.close()
+        return ArenaMapping(reply, session.job, session.rank)
+
+    def _arranged(
+        self,
+        layout: Layout,
+        arena: ArenaMapping,
+        collected: Collected,
+        guarded: frozenset[str],
+        now: tuple[object, ...],
+    ) -> Arrangement:
+        by_name = dict(collected.tensors)
+        replicated = tuple(leaf.name for leaf in layout.leaves if leaf.replicated)
+        # A replica on another device is sampled by its own kernel (see the CUDA capture).
+        sampled = [by_name[name] for name in replicated]
+        sampler = Sampler(
+            [tensor.data_ptr() for tensor in sampled],
+            [tensor.numel() * tensor.element_size() for tensor in sampled],
+        )
+        digest = blake2b("\n".join(replicated).encode(), digest_size=8).digest()
+        plan = CapturePlan(layout, by_name, guarded)
+        return Arrangement(plan, arena, now, replicated, sampler, digest)
+
+
+def _whole_digest(tensor: torch.Tensor) -> bytes:
+    plain = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    return xxhash.xxh3_128_digest(plain.numpy())

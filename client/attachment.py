@@ -1,0 +1,289 @@
+"""What the user attached, as parts: modules, optimizers, stateful objects, plain trees.
+
+Owns the way from live objects to named leaves and values. Promises names that do not depend on
+rank or on the order of parameters (an optimizer's state is filed under its parameters' names),
+and that a leaf is called guarded only if a hooked optimizer, or `Client.updating`, is all that
+changes it. Copies nothing: the tensors it returns are the live ones. The way back is
+`client/loading.py`.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from everstep.proto.errors import NotCapturable, Refused
+from everstep.snapshot import values
+from everstep.snapshot.layout import Part
+from everstep.snapshot.tree import Flat, flatten
+
+INLINE_BYTES = 64 * 1024
+"""Small tensors inside stateful objects (a sampler's generator, say) travel as values: their
+shapes may change from step to step, and the layout must not."""
+
+
+@dataclass(slots=True)
+class Attachment:
+    """One attached object."""
+
+    part: Part
+    target: Any
+    guarded: bool = False
+    """Attached as changed only inside `Client.updating`."""
+
+
+@dataclass(slots=True)
+class Collected:
+    """The live state of everything attached, at one moment."""
+
+    tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    values: list[tuple[str, str]] = field(default_factory=list)
+    containers: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    guarded: set[str] = field(default_factory=set)
+    replicated: set[str] = field(default_factory=set)
+
+
+def attachment(name: str, target: Any, *, per_rank: bool, guarded: bool) -> Attachment:
+    """Describe an object by what it offers.
+
+    Raises:
+        Refused: If the name cannot be one.
+        NotCapturable: If the object has no state that could be stored.
+    """
+    if not name.isidentifier() or name == "rng":
+        raise Refused(f"{name!r} cannot name an attached object: use an identifier, not 'rng'.")
+    target = unwrapped(target)
+    if isinstance(target, torch.nn.Module):
+        kind = "module"
+    elif isinstance(target, torch.optim.Optimizer):
+        kind = "optimizer"
+    elif hasattr(target, "state_dict") and hasattr(target, "load_state_dict"):
+        kind = "stateful"
+    elif isinstance(target, dict | list):
+        kind = "tree"
+    else:
+        hint = "attach modules, optimizers, objects with state_dict/load_state_dict, dicts or lists"
+        raise NotCapturable(name, type(target).__qualname__, hint)
+    class_name = f"{type(target).__module__}.{type(target).__qualname__}"
+    return Attachment(Part(name, kind, class_name, per_rank), target, guarded)
+
+
+def unwrapped(target: Any) -> Any:
+    """The module behind DistributedDataParallel and torch.compile, so that names stay its own."""
+    while isinstance(target, torch.nn.Module):
+        inner = getattr(target, "_orig_mod", None)
+        if inner is None and isinstance(target, torch.nn.parallel.DistributedDataParallel):
+            inner = target.module
+        if inner is None:
+            break
+        target = inner
+    return target
+
+
+def encode_torch_value(value: object) -> Any:
+    """Torch's own plain values, and small tensors, for `snapshot.values`."""
+    if isinstance(value, torch.Size):
+        return "torch.Size", list(value)
+    if isinstance(value, torch.dtype):
+        return "torch.dtype", str(value).removeprefix("torch.")
+    if isinstance(value, torch.device):
+        return "torch.device", str(value)
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return "torch.Tensor", [str(value.dtype).removeprefix("torch."), list(value.shape), data]
+    return NotImplemented
+
+
+def decode_torch_value(tag: str, payload: Any) -> Any:
+    """The inverse of `encode_torch_value`."""
+    if tag == "torch.Size":
+        return torch.Size(payload)
+    if tag == "torch.dtype":
+        return dtype_named(payload)
+    if tag == "torch.device":
+        return torch.device(payload)
+    if tag == "torch.Tensor":
+        dtype, shape, data = payload
+        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
+        return flat.to(torch.uint8).view(dtype_named(dtype)).reshape(shape)
+    return NotImplemented
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Torch's dtype of this name.
+
+    Raises:
+        ValueError: If this torch has none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype of this torch")
+    return dtype
+
+
+def parameter_names(attachments: Mapping[str, Attachment]) -> dict[int, str]:
+    """The name of each parameter of the attached modules, by the parameter's id()."""
+    return {
+        id(parameter): f"{name}.{parameter_name}"
+        for name, attached in reversed(attachments.items())
+        if attached.part.kind == "module"
+        for parameter_name, parameter in attached.target.named_parameters()
+    }
+
+
+def parameters_by_index(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> list[tuple[str, torch.Tensor]]:
+    """Name and parameter at each index that the optimizer's state_dict uses."""
+    ordered: dict[int, tuple[str, torch.Tensor]] = {}
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            name = names.get(id(parameter), f"group{group_index}.{index}")
+            ordered.setdefault(id(parameter), (name, parameter))
+    return list(ordered.values())
+
+
+def grouping(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[str]:
+    """For each group, which parameters it has: their number and a digest of their names."""
+    by_id = {id(p): name for name, p in parameters_by_index(optimizer, names)}
+    return [
+        f"{len(group['params'])}:"
+        + hashlib.blake2b(
+            "\n".join(by_id[id(parameter)] for parameter in group["params"]).encode(),
+            digest_size=8,
+        ).hexdigest()
+        for group in optimizer.param_groups
+    ]
+
+
+def optimizer_tree(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+    """The optimizer's state_dict with names in place of indices."""
+    state = dict(optimizer.state_dict())
+    by_index = [name for name, _ in parameters_by_index(optimizer, names)]
+    state["state"] = {
+        by_index[key] if isinstance(key, int) and key < len(by_index) else key: value
+        for key, value in state["state"].items()
+    }
+    state["param_groups"] = [
+        {**group, "params": members}
+        for group, members in zip(state["param_groups"], grouping(optimizer, names), strict=True)
+    ]
+    return state
+
+
+def is_leaf(kind: str, thing: object) -> bool:
+    """Whether a tensor found in a part of this kind has a place in the image."""
+    if not isinstance(thing, torch.Tensor):
+        return False
+    inline = kind == "stateful" and thing.numel() * thing.element_size() <= INLINE_BYTES
+    return not inline
+
+
+def flat_part(attached: Attachment, names: Mapping[int, str]) -> Flat:
+    """One part's live state, taken apart; its names begin with the part's."""
+    kind = attached.part.kind
+    if kind == "optimizer":
+        tree: Any = optimizer_tree(attached.target, names)
+    elif kind == "tree":
+        tree = attached.target
+    else:
+        tree = attached.target.state_dict()
+    flat = flatten(tree, lambda thing: is_leaf(kind, thing))
+    part = attached.part.name
+    return Flat(
+        [(within(part, path), tensor) for path, tensor in flat.tensors],
+        [(within(part, path), value) for path, value in flat.values],
+        {within(part, path): container for path, container in flat.containers.items()},
+    )
+
+
+def within(part: str, path: str) -> str:
+    """The name of a part's path among all parts' names."""
+    return f"{part}/{path}" if path else part
+
+
+def collect(attachments: Mapping[str, Attachment], ddp: frozenset[str] = frozenset()) -> Collected:
+    """The live state of everything attached.
+
+    Args:
+        attachments: By name.
+        ddp: Names of modules that are replicated by DistributedDataParallel.
+
+    Raises:
+        NotCapturable: If something in it cannot be expressed; names path and type.
+    """
+    names = parameter_names(attachments)
+    guarded = _guarded_pointers(attachments)
+    replicated = _replicated_pointers(attachments, ddp)
+    collected = Collected()
+    first_names: dict[tuple[object, ...], str] = {}
+    for attached in attachments.values():
+        flat = flat_part(attached, names)
+        collected.containers |= flat.containers
+        for path, value in flat.values:
+            encoded = values.encode(value, path, hook=encode_torch_value)
+            collected.values.append((path, encoded))
+        for name, tensor in flat.tensors:
+            assert isinstance(tensor, torch.Tensor)
+            pointer = tensor.data_ptr()
+            if tensor.numel():
+                same = (pointer, tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+                first = first_names.setdefault(same, name)
+                if first is not name:
+                    collected.aliases[name] = first
+                    continue
+            collected.tensors.append((name, tensor))
+            if pointer in guarded or attached.guarded:
+                collected.guarded.add(name)
+            if pointer in replicated and not attached.part.per_rank:
+                collected.replicated.add(name)
+    return collected
+
+
+def _guarded_pointers(attachments: Mapping[str, Attachment]) -> set[int]:
+    """Where the memory lies that only hooked optimizers change."""
+    return {
+        tensor.data_ptr()
+        for attached in attachments.values()
+        if attached.part.kind == "optimizer"
+        for tensor in _optimizer_tensors(attached.target)
+    }
+
+
+def _replicated_pointers(attachments: Mapping[str, Attachment], ddp: frozenset[str]) -> set[int]:
+    """Where the memory lies that DistributedDataParallel keeps equal on all ranks: parameters,
+    and the optimizer state that follows from them. Buffers are not: ranks update them alone."""
+    parameters = {
+        id(parameter): parameter
+        for name in ddp
+        for parameter in attachments[name].target.parameters()
+    }
+    pointers = {parameter.data_ptr() for parameter in parameters.values()}
+    for attached in attachments.values():
+        if attached.part.kind == "optimizer":
+            for parameter, state in attached.target.state.items():
+                if id(parameter) in parameters:
+                    pointers |= {tensor.data_ptr() for tensor in _tensors_in(state)}
+    return pointers - {0}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for state in optimizer.state.values():
+        yield from _tensors_in(state)
+
+
+def _tensors_in(thing: object) -> Iterator[torch.Tensor]:
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, Mapping):
+        for value in thing.values():
+            yield from _tensors_in(value)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from _tensors_in(value)

@@ -1,0 +1,682 @@
+"""The public face inside the trainer: connect, attach, snapshot, restore, rewind, close.
+
+Owns the order of things around one training step and the single capture that may be under way.
+Promises that training never waits for the agent beyond short, configured limits (P3): an agent
+that is dead, slow or full means a skipped snapshot, a counter and one warning. Errors that the
+user must act on (a state that cannot be stored, a model that does not match) are raised.
+"""
+
+import functools
+import logging
+import os
+import platform
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from everstep.client import environment, loading, rng
+from everstep.client.arrangement import Arrangement, Arranger
+from everstep.client.attachment import (
+    Attachment,
+    attachment,
+    collect,
+    decode_torch_value,
+)
+from everstep.client.channel import Channel
+from everstep.client.handle import Snapshot
+from everstep.client.launching import find_agent
+from everstep.client.session import Session
+from everstep.proto import agent_pb2 as wire
+from everstep.proto.errors import (
+    DeadlineExceeded,
+    EverstepError,
+    Refused,
+    Retryable,
+    StaleIncarnation,
+)
+from everstep.proto.failpoint import failpoint
+from everstep.proto.ids import UNIT_BYTES, checked_name
+from everstep.proto.state_pb2 import Record, Value
+from everstep.snapshot import values
+from everstep.snapshot.capture import Capture
+from everstep.snapshot.layout import decode
+from everstep.snapshot.record import open_record, seal_record
+from everstep.snapshot.restore import Restoration, Shard
+
+log = logging.getLogger("everstep")
+_RNG_PATH = "rng"
+_REMEMBERED_HANDLES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long the client waits for what."""
+
+    agent_start_s: float = 20.0
+    """For an embedded agent to answer."""
+    offer_s: float = 0.25
+    """For a slot, on the training thread; then the snapshot is skipped."""
+    pause_s: float = 5.0
+    """After an agent did not answer in time: no snapshot is tried meanwhile."""
+    setup_s: float = 60.0
+    """For the arena and the comparison of replicas; only when the state's form is new."""
+    seal_s: float = 30.0
+    """For the agent to take note of a complete shard, on the capture's thread."""
+    restore_s: float = 660.0
+    """For the agent to find and check what can be restored."""
+    close_s: float = 60.0
+    """For the last snapshot to reach the strongest level."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the snapshots of this process have cost and come to.
+
+    Attributes:
+        stall_s: Time that the training thread spent in `snapshot` and at the fence.
+        last_stall_s: The same for the last snapshot alone.
+        setup_s: The part of it that arranged new layouts and arenas.
+        skipped: How often, by reason.
+    """
+
+    taken: int = 0
+    committed: int = 0
+    dropped: int = 0
+    stall_s: float = 0.0
+    last_stall_s: float = 0.0
+    setup_s: float = 0.0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Work:
+    """The capture under way."""
+
+    handle: Snapshot
+    capture: Capture
+    arrangement: Arrangement
+    record: Record
+    slot: int
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+def connect(
+    job: str,
+    interval: int = 1,
+    *,
+    agent: str | None = None,
+    rank: int | None = None,
+    world: int | None = None,
+    launch_id: str | None = None,
+    nvme_interval: int | None = None,
+    on_busy: str = "skip",
+    limits: Limits | None = None,
+) -> "Client":
+    """Connect this trainer to its node's agent, starting one if there is none.
+
+    Args:
+        job: The run's name; restarts of the same run use the same name.
+        interval: `Client.snapshot` acts at every step that this divides.
+        agent: ``unix:/path`` of the agent's socket. By default ``EVERSTEP_AGENT``, else this
+            user's own agent under ``EVERSTEP_HOME``, which outlives the trainer.
+        rank: This process's number; by default from torch.distributed, torchrun or Slurm.
+        world: How many processes the job has; likewise.
+        launch_id: Equal on all ranks of one launch and different in the next; likewise.
+        nvme_interval: Flush to NVMe every so many steps, instead of the agent's own interval.
+        on_busy: "skip" a snapshot when the one before it is still being copied or flushed, or
+            "wait" for it, bounded.
+        limits: How long to wait for what.
+
+    Returns:
+        A client, attached to the agent as one rank of the job.
+
+    Raises:
+        InvalidName: If the job's name is no plain name.
+        RankClaimed: If another living process is this rank of this job.
+        AgentUnavailable: If no agent answers.
+    """
+    checked_name("job", job)
+    if on_busy not in ("skip", "wait"):
+        raise Refused(f"on_busy={on_busy!r}: say 'skip' or 'wait'.")
+    if interval < 1 or (nvme_interval is not None and nvme_interval < 1):
+        raise Refused("interval and nvme_interval count steps: give 1 or more.")
+    distributed = torch.distributed
+    if (
+        rank is None
+        and world is None
+        and distributed.is_available()
+        and distributed.is_initialized()
+    ):
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+    limits = limits or Limits()
+    launch = environment.launch(rank, world, launch_id=launch_id)
+    address = find_agent(agent, limits.agent_start_s)
+    return Client(address, job, launch, interval, nvme_interval, on_busy, limits)
+
+
+class Client:
+    """One rank's connection to Everstep; made by `connect`, usable as a context manager.
+
+    Attributes:
+        stats: Counters and stall times.
+        rejected: After `restore`: copies that were not used, as text, with the reasons.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        job: str,
+        launch: environment.Launch,
+        interval: int,
+        nvme_interval: int | None,
+        on_busy: str,
+        limits: Limits,
+    ) -> None:
+        self.job = job
+        self.launch = launch
+        self.interval = interval
+        self.limits = limits
+        self.stats = Stats()
+        self.rejected: tuple[str, ...] = ()
+        self._on_busy = on_busy
+        self._channel = Channel(address)
+        self._attachments: dict[str, Attachment] = {}
+        self._ddp: set[str] = set()
+        self._hooks: list[Any] = []
+        self._work: _Work | None = None
+        self._handles: dict[int, Snapshot] = {}
+        self._paused_until_s = 0.0
+        self._warned: set[str] = set()
+        self._pid = os.getpid()
+        self._closed = False
+        self._setup_s = 0.0
+        self._worker = ThreadPoolExecutor(1, "everstep-capture")
+        self._arranger = Arranger(self._channel, limits.setup_s)
+        self._session = Session(
+            self._channel, job, launch, nvme_interval, self._on_notice, self._in_flight
+        )
+        try:
+            self._session.start(limits.agent_start_s)
+        except BaseException:
+            self._session.close()
+            self._channel.close()
+            raise
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(timeout=None if kind is None else 0.0)
+
+    @property
+    def incarnation(self) -> int:
+        """How often this job has been started, as the agent counts."""
+        return self._session.incarnation
+
+    def attach(
+        self,
+        *,
+        per_rank: Mapping[str, Any] | None = None,
+        guarded: Mapping[str, Any] | None = None,
+        **objects: Any,
+    ) -> None:
+        """Name what belongs to the training state.
+
+        Args:
+            per_rank: Objects by name whose state differs between ranks, and is kept for each.
+            guarded: Objects by name that change only inside ``with client.updating():``.
+            **objects: Everything else by name: modules, optimizers, anything with ``state_dict``
+                and ``load_state_dict``, nested dicts and lists of tensors and plain values.
+
+        Raises:
+            NotCapturable: If an object has no state that could be stored.
+            Refused: If a name is taken.
+        """
+        groups = (
+            (objects, False, False),
+            (per_rank or {}, True, False),
+            (guarded or {}, False, True),
+        )
+        for group, differs, is_guarded in groups:
+            for name, target in group.items():
+                if name in self._attachments:
+                    raise Refused(f"{name!r} is attached already.")
+                self._attachments[name] = attachment(
+                    name, target, per_rank=differs, guarded=is_guarded
+                )
+                self._watch(name, target, differs)
+
+    def _watch(self, name: str, target: Any, per_rank: bool) -> None:
+        inner = getattr(target, "_orig_mod", target)
+        parallel = torch.nn.parallel.DistributedDataParallel
+        if isinstance(inner, parallel) and self.launch.world > 1 and not per_rank:
+            self._ddp.add(name)
+        if isinstance(target, torch.optim.Optimizer):
+            # Weak, so that an optimizer does not keep a client alive that was let go of.
+            fence = weakref.WeakMethod(self._fence)
+
+            def before_update(*_: object) -> None:
+                method = fence()
+                if method is not None:
+                    method()
+
+            self._hooks.append(target.register_step_pre_hook(before_update))
+
+    def snapshot(self, step: int, force: bool = False) -> Snapshot:
+        """Capture the state after `step` optimizer steps; returns at once.
+
+        Call it after ``optimizer.step()``. Lazily copied leaves are complete at the latest when
+        the optimizer's next step begins.
+
+        Args:
+            step: How many steps are done; what `restore` will return.
+            force: Act even if `interval` does not divide the step.
+
+        Returns:
+            A handle; its ``skipped`` says why if nothing was captured.
+
+        Raises:
+            NotCapturable: If something attached cannot be stored without pickle.
+            OutOfSpace: If the agent has no memory for the first snapshot.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return Snapshot(step, "the client is closed")
+        if not force and step % self.interval:
+            return Snapshot(step, "not due")
+        begun = time.perf_counter()
+        self._setup_s = 0.0
+        try:
+            handle = self._snapshot(step)
+        finally:
+            self._stalled(time.perf_counter() - begun, new=True)
+        if handle.skipped:
+            self._count_skip(handle)
+        return handle
+
+    def _snapshot(self, step: int) -> Snapshot:
+        reason = self._not_ready()
+        if reason:
+            return Snapshot(step, reason)
+        try:
+            collected = collect(self._attachments, frozenset(self._ddp))
+            generators = values.encode(rng.capture(), _RNG_PATH)
+            arrangement = self._arrange(collected, step)
+            offer = self._offer(step)
+        except Retryable as error:
+            self._paused_until_s = time.monotonic() + self.limits.pause_s
+            return Snapshot(step, f"agent: {error}")
+        except StaleIncarnation as error:
+            return Snapshot(step, str(error))
+        if not offer.granted:
+            return Snapshot(step, offer.reason)
+        self._session.used = True
+        record = self._record(step, arrangement)
+        record.values.extend(Value(path=path, json=json) for path, json in collected.values)
+        record.values.append(Value(path=_RNG_PATH, json=generators))
+        return self._begin(step, arrangement, offer.slot, record)
+
+    def _not_ready(self) -> str:
+        """Why no snapshot can be begun now; empty if one can."""
+        if self._session.ended is not None:
+            return str(self._session.ended)
+        work = self._work
+        if work is not None and not work.ended.is_set():
+            if self._on_busy == "skip":
+                return f"busy: step {work.handle.step} is still being copied"
+            work.capture.finish(self.limits.seal_s)
+            if not work.ended.wait(self.limits.seal_s):
+                return f"busy: step {work.handle.step} is not sealed yet"
+        if not self._session.attached:
+            return "agent: not connected"
+        if time.monotonic() < self._paused_until_s:
+            return "agent: it did not answer in time a moment ago"
+        return ""
+
+    def _arrange(self, collected: Any, step: int) -> Arrangement:
+        begun = time.perf_counter()
+        parts = [attached.part for attached in self._attachments.values()]
+        session = self._session.identity
+        arrangement = self._arranger.arrange(session, parts, collected, step)
+        self._setup_s = time.perf_counter() - begun
+        return arrangement
+
+    def _offer(self, step: int) -> wire.OfferReply:
+        deadline = time.monotonic() + (self.limits.seal_s if self._on_busy == "wait" else 0.0)
+        while True:
+            request = wire.OfferRequest(session=self._session.identity, step=step)
+            reply: wire.OfferReply = self._channel.call("Offer", request, self.limits.offer_s)
+            busy = not reply.granted and reply.reason.startswith("busy")
+            if not busy or time.monotonic() >= deadline:
+                return reply
+            # The agent refuses a step to all ranks alike; waiting for it needs another question.
+            time.sleep(0.01)
+
+    def _record(self, step: int, arrangement: Arrangement) -> Record:
+        return Record(
+            job=self.job,
+            incarnation=self._session.incarnation,
+            step=step,
+            rank=self.launch.rank,
+            world=self.launch.world,
+            layout_id=arrangement.layout.layout_id,
+            image_bytes=arrangement.layout.image_bytes,
+            unit_bytes=UNIT_BYTES,
+            replica_samples=arrangement.replica_samples(step),
+            captured_unix_s=time.time(),
+            producer=_producer(),
+        )
+
+    def _begin(self, step: int, arrangement: Arrangement, slot: int, record: Record) -> Snapshot:
+        handle = Snapshot(step)
+        memory = arrangement.arena.slot(slot, arrangement.layout.image_bytes)
+        capture = Capture(arrangement.plan, memory, seed=step)
+        work = _Work(handle, capture, arrangement, record, slot)
+        self._handles[step] = handle
+        while len(self._handles) > _REMEMBERED_HANDLES:
+            del self._handles[next(iter(self._handles))]
+        handle.on_wait(lambda: capture.finish(self.limits.seal_s), self._persist)
+        try:
+            capture.begin()
+        except BaseException:
+            capture.release()
+            self._abandon(work, "the copy could not be begun")
+            raise
+        self._work = work
+        self.stats.taken += 1
+        self._worker.submit(self._carry_out, work)
+        return handle
+
+    def _fence(self) -> None:
+        """Before an update: what is being copied must be complete first."""
+        work = self._work
+        if work is None or work.capture.done.is_set() or os.getpid() != self._pid:
+            return
+        begun = time.perf_counter()
+        failpoint("client.fence.begun")
+        if not work.capture.finish(self.limits.seal_s):
+            work.capture.give_up()
+        self._stalled(time.perf_counter() - begun, new=False)
+
+    def _stalled(self, seconds: float, *, new: bool) -> None:
+        self.stats.stall_s += seconds
+        self.stats.setup_s += self._setup_s if new else 0.0
+        self.stats.last_stall_s = seconds if new else self.stats.last_stall_s + seconds
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around code that changes guarded state without a torch optimizer."""
+        self._fence()
+        yield
+
+    def _carry_out(self, work: _Work) -> None:
+        """On the capture's thread: copy what is left, then seal."""
+        capture = work.capture
+        try:
+            while capture.advance():
+                pass
+            capture.done.wait()
+            if capture.torn:
+                self._torn(work)
+                return
+            failpoint("client.seal.before")
+            work.record.unit_digests = bytes(capture.digests)
+            self._seal(work)
+            failpoint("client.seal.after")
+        except EverstepError as error:
+            self._drop(work, str(error))
+        except Exception as error:
+            log.exception("capture of step %d failed", work.handle.step)
+            self._abandon(work, repr(error))
+        finally:
+            capture.release()
+            work.ended.set()
+
+    def _seal(self, work: _Work) -> None:
+        request = wire.SealRequest(
+            session=self._session.identity,
+            step=work.handle.step,
+            slot=work.slot,
+            generation=work.arrangement.arena.generation,
+            record=seal_record(work.record),
+        )
+        deadline = time.monotonic() + self.limits.seal_s
+        while True:
+            try:
+                remaining = max(0.1, deadline - time.monotonic())
+                reply = self._channel.call("Seal", request, remaining)
+                break
+            except Retryable:
+                # The agent may be on its way back, and will find the copy where it is.
+                if time.monotonic() >= deadline or self._session.ended or self._closed:
+                    raise
+                self._wait_for_agent(deadline)
+        if reply.accepted:
+            work.handle.mark(sealed=True)
+        else:
+            self._drop(work, reply.reason)
+
+    def _wait_for_agent(self, deadline: float) -> None:
+        time.sleep(0.05)
+        try:
+            self._session.wait_attached(max(0.1, deadline - time.monotonic()))
+        except Retryable:
+            return
+
+    def _torn(self, work: _Work) -> None:
+        names = work.capture.torn
+        shown = ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
+        self._arranger.distrust(names)
+        self._abandon(work, f"{shown} changed between snapshot() and the optimizer's step")
+
+    def _abandon(self, work: _Work, reason: str) -> None:
+        request = wire.AbandonRequest(
+            session=self._session.identity, step=work.handle.step, reason=reason
+        )
+        try:
+            self._channel.call("Abandon", request, self.limits.offer_s)
+        except EverstepError:
+            log.debug("the agent was not told that step %d is abandoned", work.handle.step)
+        self._drop(work, reason)
+
+    def _drop(self, work: _Work, reason: str) -> None:
+        work.handle.mark(dropped=reason)
+        self.stats.dropped += 1
+        self._warn_once("dropped", f"the snapshot of step {work.handle.step} was dropped: {reason}")
+
+    def _count_skip(self, handle: Snapshot) -> None:
+        kind = handle.skipped.partition(":")[0]
+        self.stats.skipped[kind] = self.stats.skipped.get(kind, 0) + 1
+        self._warn_once(kind, f"the snapshot of step {handle.step} was skipped: {handle.skipped}")
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        level = logging.DEBUG if kind in self._warned else logging.WARNING
+        self._warned.add(kind)
+        log.log(level, "%s. Training goes on; client.stats counts further ones.", message)
+
+    def _in_flight(self) -> wire.InFlight | None:
+        work = self._work
+        if work is None or work.ended.is_set():
+            return None
+        generation = work.arrangement.arena.generation
+        return wire.InFlight(step=work.handle.step, slot=work.slot, generation=generation)
+
+    def _on_notice(self, notice: wire.Notice) -> None:
+        if notice.HasField("committed") and notice.committed.incarnation == self.incarnation:
+            handle = self._handles.get(notice.committed.step)
+            if handle is not None:
+                if not handle.done(notice.committed.level):
+                    self.stats.committed += notice.committed.level == "memory"
+                handle.mark(sealed=True, committed=notice.committed.level)
+        elif notice.HasField("dropped") and notice.dropped.incarnation == self.incarnation:
+            names = self._arranger.replicas_drifted(notice.dropped.drifted)
+            reason = notice.dropped.reason + (f": {', '.join(names[:3])}" if names else "")
+            handle = self._handles.get(notice.dropped.step)
+            if handle is not None and not handle.dropped:
+                handle.mark(dropped=reason)
+                self.stats.dropped += 1
+            self._warn_once("dropped", f"step {notice.dropped.step} was dropped: {reason}")
+
+    def restore(
+        self,
+        to: int | None = None,
+        *,
+        weights_only: bool = False,
+        force: bool = False,
+        levels: tuple[str, ...] = (),
+    ) -> int | None:
+        """Load the newest committed snapshot into everything attached, in place.
+
+        Every rank of this launch gets the same step. Digests are checked before a byte is used; a
+        damaged copy is reported in `rejected` and the next one is taken.
+
+        Args:
+            to: This step instead of the newest.
+            weights_only: Load modules only; leave optimizers, random generators and the rest.
+            force: Accept an optimizer of another class.
+            levels: Take copies from these levels only ("memory", "nvme").
+
+        Returns:
+            The step, or None if this job has no snapshot at all.
+
+        Raises:
+            StateMismatch: If what is attached does not fit; lists missing, unexpected and
+                reshaped leaves. Nothing was loaded.
+            NothingRecoverable: If there are snapshots but none is whole. Nothing was loaded.
+        """
+        request = wire.RestoreRequest(levels=levels)
+        if to is not None:
+            request.to_step = to
+        reply = self._ask_restore(request)
+        self._session.used = True
+        self.rejected = tuple(
+            f"step {copy.step}, rank {copy.rank}, {copy.level}: {copy.reason}"
+            for copy in reply.rejected
+        )
+        for line in self.rejected:
+            log.warning("a damaged copy was not used: %s", line)
+        if not reply.found:
+            return None
+        self._load(reply, weights_only=weights_only, force=force)
+        log.info("job %s: rank %d restored step %d", self.job, self.launch.rank, reply.step)
+        return int(reply.step)
+
+    def _ask_restore(self, request: wire.RestoreRequest) -> wire.RestoreReply:
+        deadline = time.monotonic() + self.limits.restore_s
+        while True:
+            self._session.wait_attached(self.limits.agent_start_s)
+            request.session.CopyFrom(self._session.identity)
+            try:
+                remaining = max(0.1, deadline - time.monotonic())
+                reply: wire.RestoreReply = self._channel.call("Restore", request, remaining)
+                return reply
+            except StaleIncarnation:
+                if self._session.used:
+                    raise
+                self._session.renew(as_new_process=False, timeout_s=self.limits.agent_start_s)
+            except DeadlineExceeded:
+                raise
+            except Retryable:
+                if time.monotonic() >= deadline:
+                    raise
+                self._wait_for_agent(deadline)
+
+    def _load(self, reply: wire.RestoreReply, *, weights_only: bool, force: bool) -> None:
+        shards = {}
+        for found in reply.shards:
+            where = f"{found.path}, rank {found.rank}"
+            record = open_record(found.record, where)
+            layout = decode(found.layout, where)
+            shards[found.rank] = Shard(found.rank, found.path, found.offset, layout, record)
+        own = shards[self.launch.rank]
+        saved = loading.Saved.of(own.layout, own.record)
+        plan = loading.check(self._attachments, saved, weights_only=weights_only, force=force)
+        with torch.no_grad():
+            restoration = Restoration(shards, self.launch.rank)
+            restoration.plan(plan.prepare())
+            with ThreadPoolExecutor(_copy_threads(), "everstep-restore") as executor:
+                restoration.run(executor)
+            plan.finish()
+        if not weights_only:
+            states = values.decode(saved.values[_RNG_PATH], hook=decode_torch_value)
+            for left in rng.restore(states):
+                log.warning("not restored: %s", left)
+
+    def rewind(self, to: int | None = None) -> int | None:
+        """Go back to a snapshot that is still in memory, without a restart.
+
+        For loss spikes and NaNs. Every rank calls it. What was captured after that step belongs
+        to an ended incarnation from then on and is not restored again.
+
+        Args:
+            to: The step; by default the newest.
+
+        Returns:
+            The step, or None if there is none.
+        """
+        self._settle()
+        self._arranger.forget()
+        self._handles.clear()
+        self._session.renew(as_new_process=True, timeout_s=self.limits.agent_start_s)
+        return self.restore(to, levels=("memory",))
+
+    def _settle(self) -> None:
+        """Bring the capture under way to its end."""
+        work = self._work
+        if work is not None and not work.ended.is_set():
+            work.capture.finish(self.limits.seal_s)
+            work.ended.wait(self.limits.seal_s)
+        self._work = None
+
+    def _persist(self, timeout_s: float) -> wire.PersistReply:
+        request = wire.PersistRequest(job=self.job, timeout_s=timeout_s)
+        reply: wire.PersistReply = self._channel.call("Persist", request, timeout_s + 1.0)
+        return reply
+
+    def close(self, timeout: float | None = None) -> None:
+        """Commit the last snapshot at the strongest level configured, and end the session.
+
+        Args:
+            timeout: In seconds; by default ``limits.close_s``. 0 does not wait for NVMe.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        wait_s = self.limits.close_s if timeout is None else timeout
+        self._settle()
+        self._closed = True
+        for hook in self._hooks:
+            hook.remove()
+        self._worker.shutdown(wait=True)
+        try:
+            if self._session.attached:
+                self._part(wait_s)
+        except EverstepError as error:
+            log.warning("the agent did not confirm the last snapshot: %s", error)
+        self._session.close()
+        self._arranger.forget()
+        self._channel.close()
+
+    def _part(self, wait_s: float) -> None:
+        if wait_s > 0 and "nvme" in self._session.levels and self.stats.taken:
+            reply = self._persist(wait_s)
+            if not reply.durable:
+                log.warning("the last snapshot is not on NVMe: %s", reply.reason)
+        detach = wire.DetachRequest(session=self._session.identity)
+        self._channel.call("Detach", detach, self.limits.agent_start_s)
+
+
+def _copy_threads() -> int:
+    return max(1, min(8, len(os.sched_getaffinity(0))))
+
+
+@functools.cache
+def _producer() -> str:
+    import everstep
+
+    return f"everstep {everstep.__version__}, torch {torch.__version__}, python {platform.python_version()}"

@@ -1,0 +1,118 @@
+"""The handle that `Client.snapshot` returns.
+
+Owns one snapshot's outcome as the trainer sees it. Promises that `wait` is bounded and says who
+is late, and that a handle's outcome never changes once it is skipped or dropped. Keeps no tensors.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from everstep.proto.errors import DeadlineExceeded, Refused
+
+LEVELS = ("memory", "nvme")
+
+
+class Snapshot:
+    """One call of `Client.snapshot`.
+
+    Attributes:
+        step: As given.
+        skipped: Why nothing was captured, e.g. "not due" or "busy: ..."; empty if it was.
+        dropped: Why a capture that was begun will never commit; empty otherwise.
+    """
+
+    def __init__(self, step: int, skipped: str = "") -> None:
+        self.step = step
+        self.skipped = skipped
+        self.dropped = ""
+        self._sealed = False
+        self._committed: set[str] = set()
+        self._changed = threading.Condition()
+        self._help: Callable[[], object] | None = None
+        self._persist: Callable[[float], object] | None = None
+
+    @property
+    def state(self) -> str:
+        """ "skipped", "dropped", "copying", "sealed", "memory" or "nvme"."""
+        if self.skipped:
+            return "skipped"
+        if self.dropped:
+            return "dropped"
+        for level in reversed(LEVELS):
+            if level in self._committed:
+                return level
+        return "sealed" if self._sealed else "copying"
+
+    def done(self, level: str = "memory") -> bool:
+        """Whether the snapshot is committed at a level: by all ranks, not only this one.
+
+        Args:
+            level: "memory" or "nvme".
+        """
+        _check_level(level)
+        return level in self._committed
+
+    def wait(self, level: str = "memory", timeout: float = 60.0) -> bool:
+        """Wait until the snapshot is committed at a level; helps copying meanwhile.
+
+        Args:
+            level: "memory" or "nvme"; for "nvme" a flush is asked for.
+            timeout: In seconds.
+
+        Returns:
+            False if it was skipped or dropped, and so never will be.
+
+        Raises:
+            DeadlineExceeded: If neither happens in time.
+        """
+        _check_level(level)
+        deadline = time.monotonic() + timeout
+        if self._help is not None and not self.skipped:
+            self._help()
+        self._wait_for("memory" if level == "nvme" else level, deadline, timeout)
+        if level == "nvme" and not self._ended() and self._persist is not None:
+            if not self.done("nvme"):
+                self._persist(max(0.0, deadline - time.monotonic()))
+            self._wait_for("nvme", deadline, timeout)
+        return level in self._committed
+
+    def _ended(self) -> bool:
+        return bool(self.skipped or self.dropped)
+
+    def _wait_for(self, level: str, deadline: float, timeout: float) -> None:
+        with self._changed:
+            arrived = self._changed.wait_for(
+                lambda: level in self._committed or self._ended(), deadline - time.monotonic()
+            )
+        if not arrived:
+            late = () if self._sealed else ("this rank",)
+            what = f"the commit of step {self.step} at level {level!r}"
+            raise DeadlineExceeded(what, timeout, late or ("other ranks or the agent",))
+
+    def on_wait(
+        self, help_copying: Callable[[], object], persist: Callable[[float], object]
+    ) -> None:
+        """Say what a waiting thread can do. For the client."""
+        self._help = help_copying
+        self._persist = persist
+
+    def mark(self, *, sealed: bool = False, committed: str = "", dropped: str = "") -> None:
+        """Note progress. For the client."""
+        with self._changed:
+            self._sealed = self._sealed or sealed
+            if committed:
+                # NVMe is only ever written from a snapshot that memory had committed.
+                self._committed |= set(LEVELS[: LEVELS.index(committed) + 1])
+            elif dropped and not self._committed:
+                self.dropped = self.dropped or dropped
+            self._changed.notify_all()
+
+    def __repr__(self) -> str:
+        why = self.skipped or self.dropped
+        return f"Snapshot(step={self.step}, {self.state}{': ' + why if why else ''})"
+
+
+def _check_level(level: str) -> None:
+    if level not in LEVELS:
+        raise Refused(f"there is no level {level!r}; levels are {', '.join(LEVELS)}.")

@@ -1,0 +1,39 @@
+"""Everstep keeps a training run alive.
+
+    import everstep
+
+    client = everstep.connect(job="gpt", interval=10)
+    client.attach(model=model, optimizer=optimizer)
+    start = client.restore() or 0
+    for step in range(start, total):
+        ...
+        optimizer.step()
+        client.snapshot(step + 1)
+    client.close()
+
+Importing this module imports nothing else; the client (and with it torch) comes at first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from everstep.client import Client, Snapshot, connect
+
+__all__ = ["Client", "Snapshot", "__version__", "connect", "errors"]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("everstep")
+        except PackageNotFoundError:
+            return "source"
+    if name == "errors":
+        return importlib.import_module("everstep.proto.errors")
+    if name in __all__:
+        return getattr(importlib.import_module("everstep.client"), name)
+    raise AttributeError(f"module 'everstep' has no attribute {name!r}")
