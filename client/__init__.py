@@ -5,5 +5,6 @@ Public names are re-exported by `everstep`.
 
 from everstep.client.client import Client, connect
 from everstep.client.handle import Snapshot
+from everstep.client.limits import Limits, Stats
 
-__all__ = ["Client", "Snapshot", "connect"]
+__all__ = ["Client", "Limits", "Snapshot", "Stats", "connect"]

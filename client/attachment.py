@@ -129,7 +129,7 @@ def parameter_names(attachments: Mapping[str, Attachment]) -> dict[int, str]:
     """The name of each parameter of the attached modules, by the parameter's id()."""
     return {
         id(parameter): f"{name}.{parameter_name}"
-        for name, attached in reversed(attachments.items())
+        for name, attached in reversed(list(attachments.items()))
         if attached.part.kind == "module"
         for parameter_name, parameter in attached.target.named_parameters()
     }

@@ -37,7 +37,7 @@ class Channel:
     def __init__(self, address: str) -> None:
         self.address = address
         self._channel = grpc.insecure_channel(f"unix:{parse_address(address)}", options=_OPTIONS)
-        self._stub = AgentStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = AgentStub(self._channel)
         self._pid = os.getpid()
 
     def call(self, method: str, request: Any, timeout_s: float) -> Any:

@@ -10,13 +10,12 @@ import functools
 import logging
 import os
 import platform
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -25,13 +24,16 @@ from everstep.client import environment, loading, rng
 from everstep.client.arrangement import Arrangement, Arranger
 from everstep.client.attachment import (
     Attachment,
+    Collected,
     attachment,
     collect,
     decode_torch_value,
 )
+from everstep.client.capturing import Capturing
 from everstep.client.channel import Channel
 from everstep.client.handle import Snapshot
 from everstep.client.launching import find_agent
+from everstep.client.limits import Limits, Stats
 from everstep.client.session import Session
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import (
@@ -41,70 +43,15 @@ from everstep.proto.errors import (
     Retryable,
     StaleIncarnation,
 )
-from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import UNIT_BYTES, checked_name
 from everstep.proto.state_pb2 import Record, Value
 from everstep.snapshot import values
-from everstep.snapshot.capture import Capture
 from everstep.snapshot.layout import decode
-from everstep.snapshot.record import open_record, seal_record
+from everstep.snapshot.record import open_record
 from everstep.snapshot.restore import Restoration, Shard
 
 log = logging.getLogger("everstep")
 _RNG_PATH = "rng"
-_REMEMBERED_HANDLES = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How long the client waits for what."""
-
-    agent_start_s: float = 20.0
-    """For an embedded agent to answer."""
-    offer_s: float = 0.25
-    """For a slot, on the training thread; then the snapshot is skipped."""
-    pause_s: float = 5.0
-    """After an agent did not answer in time: no snapshot is tried meanwhile."""
-    setup_s: float = 60.0
-    """For the arena and the comparison of replicas; only when the state's form is new."""
-    seal_s: float = 30.0
-    """For the agent to take note of a complete shard, on the capture's thread."""
-    restore_s: float = 660.0
-    """For the agent to find and check what can be restored."""
-    close_s: float = 60.0
-    """For the last snapshot to reach the strongest level."""
-
-
-@dataclass(slots=True)
-class Stats:
-    """What the snapshots of this process have cost and come to.
-
-    Attributes:
-        stall_s: Time that the training thread spent in `snapshot` and at the fence.
-        last_stall_s: The same for the last snapshot alone.
-        setup_s: The part of it that arranged new layouts and arenas.
-        skipped: How often, by reason.
-    """
-
-    taken: int = 0
-    committed: int = 0
-    dropped: int = 0
-    stall_s: float = 0.0
-    last_stall_s: float = 0.0
-    setup_s: float = 0.0
-    skipped: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Work:
-    """The capture under way."""
-
-    handle: Snapshot
-    capture: Capture
-    arrangement: Arrangement
-    record: Record
-    slot: int
-    ended: threading.Event = field(default_factory=threading.Event)
 
 
 def connect(
@@ -190,17 +137,21 @@ class Client:
         self._attachments: dict[str, Attachment] = {}
         self._ddp: set[str] = set()
         self._hooks: list[Any] = []
-        self._work: _Work | None = None
-        self._handles: dict[int, Snapshot] = {}
         self._paused_until_s = 0.0
-        self._warned: set[str] = set()
         self._pid = os.getpid()
         self._closed = False
         self._setup_s = 0.0
-        self._worker = ThreadPoolExecutor(1, "everstep-capture")
         self._arranger = Arranger(self._channel, limits.setup_s)
         self._session = Session(
-            self._channel, job, launch, nvme_interval, self._on_notice, self._in_flight
+            self._channel,
+            job,
+            launch,
+            nvme_interval,
+            on_notice=lambda notice: self._capturing.on_notice(notice),
+            in_flight=lambda: self._capturing.in_flight(),
+        )
+        self._capturing = Capturing(
+            self._channel, self._session, self._arranger, limits, self.stats
         )
         try:
             self._session.start(limits.agent_start_s)
@@ -297,7 +248,7 @@ class Client:
         finally:
             self._stalled(time.perf_counter() - begun, new=True)
         if handle.skipped:
-            self._count_skip(handle)
+            self._capturing.count_skip(handle)
         return handle
 
     def _snapshot(self, step: int) -> Snapshot:
@@ -320,26 +271,24 @@ class Client:
         record = self._record(step, arrangement)
         record.values.extend(Value(path=path, json=json) for path, json in collected.values)
         record.values.append(Value(path=_RNG_PATH, json=generators))
-        return self._begin(step, arrangement, offer.slot, record)
+        return self._capturing.begin(step, arrangement, offer.slot, record)
 
     def _not_ready(self) -> str:
         """Why no snapshot can be begun now; empty if one can."""
         if self._session.ended is not None:
             return str(self._session.ended)
-        work = self._work
-        if work is not None and not work.ended.is_set():
-            if self._on_busy == "skip":
-                return f"busy: step {work.handle.step} is still being copied"
-            work.capture.finish(self.limits.seal_s)
-            if not work.ended.wait(self.limits.seal_s):
-                return f"busy: step {work.handle.step} is not sealed yet"
+        under_way = self._capturing.under_way()
+        if under_way is not None and self._on_busy == "skip":
+            return f"busy: step {under_way.step} is still being copied"
+        if under_way is not None and not self._capturing.settle():
+            return f"busy: step {under_way.step} is not sealed yet"
         if not self._session.attached:
             return "agent: not connected"
         if time.monotonic() < self._paused_until_s:
             return "agent: it did not answer in time a moment ago"
         return ""
 
-    def _arrange(self, collected: Any, step: int) -> Arrangement:
+    def _arrange(self, collected: Collected, step: int) -> Arrangement:
         begun = time.perf_counter()
         parts = [attached.part for attached in self._attachments.values()]
         session = self._session.identity
@@ -373,36 +322,10 @@ class Client:
             producer=_producer(),
         )
 
-    def _begin(self, step: int, arrangement: Arrangement, slot: int, record: Record) -> Snapshot:
-        handle = Snapshot(step)
-        memory = arrangement.arena.slot(slot, arrangement.layout.image_bytes)
-        capture = Capture(arrangement.plan, memory, seed=step)
-        work = _Work(handle, capture, arrangement, record, slot)
-        self._handles[step] = handle
-        while len(self._handles) > _REMEMBERED_HANDLES:
-            del self._handles[next(iter(self._handles))]
-        handle.on_wait(lambda: capture.finish(self.limits.seal_s), self._persist)
-        try:
-            capture.begin()
-        except BaseException:
-            capture.release()
-            self._abandon(work, "the copy could not be begun")
-            raise
-        self._work = work
-        self.stats.taken += 1
-        self._worker.submit(self._carry_out, work)
-        return handle
-
     def _fence(self) -> None:
-        """Before an update: what is being copied must be complete first."""
-        work = self._work
-        if work is None or work.capture.done.is_set() or os.getpid() != self._pid:
-            return
         begun = time.perf_counter()
-        failpoint("client.fence.begun")
-        if not work.capture.finish(self.limits.seal_s):
-            work.capture.give_up()
-        self._stalled(time.perf_counter() - begun, new=False)
+        if os.getpid() == self._pid and self._capturing.fence():
+            self._stalled(time.perf_counter() - begun, new=False)
 
     def _stalled(self, seconds: float, *, new: bool) -> None:
         self.stats.stall_s += seconds
@@ -414,114 +337,6 @@ class Client:
         """Around code that changes guarded state without a torch optimizer."""
         self._fence()
         yield
-
-    def _carry_out(self, work: _Work) -> None:
-        """On the capture's thread: copy what is left, then seal."""
-        capture = work.capture
-        try:
-            while capture.advance():
-                pass
-            capture.done.wait()
-            if capture.torn:
-                self._torn(work)
-                return
-            failpoint("client.seal.before")
-            work.record.unit_digests = bytes(capture.digests)
-            self._seal(work)
-            failpoint("client.seal.after")
-        except EverstepError as error:
-            self._drop(work, str(error))
-        except Exception as error:
-            log.exception("capture of step %d failed", work.handle.step)
-            self._abandon(work, repr(error))
-        finally:
-            capture.release()
-            work.ended.set()
-
-    def _seal(self, work: _Work) -> None:
-        request = wire.SealRequest(
-            session=self._session.identity,
-            step=work.handle.step,
-            slot=work.slot,
-            generation=work.arrangement.arena.generation,
-            record=seal_record(work.record),
-        )
-        deadline = time.monotonic() + self.limits.seal_s
-        while True:
-            try:
-                remaining = max(0.1, deadline - time.monotonic())
-                reply = self._channel.call("Seal", request, remaining)
-                break
-            except Retryable:
-                # The agent may be on its way back, and will find the copy where it is.
-                if time.monotonic() >= deadline or self._session.ended or self._closed:
-                    raise
-                self._wait_for_agent(deadline)
-        if reply.accepted:
-            work.handle.mark(sealed=True)
-        else:
-            self._drop(work, reply.reason)
-
-    def _wait_for_agent(self, deadline: float) -> None:
-        time.sleep(0.05)
-        try:
-            self._session.wait_attached(max(0.1, deadline - time.monotonic()))
-        except Retryable:
-            return
-
-    def _torn(self, work: _Work) -> None:
-        names = work.capture.torn
-        shown = ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
-        self._arranger.distrust(names)
-        self._abandon(work, f"{shown} changed between snapshot() and the optimizer's step")
-
-    def _abandon(self, work: _Work, reason: str) -> None:
-        request = wire.AbandonRequest(
-            session=self._session.identity, step=work.handle.step, reason=reason
-        )
-        try:
-            self._channel.call("Abandon", request, self.limits.offer_s)
-        except EverstepError:
-            log.debug("the agent was not told that step %d is abandoned", work.handle.step)
-        self._drop(work, reason)
-
-    def _drop(self, work: _Work, reason: str) -> None:
-        work.handle.mark(dropped=reason)
-        self.stats.dropped += 1
-        self._warn_once("dropped", f"the snapshot of step {work.handle.step} was dropped: {reason}")
-
-    def _count_skip(self, handle: Snapshot) -> None:
-        kind = handle.skipped.partition(":")[0]
-        self.stats.skipped[kind] = self.stats.skipped.get(kind, 0) + 1
-        self._warn_once(kind, f"the snapshot of step {handle.step} was skipped: {handle.skipped}")
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        level = logging.DEBUG if kind in self._warned else logging.WARNING
-        self._warned.add(kind)
-        log.log(level, "%s. Training goes on; client.stats counts further ones.", message)
-
-    def _in_flight(self) -> wire.InFlight | None:
-        work = self._work
-        if work is None or work.ended.is_set():
-            return None
-        generation = work.arrangement.arena.generation
-        return wire.InFlight(step=work.handle.step, slot=work.slot, generation=generation)
-
-    def _on_notice(self, notice: wire.Notice) -> None:
-        if notice.HasField("committed") and notice.committed.incarnation == self.incarnation:
-            handle = self._handles.get(notice.committed.step)
-            if handle is not None:
-                if not handle.done(notice.committed.level):
-                    self.stats.committed += notice.committed.level == "memory"
-                handle.mark(sealed=True, committed=notice.committed.level)
-        elif notice.HasField("dropped") and notice.dropped.incarnation == self.incarnation:
-            names = self._arranger.replicas_drifted(notice.dropped.drifted)
-            reason = notice.dropped.reason + (f": {', '.join(names[:3])}" if names else "")
-            handle = self._handles.get(notice.dropped.step)
-            if handle is not None and not handle.dropped:
-                handle.mark(dropped=reason)
-                self.stats.dropped += 1
-            self._warn_once("dropped", f"step {notice.dropped.step} was dropped: {reason}")
 
     def restore(
         self,
@@ -585,7 +400,7 @@ class Client:
             except Retryable:
                 if time.monotonic() >= deadline:
                     raise
-                self._wait_for_agent(deadline)
+                self._session.await_return(deadline)
 
     def _load(self, reply: wire.RestoreReply, *, weights_only: bool, force: bool) -> None:
         shards = {}
@@ -620,24 +435,11 @@ class Client:
         Returns:
             The step, or None if there is none.
         """
-        self._settle()
+        self._capturing.settle()
+        self._capturing.forget()
         self._arranger.forget()
-        self._handles.clear()
         self._session.renew(as_new_process=True, timeout_s=self.limits.agent_start_s)
         return self.restore(to, levels=("memory",))
-
-    def _settle(self) -> None:
-        """Bring the capture under way to its end."""
-        work = self._work
-        if work is not None and not work.ended.is_set():
-            work.capture.finish(self.limits.seal_s)
-            work.ended.wait(self.limits.seal_s)
-        self._work = None
-
-    def _persist(self, timeout_s: float) -> wire.PersistReply:
-        request = wire.PersistRequest(job=self.job, timeout_s=timeout_s)
-        reply: wire.PersistReply = self._channel.call("Persist", request, timeout_s + 1.0)
-        return reply
 
     def close(self, timeout: float | None = None) -> None:
         """Commit the last snapshot at the strongest level configured, and end the session.
@@ -648,11 +450,10 @@ class Client:
         if self._closed or os.getpid() != self._pid:
             return
         wait_s = self.limits.close_s if timeout is None else timeout
-        self._settle()
         self._closed = True
+        self._capturing.close()
         for hook in self._hooks:
             hook.remove()
-        self._worker.shutdown(wait=True)
         try:
             if self._session.attached:
                 self._part(wait_s)
@@ -664,7 +465,7 @@ class Client:
 
     def _part(self, wait_s: float) -> None:
         if wait_s > 0 and "nvme" in self._session.levels and self.stats.taken:
-            reply = self._persist(wait_s)
+            reply = self._capturing.persist(wait_s)
             if not reply.durable:
                 log.warning("the last snapshot is not on NVMe: %s", reply.reason)
         detach = wire.DetachRequest(session=self._session.identity)
@@ -677,6 +478,8 @@ def _copy_threads() -> int:
 
 @functools.cache
 def _producer() -> str:
-    import everstep
-
-    return f"everstep {everstep.__version__}, torch {torch.__version__}, python {platform.python_version()}"
+    try:
+        everstep = version("everstep")
+    except PackageNotFoundError:
+        everstep = "source"
+    return f"everstep {everstep}, torch {torch.__version__}, python {platform.python_version()}"

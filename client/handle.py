@@ -97,9 +97,10 @@ class Snapshot:
         self._help = help_copying
         self._persist = persist
 
-    def mark(self, *, sealed: bool = False, committed: str = "", dropped: str = "") -> None:
-        """Note progress. For the client."""
+    def mark(self, *, sealed: bool = False, committed: str = "", dropped: str = "") -> bool:
+        """Note progress; return whether it changed the outcome. For the client."""
         with self._changed:
+            before = self.state
             self._sealed = self._sealed or sealed
             if committed:
                 # NVMe is only ever written from a snapshot that memory had committed.
@@ -107,6 +108,7 @@ class Snapshot:
             elif dropped and not self._committed:
                 self.dropped = self.dropped or dropped
             self._changed.notify_all()
+            return self.state != before
 
     def __repr__(self) -> str:
         why = self.skipped or self.dropped

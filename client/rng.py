@@ -27,7 +27,7 @@ def capture() -> dict[str, Any]:
     if numpy is not None:
         kind, keys, position, has_gauss, cached = numpy.random.get_state()
         states["numpy"] = [kind, keys.tobytes(), int(position), int(has_gauss), float(cached)]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         states["cuda"] = [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
     return states
 

@@ -6,6 +6,7 @@ nothing here blocks the training thread longer than the time it passed, and that
 has ended for good (the rank was taken over) says so once.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -21,6 +22,7 @@ from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import AgentUnavailable, EverstepError, Refused, StaleIncarnation
 
 log = logging.getLogger("everstep")
+_RETRY_S = 0.05
 _RETRY_FIRST_S = 0.1
 _RETRY_LAST_S = 2.0
 
@@ -103,6 +105,12 @@ class Session:
             last = self._last_error
             detail = last.detail if isinstance(last, AgentUnavailable) else str(last or "no answer")
             raise AgentUnavailable(self.channel.address, detail) from last
+
+    def await_return(self, deadline: float) -> None:
+        """After a failed call: give the agent until the deadline to be back; raise nothing."""
+        time.sleep(_RETRY_S)
+        with contextlib.suppress(EverstepError):
+            self.wait_attached(max(_RETRY_S, deadline - time.monotonic()))
 
     @property
     def attached(self) -> bool:

@@ -17,9 +17,9 @@ Importing this module imports nothing else; the client (and with it torch) comes
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from everstep.client import Client, Snapshot, connect
+    from everstep.client import Client, Limits, Snapshot, Stats, connect
 
-__all__ = ["Client", "Snapshot", "__version__", "connect", "errors"]
+__all__ = ["Client", "Limits", "Snapshot", "Stats", "__version__", "connect", "errors"]
 
 
 def __getattr__(name: str) -> Any:

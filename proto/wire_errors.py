@@ -6,6 +6,7 @@ the agent raised on purpose arrives as the class it was raised as; anything else
 """
 
 import json
+from typing import Any
 
 import grpc
 
@@ -54,7 +55,7 @@ def decode(error: grpc.RpcError, address: str) -> EverstepError:
         error: What the stub raised.
         address: The agent's, for the message.
     """
-    metadata = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    metadata: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
     for key, value in metadata or ():
         if key == METADATA_KEY:
             rebuilt = _rebuild(value)

@@ -1,0 +1,235 @@
+"""The one capture that may be under way, from the granted slot to the seal.
+
+Owns the capture's thread, the fence, and what the agent is told of the outcome. Promises that the
+training thread waits here only for bytes to be copied, never for the agent; that a copy which was
+torn, or that the agent refused, is dropped, counted and named once; and that a slot's memory is
+let go of before the next capture begins.
+"""
+
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from everstep.client.arrangement import Arrangement, Arranger
+from everstep.client.channel import Channel
+from everstep.client.handle import Snapshot
+from everstep.client.limits import Limits, Stats
+from everstep.client.session import Session
+from everstep.proto import agent_pb2 as wire
+from everstep.proto.errors import EverstepError, Retryable
+from everstep.proto.failpoint import failpoint
+from everstep.proto.state_pb2 import Record
+from everstep.snapshot.capture import Capture
+from everstep.snapshot.record import seal_record
+
+log = logging.getLogger("everstep")
+_REMEMBERED_HANDLES = 16
+_RETRY_S = 0.05
+
+
+@dataclass(slots=True)
+class Work:
+    """A capture under way."""
+
+    handle: Snapshot
+    capture: Capture
+    arrangement: Arrangement
+    record: Record
+    slot: int
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+class Capturing:
+    """Carries captures out, one at a time."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        session: Session,
+        arranger: Arranger,
+        limits: Limits,
+        stats: Stats,
+    ) -> None:
+        self._channel = channel
+        self._session = session
+        self._arranger = arranger
+        self._limits = limits
+        self._stats = stats
+        self._work: Work | None = None
+        self._handles: dict[int, Snapshot] = {}
+        self._warned: set[str] = set()
+        self._closed = False
+        self._worker = ThreadPoolExecutor(1, "everstep-capture")
+
+    def under_way(self) -> Snapshot | None:
+        """The handle of the capture that has not ended yet."""
+        work = self._work
+        return work.handle if work is not None and not work.ended.is_set() else None
+
+    def begin(self, step: int, arrangement: Arrangement, slot: int, record: Record) -> Snapshot:
+        """Copy what must be copied at once, and start copying the rest.
+
+        Args:
+            step: Of the snapshot.
+            arrangement: The layout and the arena.
+            slot: As granted by the agent.
+            record: Complete but for the digests.
+        """
+        assert self.under_way() is None
+        handle = Snapshot(step)
+        memory = arrangement.arena.slot(slot, arrangement.layout.image_bytes)
+        capture = Capture(arrangement.plan, memory, seed=step)
+        work = Work(handle, capture, arrangement, record, slot)
+        self._handles[step] = handle
+        while len(self._handles) > _REMEMBERED_HANDLES:
+            del self._handles[next(iter(self._handles))]
+        handle.on_wait(lambda: capture.finish(self._limits.seal_s), self.persist)
+        try:
+            capture.begin()
+        except BaseException:
+            capture.release()
+            self._abandon(work, "the copy could not be begun")
+            raise
+        self._work = work
+        self._stats.taken += 1
+        self._worker.submit(self._carry_out, work)
+        return handle
+
+    def fence(self) -> bool:
+        """Before an update: complete what is being copied. Returns whether there was anything."""
+        work = self._work
+        if work is None or work.capture.done.is_set():
+            return False
+        failpoint("client.fence.begun")
+        if not work.capture.finish(self._limits.seal_s):
+            work.capture.give_up()
+        return True
+
+    def settle(self) -> bool:
+        """Bring the capture under way to its end, bounded; return whether it has ended."""
+        work = self._work
+        if work is None:
+            return True
+        work.capture.finish(self._limits.seal_s)
+        return work.ended.wait(self._limits.seal_s)
+
+    def forget(self) -> None:
+        """Handles of an ended incarnation hear nothing any more."""
+        self._work = None
+        self._handles.clear()
+
+    def close(self) -> None:
+        """Settle, and end the thread."""
+        self.settle()
+        self._closed = True
+        self._worker.shutdown(wait=True)
+
+    def persist(self, timeout_s: float) -> wire.PersistReply:
+        """Ask for the newest committed snapshot to be on NVMe, and wait for it, bounded."""
+        job = self._session.identity.job
+        request = wire.PersistRequest(job=job, timeout_s=timeout_s)
+        reply: wire.PersistReply = self._channel.call("Persist", request, timeout_s + 1.0)
+        return reply
+
+    def in_flight(self) -> wire.InFlight | None:
+        """What an agent that comes back must know is being written."""
+        work = self._work
+        if work is None or work.ended.is_set():
+            return None
+        generation = work.arrangement.arena.generation
+        return wire.InFlight(step=work.handle.step, slot=work.slot, generation=generation)
+
+    def on_notice(self, notice: wire.Notice) -> None:
+        """Take what the agent tells unasked; called on the session's thread."""
+        incarnation = self._session.incarnation
+        if notice.HasField("committed") and notice.committed.incarnation == incarnation:
+            handle = self._handles.get(notice.committed.step)
+            if handle is not None:
+                self._stats.committed += not handle.done()
+                handle.mark(sealed=True, committed=notice.committed.level)
+        elif notice.HasField("dropped") and notice.dropped.incarnation == incarnation:
+            names = self._arranger.replicas_drifted(notice.dropped.drifted)
+            reason = notice.dropped.reason + (f": {', '.join(names[:3])}" if names else "")
+            handle = self._handles.get(notice.dropped.step)
+            if handle is not None:
+                self._drop(handle, reason)
+
+    def count_skip(self, handle: Snapshot) -> None:
+        """Note that nothing was captured; warn the first time for each kind of reason."""
+        kind = handle.skipped.partition(":")[0]
+        self._stats.skipped[kind] = self._stats.skipped.get(kind, 0) + 1
+        self._warn_once(kind, f"the snapshot of step {handle.step} was skipped: {handle.skipped}")
+
+    def _carry_out(self, work: Work) -> None:
+        """On the capture's thread: copy what is left, then seal."""
+        capture = work.capture
+        try:
+            while capture.advance():
+                pass
+            capture.done.wait(self._limits.seal_s)
+            if capture.torn:
+                self._torn(work)
+                return
+            failpoint("client.seal.before")
+            work.record.unit_digests = bytes(capture.digests)
+            self._seal(work)
+            failpoint("client.seal.after")
+        except EverstepError as error:
+            self._drop(work.handle, str(error))
+        except Exception as error:
+            log.exception("the capture of step %d failed", work.handle.step)
+            self._abandon(work, repr(error))
+        finally:
+            capture.release()
+            work.ended.set()
+
+    def _seal(self, work: Work) -> None:
+        request = wire.SealRequest(
+            session=self._session.identity,
+            step=work.handle.step,
+            slot=work.slot,
+            generation=work.arrangement.arena.generation,
+            record=seal_record(work.record),
+        )
+        deadline = time.monotonic() + self._limits.seal_s
+        while True:
+            try:
+                remaining_s = max(0.1, deadline - time.monotonic())
+                reply = self._channel.call("Seal", request, remaining_s)
+                break
+            except Retryable:
+                # The agent may be on its way back, and will find the copy where it is.
+                if time.monotonic() >= deadline or self._session.ended or self._closed:
+                    raise
+                self._session.await_return(deadline)
+        if reply.accepted:
+            work.handle.mark(sealed=True)
+        else:
+            self._drop(work.handle, reply.reason)
+
+    def _torn(self, work: Work) -> None:
+        names = work.capture.torn
+        shown = ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
+        self._arranger.distrust(names)
+        self._abandon(work, f"{shown} changed between snapshot() and the optimizer's step")
+
+    def _abandon(self, work: Work, reason: str) -> None:
+        step = work.handle.step
+        request = wire.AbandonRequest(session=self._session.identity, step=step, reason=reason)
+        try:
+            self._channel.call("Abandon", request, self._limits.offer_s)
+        except EverstepError:
+            log.debug("the agent was not told that step %d is abandoned", step)
+        self._drop(work.handle, reason)
+
+    def _drop(self, handle: Snapshot, reason: str) -> None:
+        if handle.mark(dropped=reason):
+            self._stats.dropped += 1
+            self._warn_once("dropped", f"the snapshot of step {handle.step} was dropped: {reason}")
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        level = logging.DEBUG if kind in self._warned else logging.WARNING
+        self._warned.add(kind)
+        log.log(level, "%s. Training goes on; client.stats counts further ones.", message)

@@ -1,0 +1,49 @@
+"""What the client is given: how long it waits for what, and what it counts.
+
+Owns two plain records. Every wait of the client is bounded by one of these limits.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long the client waits for what, in seconds."""
+
+    agent_start_s: float = 20.0
+    """For an embedded agent to answer."""
+    offer_s: float = 0.25
+    """For a slot, on the training thread; then the snapshot is skipped."""
+    pause_s: float = 5.0
+    """After an agent did not answer in time: no snapshot is tried meanwhile."""
+    setup_s: float = 60.0
+    """For the arena and the comparison of replicas; only when the state's form is new."""
+    seal_s: float = 30.0
+    """For the agent to take note of a complete shard, on the capture's thread."""
+    restore_s: float = 660.0
+    """For the agent to find and check what can be restored."""
+    close_s: float = 60.0
+    """For the last snapshot to reach the strongest level."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the snapshots of this process have cost and come to.
+
+    Attributes:
+        taken: Captures begun.
+        committed: Of these, how many all ranks had sealed.
+        dropped: Of these, how many will never commit.
+        stall_s: Time that the training thread spent in `snapshot` and at the fence.
+        last_stall_s: The same for the last snapshot alone.
+        setup_s: The part of it that arranged new layouts and arenas.
+        skipped: How often nothing was captured, by reason; "not due" is not counted.
+    """
+
+    taken: int = 0
+    committed: int = 0
+    dropped: int = 0
+    stall_s: float = 0.0
+    last_stall_s: float = 0.0
+    setup_s: float = 0.0
+    skipped: dict[str, int] = field(default_factory=dict)
