@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from everstep.client.environment import Launch, launch, named_agent, places
 from everstep.proto.errors import InvalidConfiguration
 from everstep.proto.places import default_places
@@ -81,7 +82,7 @@ def test_arguments_win_one_by_one() -> None:
 @pytest.mark.parametrize("text", ["", "x", "-1", "1.0", " 1", "1_0", "٣", "9" * 5000])
 def test_malformed_numbers_name_their_variable(variable: str, text: str) -> None:
     with pytest.raises(InvalidConfiguration, match=variable) as raised:
-        launch(environ=torchrun(**{variable: text}))
+        launch(environ=torchrun() | {variable: text})
     assert raised.value.option == variable
 
 
@@ -150,14 +151,14 @@ def test_ranks_set_by_hand_have_no_launch_id() -> None:
 
 def test_the_agents_address(monkeypatch: pytest.MonkeyPatch) -> None:
     assert named_agent(environ={}) is None
-    assert named_agent(environ={"EVERSTEP_AGENT": "unix:/a/b"}) == Path("/a/b")
-    assert named_agent("unix:/c", environ={"EVERSTEP_AGENT": "unix:/a/b"}) == Path("/c")
+    assert named_agent(environ={"EVERSTEP_AGENT": "unix:/a/b"}) == "unix:/a/b"
+    assert named_agent("unix:///c", environ={"EVERSTEP_AGENT": "unix:/a/b"}) == "unix:/c"
     with pytest.raises(InvalidConfiguration):
         named_agent(environ={"EVERSTEP_AGENT": "localhost:80"})
     environ = {"EVERSTEP_HOME": "/data/x"}
     assert places(environ) == default_places(environ, os.getuid())
     monkeypatch.setenv("EVERSTEP_AGENT", "unix:/from/process")
-    assert named_agent() == Path("/from/process")
+    assert named_agent() == "unix:/from/process"
 
 
 _PRINT_ID = """

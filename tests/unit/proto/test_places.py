@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -106,8 +107,18 @@ def test_parse_address(address: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["", "/a/b", "unix:", "unix:a/b", "unix://a/b", "unix://///a", "tcp:/a", "localhost:80"]
-    + ["unix:/a%00b", "unix:/" + "x" * 107],
+    [
+        "",
+        "/a/b",
+        "unix:",
+        "unix:a/b",
+        "unix://a/b",
+        "unix://///a",
+        "tcp:/a",
+        "localhost:80",
+        "unix:/a%00b",
+        "unix:/" + "x" * 107,
+    ],
 )
 def test_parse_address_refuses(address: str) -> None:
     with pytest.raises(InvalidConfiguration, match="agent address"):
@@ -120,8 +131,6 @@ def test_an_address_means_the_same_to_grpc(name: str, tmp_path: Path) -> None:
     assert parse_address(format_address(path)) == path
     if not name.isprintable():
         return  # gRPC takes UTF-8 only
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as pool:
         server = grpc.server(pool)
         server.add_insecure_port(format_address(path))

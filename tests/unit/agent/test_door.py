@@ -1,0 +1,614 @@
+"""The door: who may enter, bytes unchanged both ways, bounds on everything, nothing left behind."""
+
+import asyncio
+import logging
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+import grpc
+import pytest
+
+from everstep.agent.door import Door, peer_credentials
+from everstep.proto.errors import InvalidConfiguration
+from everstep.proto.places import format_address
+
+LIMIT_S = 20.0
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Short enough for sockets, and open to other users except for private/."""
+    with tempfile.TemporaryDirectory(prefix="door-", dir="/tmp") as name:
+        path = Path(name)
+        path.chmod(0o755)
+        (path / "private").mkdir(mode=0o700)
+        yield path
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    """Run a scenario and hold it to leaving neither tasks nor file descriptors behind."""
+
+    async def bounded() -> None:
+        before = descriptors()
+        async with asyncio.timeout(LIMIT_S):
+            await scenario()
+            await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+            await until(lambda: descriptors() == before)
+
+    asyncio.run(bounded())
+
+
+def descriptors() -> set[str]:
+    return {name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110  bounded by `run`, and nobody could set an event
+        await asyncio.sleep(0.001)
+
+
+async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+
+
+class Server:
+    """Stands in for the gRPC server: listens on the private socket, counts who gets through."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.accepted = 0
+        self.ended = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        try:
+            await self.handler(reader, writer)
+        finally:
+            self.ended += 1
+            writer.close()
+
+
+@asynccontextmanager
+async def opened(
+    directory: Path,
+    handler: Handler = echo,
+    allowed: frozenset[int] = frozenset(),
+    max_connections: int = 8,
+) -> AsyncIterator[tuple[Door, Server]]:
+    server = Server(handler)
+    listening = await asyncio.start_unix_server(server, directory / "private/agent.sock")
+    door = Door(
+        directory / "agent.sock", directory / "private/agent.sock", allowed, max_connections
+    )
+    await door.start()
+    try:
+        yield door, server
+    finally:
+        await door.close()
+        listening.close()
+        await until(lambda: server.ended == server.accepted)
+
+
+async def connect(directory: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_unix_connection(directory / "agent.sock")
+
+
+async def gone(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    try:
+        await writer.wait_closed()
+    except ConnectionError:
+        pass
+
+
+async def is_cut(reader: asyncio.StreamReader) -> bool:
+    try:
+        return await reader.read(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_bytes_pass_unchanged_in_both_directions(directory: Path) -> None:
+    async def scenario() -> None:
+        async with opened(directory) as (door, _):
+            reader, writer = await connect(directory)
+            message = os.urandom(5 * (1 << 20) + 7)
+            receiving = asyncio.create_task(reader.readexactly(len(message)))
+            writer.write(message)
+            assert await receiving == message
+            for number in range(2000):
+                small = number.to_bytes(4, "big") * 5
+                writer.write(small)
+                assert await reader.readexactly(20) == small
+            assert door.open_count == 1
+            await gone(writer)
+            await until(lambda: door.open_count == 0)
+
+    run(scenario)
+
+
+def test_several_links_do_not_mix(directory: Path) -> None:
+    async def talk(number: int) -> None:
+        reader, writer = await connect(directory)
+        message = bytes([number]) * (300_000 + number)
+        receiving = asyncio.create_task(reader.readexactly(len(message)))
+        writer.write(message)
+        assert await receiving == message
+        await gone(writer)
+
+    async def scenario() -> None:
+        async with opened(directory) as (door, _):
+            await asyncio.gather(*(talk(number) for number in range(8)))
+            await until(lambda: door.open_count == 0)
+
+    run(scenario)
+
+
+def test_the_other_half_stays_open_when_the_peer_has_said_all(directory: Path) -> None:
+    async def answer_after_the_end(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        question = await reader.read()
+        writer.write(question[::-1] * 100_000)
+        await writer.drain()
+
+    async def scenario() -> None:
+        async with opened(directory, answer_after_the_end) as (_, _):
+            reader, writer = await connect(directory)
+            writer.write(b"everstep")
+            writer.write_eof()
+            assert await reader.read() == b"petsreve" * 100_000
+            await gone(writer)
+
+    run(scenario)
+
+
+def test_the_other_half_stays_open_when_the_server_has_said_all(directory: Path) -> None:
+    received: list[bytes] = []
+
+    async def speak_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"goodbye")
+        writer.write_eof()
+        received.append(await reader.read())
+
+    async def scenario() -> None:
+        async with opened(directory, speak_first) as (_, server):
+            reader, writer = await connect(directory)
+            assert await reader.read() == b"goodbye"
+            writer.write(b"x" * 700_000)
+            await writer.drain()
+            await gone(writer)
+            await until(lambda: server.ended == 1)
+        assert received == [b"x" * 700_000]
+
+    run(scenario)
+
+
+def test_what_the_server_said_last_arrives_although_it_has_left(directory: Path) -> None:
+    async def speak_and_leave(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"z" * 900_000)
+        await writer.drain()
+
+    async def scenario() -> None:
+        async with opened(directory, speak_and_leave):
+            reader, writer = await connect(directory)
+            assert await reader.read() == b"z" * 900_000
+            await gone(writer)
+
+    run(scenario)
+
+
+def test_a_peer_that_dies_is_noticed_by_the_server(directory: Path) -> None:
+    async def scenario() -> None:
+        async with opened(directory) as (door, server):
+            _, writer = await connect(directory)
+            writer.write(b"a" * 10_000)
+            await until(lambda: server.accepted == 1)
+            writer.transport.abort()
+            await until(lambda: server.ended == 1)
+            await until(lambda: door.open_count == 0)
+
+    run(scenario)
+
+
+def test_a_peer_that_does_not_read_is_not_buffered_without_end(directory: Path) -> None:
+    """The same for a server that does not read: the sender waits, and nothing is lost."""
+    go_on = asyncio.Event()
+    received: list[bytes] = []
+
+    async def slow(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await go_on.wait()
+        received.append(await reader.read())
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        async with opened(directory, slow) as (_, server):
+            peer = socket.socket(socket.AF_UNIX)
+            peer.setblocking(False)
+            await loop.sock_connect(peer, str(directory / "agent.sock"))
+            await until(lambda: server.accepted == 1)
+            sent = bytearray()
+            quiet_since_s = time.monotonic()
+            while time.monotonic() - quiet_since_s < 0.3:
+                try:
+                    block = os.urandom(1 << 16)
+                    sent += block[: peer.send(block)]
+                    quiet_since_s = time.monotonic()
+                    assert len(sent) < 4 << 20, "the door takes in without end"
+                except BlockingIOError:
+                    await asyncio.sleep(0.005)
+            go_on.set()
+            peer.close()
+            await until(lambda: server.ended == 1)
+            assert received == [bytes(sent)]
+
+    run(scenario)
+
+
+def test_a_full_house_refuses_and_has_room_again(directory: Path) -> None:
+    async def scenario() -> None:
+        async with opened(directory, max_connections=2) as (door, server):
+            first, second = await connect(directory), await connect(directory)
+            await until(lambda: door.open_count == 2)
+            third = await connect(directory)
+            assert await is_cut(third[0])
+            assert (door.refused_count, door.open_count) == (1, 2)
+            await gone(first[1])
+            await until(lambda: door.open_count == 1)
+            fourth = await connect(directory)
+            fourth[1].write(b"hello")
+            assert await fourth[0].readexactly(5) == b"hello"
+            assert server.accepted == 3
+            for _, writer in (second, third, fourth):
+                await gone(writer)
+
+    run(scenario)
+
+
+def test_a_stranger_is_refused_before_any_byte_passes(directory: Path) -> None:
+    """Whoever runs the tests plays the stranger: the door is told not to know this user."""
+
+    async def scenario() -> None:
+        async with opened(directory) as (door, server):
+            door._allowed_uids = frozenset({os.getuid() + 1})
+            for _ in range(3):
+                reader, writer = await connect(directory)
+                writer.write(b"let me in")
+                assert await is_cut(reader)
+                await gone(writer)
+            assert door.refused_count == 3
+            assert (server.accepted, door.open_count) == (0, 0)
+
+    run(scenario)
+
+
+_KNOCK = """
+import os, socket, sys
+os.setgid(65534); os.setuid(int(sys.argv[2]))
+s = socket.socket(socket.AF_UNIX)
+try:
+    s.connect(sys.argv[1]); s.sendall(b"knock"); print(s.recv(5).decode())
+except PermissionError:
+    print("no permission")
+except ConnectionError:
+    print()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("allowed", "uid", "answer"),
+    [
+        (frozenset(), 65533, "no permission"),
+        (frozenset({65533}), 65533, "knock"),
+        (frozenset({65533}), 65532, ""),
+        (frozenset(), 0, "knock"),
+    ],
+)
+def test_real_users(allowed: frozenset[int], uid: int, answer: str, directory: Path) -> None:
+    async def scenario() -> None:
+        async with opened(directory, allowed=allowed) as (_, server):
+            command = [sys.executable, "-I", "-c", _KNOCK, str(directory / "agent.sock"), str(uid)]
+            done = await asyncio.to_thread(
+                subprocess.run, command, capture_output=True, text=True, timeout=LIMIT_S
+            )
+            assert (done.returncode, done.stdout.strip()) == (0, answer), done.stderr
+            assert server.accepted == (answer == "knock")
+        await asyncio.get_running_loop().shutdown_default_executor()
+
+    run(scenario)
+
+
+def test_the_sockets_mode(directory: Path) -> None:
+    async def scenario() -> None:
+        for allowed, mode in (
+            (frozenset[int](), 0o600),
+            (frozenset({os.getuid(), 0}), 0o600),
+            (frozenset({os.getuid() + 1}), 0o666),
+        ):
+            before = os.umask(0o077)
+            try:
+                async with opened(directory, allowed=allowed):
+                    found = (directory / "agent.sock").stat().st_mode
+                    assert stat.S_IMODE(found) == mode
+                    (directory / "private/agent.sock").unlink()
+            finally:
+                os.umask(before)
+
+    run(scenario)
+
+
+def test_refusals_are_logged_once_in_a_while(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    times_s = iter((0.0, 1.0, 9.9, 10.0, 10.1))
+    door = Door(directory / "a", directory / "b", frozenset(), 1, clock=lambda: next(times_s))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            door._refused(1, "no")
+    assert [record.args[-1] for record in caplog.records if isinstance(record.args, tuple)] == [
+        1,
+        3,
+    ]
+    assert door.refused_count == 5
+
+
+def test_a_socket_file_that_nobody_listens_on_is_replaced(directory: Path) -> None:
+    with closing(socket.socket(socket.AF_UNIX)) as dead:
+        dead.bind(str(directory / "agent.sock"))
+
+    async def scenario() -> None:
+        async with opened(directory):
+            reader, writer = await connect(directory)
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            await gone(writer)
+
+    run(scenario)
+
+
+def test_a_second_agent_is_told_of_the_first(directory: Path) -> None:
+    async def scenario() -> None:
+        async with opened(directory) as (door, _):
+            second = Door(
+                directory / "agent.sock", directory / "private/agent.sock", frozenset(), 8
+            )
+            with pytest.raises(InvalidConfiguration, match=f"process {os.getpid()}"):
+                await second.start()
+            await second.close()
+            await until(lambda: door.open_count == 0)
+            reader, writer = await connect(directory)
+            writer.write(b"still")
+            assert await reader.readexactly(5) == b"still"
+            await gone(writer)
+
+    run(scenario)
+
+
+def test_of_two_agents_that_start_at_once_one_wins(directory: Path) -> None:
+    async def scenario() -> None:
+        with closing(socket.socket(socket.AF_UNIX)) as dead:
+            dead.bind(str(directory / "agent.sock"))
+        private = directory / "private/agent.sock"
+        doors = [Door(directory / "agent.sock", private, frozenset(), 8) for _ in range(6)]
+        results = await asyncio.gather(*(door.start() for door in doors), return_exceptions=True)
+        assert [isinstance(result, InvalidConfiguration) for result in results].count(False) == 1
+        for door in doors:
+            await door.close()
+
+    run(scenario)
+
+
+def test_what_is_not_a_socket_is_not_touched(directory: Path) -> None:
+    (directory / "agent.sock").write_bytes(b"mine")
+    door = Door(directory / "agent.sock", directory / "private/agent.sock", frozenset(), 8)
+    with pytest.raises(InvalidConfiguration, match="not a socket"):
+        asyncio.run(door.start())
+    assert (directory / "agent.sock").read_bytes() == b"mine"
+
+
+def test_a_private_socket_that_others_can_reach_is_refused(directory: Path) -> None:
+    (directory / "private").chmod(0o711)
+    door = Door(directory / "agent.sock", directory / "private/agent.sock", frozenset(), 8)
+    with pytest.raises(InvalidConfiguration, match="chmod 700"):
+        asyncio.run(door.start())
+    assert not (directory / "agent.sock").exists()
+
+
+def test_a_missing_directory_and_a_long_path(directory: Path) -> None:
+    for public in (directory / "missing/agent.sock", directory / ("x" * 110)):
+        door = Door(public, directory / "private/agent.sock", frozenset(), 8)
+        with pytest.raises(InvalidConfiguration):
+            asyncio.run(door.start())
+
+
+def test_closing_cuts_links_and_removes_the_socket(directory: Path) -> None:
+    async def scenario() -> None:
+        async with opened(directory) as (door, server):
+            reader, writer = await connect(directory)
+            await until(lambda: server.accepted == 1)
+            await door.close()
+            assert await is_cut(reader)
+            assert door.open_count == 0
+            assert not (directory / "agent.sock").exists()
+            await door.close()
+            await gone(writer)
+
+    run(scenario)
+
+
+def test_closing_leaves_a_successors_socket(directory: Path) -> None:
+    async def scenario() -> None:
+        async with opened(directory) as (door, _):
+            (directory / "agent.sock").unlink()
+            with closing(socket.socket(socket.AF_UNIX)) as successor:
+                successor.bind(str(directory / "agent.sock"))
+                await door.close()
+                assert (directory / "agent.sock").exists()
+
+    run(scenario)
+
+
+def test_a_server_that_is_gone_costs_the_peer_its_link_and_nothing_else(directory: Path) -> None:
+    async def scenario() -> None:
+        async with opened(directory) as (door, server):
+            (directory / "private/agent.sock").rename(directory / "private/away")
+            reader, writer = await connect(directory)
+            assert await is_cut(reader)
+            await gone(writer)
+            await until(lambda: door.open_count == 0)
+            (directory / "private/away").rename(directory / "private/agent.sock")
+            reader, writer = await connect(directory)
+            writer.write(b"again")
+            assert await reader.readexactly(5) == b"again"
+            assert server.accepted == 1
+            await gone(writer)
+
+    run(scenario)
+
+
+def test_a_server_with_a_full_backlog_is_waited_for(directory: Path) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(directory / "private/agent.sock"))
+        listener.listen(0)
+        listener.setblocking(False)
+        filler = socket.socket(socket.AF_UNIX)
+        filler.connect(str(directory / "private/agent.sock"))
+        door = Door(directory / "agent.sock", directory / "private/agent.sock", frozenset(), 8)
+        await door.start()
+        reader, writer = await connect(directory)
+        writer.write(b"patience")
+        await until(lambda: door.open_count == 1)
+        with closing(socket.socket(socket.AF_UNIX)) as probe:
+            probe.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                probe.connect(str(directory / "private/agent.sock"))
+        (await loop.sock_accept(listener))[0].close()
+        inner, _ = await loop.sock_accept(listener)
+        assert await loop.sock_recv(inner, 100) == b"patience"
+        for end in (inner, filler, listener):
+            end.close()
+        assert await is_cut(reader)
+        await gone(writer)
+        await door.close()
+
+    run(scenario)
+
+
+def test_closing_while_a_link_is_being_opened(directory: Path) -> None:
+    async def scenario() -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(directory / "private/agent.sock"))
+        listener.listen(0)
+        filler = socket.socket(socket.AF_UNIX)
+        filler.connect(str(directory / "private/agent.sock"))
+        door = Door(directory / "agent.sock", directory / "private/agent.sock", frozenset(), 8)
+        await door.start()
+        reader, writer = await connect(directory)
+        await until(lambda: door.open_count == 1)
+        await door.close()
+        assert door.open_count == 0
+        assert await is_cut(reader)
+        for end in (filler, listener):
+            end.close()
+        await gone(writer)
+
+    run(scenario)
+
+
+def test_an_open_door_at_rest_uses_no_processor(directory: Path) -> None:
+    async def scenario() -> None:
+        async with opened(directory, max_connections=64) as (door, _):
+            links = [await connect(directory) for _ in range(32)]
+            links[0][1].write_eof()
+            await until(lambda: door.open_count == 31)
+            before_s = time.process_time()
+            await asyncio.sleep(0.5)
+            assert time.process_time() - before_s < 0.1
+            for _, writer in links:
+                await gone(writer)
+
+    run(scenario)
+
+
+def test_the_kernel_names_the_peer() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        assert peer_credentials(one) == (os.getpid(), os.getuid())
+
+
+def test_grpc_through_the_door(directory: Path) -> None:
+    """Large and many small calls and a stream that stays open, as trainers make them."""
+
+    async def reverse(request: bytes, _: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        return request[::-1]
+
+    async def count(
+        request: bytes, _: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> AsyncIterator[bytes]:
+        for number in range(3):
+            yield request + bytes([number])
+        await asyncio.Event().wait()
+
+    limit = [("grpc.max_receive_message_length", 1 << 24)]
+
+    async def talk(door: Door) -> None:
+        address = format_address(directory / "agent.sock")
+        async with grpc.aio.insecure_channel(address, options=limit) as channel:
+            stream = channel.unary_stream("/test/Count", None, None)(b"n")
+            assert [await stream.read() for _ in range(3)] == [b"n\0", b"n\1", b"n\2"]
+            call = channel.unary_unary("/test/Reverse", None, None)
+            large = os.urandom(6 << 20)
+            assert await call(large) == large[::-1]
+            for number in range(200):
+                small = number.to_bytes(8, "big")
+                assert await call(small) == small[::-1]
+            assert door.open_count == 1
+            stream.cancel()
+
+    async def scenario() -> None:
+        server = grpc.aio.server(options=limit)
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(
+                    "test",
+                    {
+                        "Reverse": grpc.unary_unary_rpc_method_handler(reverse),
+                        "Count": grpc.unary_stream_rpc_method_handler(count),
+                    },
+                ),
+            )
+        )
+        server.add_insecure_port(format_address(directory / "private/agent.sock"))
+        await server.start()
+        door = Door(directory / "agent.sock", directory / "private/agent.sock", frozenset(), 8)
+        await door.start()
+        await talk(door)
+        # Here, because gRPC keeps a connection open for as long as a call object of it lives.
+        await until(lambda: door.open_count == 0)
+        await server.stop(0)
+        await door.close()
+
+    async def bounded() -> None:
+        async with asyncio.timeout(LIMIT_S):
+            await scenario()
+
+    asyncio.run(bounded())
