@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import wraps
 from typing import Any
 
-import grpc
 import psutil
 
 from everstep.agent import events, reports

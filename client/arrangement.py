@@ -228,4 +228,4 @@ class Arranger:
 
 def _whole_digest(tensor: torch.Tensor) -> bytes:
     plain = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return xxhash.xxh3_128_digest(memoryview(plain.numpy()))
+    return xxhash.xxh3_128_digest(plain.numpy())  # type: ignore[arg-type]
