@@ -32,7 +32,7 @@ def find_agent(address: str | None, timeout_s: float) -> str:
     """
     named = named_agent(address)
     if named is not None:
-        return f"unix:{named}"
+        return named
     mine = places()
     if not _answers(mine.socket):
         _start(mine, timeout_s)
