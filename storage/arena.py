@@ -218,9 +218,12 @@ class MemoryLevel:
             names = [name for name in directory.names() if name.startswith(stem)]
             # Records first: an arena without records holds nothing, a record without an arena
             # is a problem.
-            for name in sorted(names, key=lambda name: name.endswith(".arena")):
-                failpoint("storage.release.before_unlink")
-                directory.unlink(name)
+            try:
+                for name in sorted(names, key=lambda name: name.endswith(".arena")):
+                    failpoint("storage.release.before_unlink")
+                    directory.unlink(name)
+            except OSError as error:
+                raise storage_error(str(directory.path / stem), 0, error) from error
 
     def membership(self, job: str) -> bytes | None:
         """The job's membership as it was written, or None.

@@ -66,10 +66,16 @@ class Directory:
 
         Raises:
             FileNotFoundError: If it is missing and not to be created.
+            InvalidConfiguration: If it, or something on the way to it, is a file.
         """
-        if create:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+        try:
+            if create:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InvalidConfiguration(
+                str(path), "not a directory; name another storage directory"
+            ) from error
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,196 @@
+"""Killed, or failed by the device, at every named point: the old or the new, never a mixture."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import everstep.storage
+from everstep.storage.arena import MemoryLevel
+from everstep.storage.nvme import NvmeLevel
+
+_MOMENTS = ("before_write", "after_write", "before_rename", "after_rename", "after_sync")
+
+
+def published(*verbs: str) -> list[str]:
+    return [f"storage.{verb}.{moment}" for verb in verbs for moment in _MOMENTS]
+
+
+NVME_POINTS = [
+    *published("layout", "record", "commit"),
+    "storage.begin.before_aside",
+    "storage.begin.after_aside",
+    "storage.begin.before_create",
+    "storage.begin.after_create",
+    "storage.shard.before_write",
+    "storage.shard.before_chunk@3",
+    "storage.shard.after_write",
+    "storage.shard.before_rename",
+    "storage.shard.after_rename",
+    "storage.supersede.before_removal",
+    "storage.supersede.after_removal",
+    # First what was moved aside is removed, then the step that is deleted.
+    *(f"storage.delete.{m}@{n}" for n in (1, 2) for m in ("before_commit", "after_commit")),
+    *(f"storage.delete.after_directory@{n}" for n in (1, 2)),
+]
+NVME_FRESH_POINTS = ["storage.begin.before_clear"]
+MEMORY_POINTS = [
+    *published("publish", "membership"),
+    "storage.drop.before_unlink",
+    "storage.drop.after_unlink",
+    "storage.drop.after_unlink@2",
+    "storage.publish.after_rename@2",
+    "storage.reserve.before_allocate",
+    "storage.reserve.after_allocate",
+    "storage.reserve.before_rename",
+    "storage.reserve.after_rename",
+    "storage.release.before_unlink",
+]
+
+# The device's own moments: the rest differ only by name, and take minutes.
+FAILED_POINTS = {
+    "storage.layout.after_write",
+    "storage.record.before_write",
+    "storage.commit.before_write",
+    "storage.commit.after_write",
+    "storage.commit.after_rename",
+    "storage.begin.after_aside",
+    "storage.shard.before_chunk@3",
+    "storage.shard.after_write",
+    "storage.supersede.before_removal",
+    "storage.delete.after_commit@2",
+    "storage.publish.after_write",
+    "storage.reserve.before_allocate",
+    "storage.reserve.after_rename",
+    "storage.drop.before_unlink",
+}
+
+
+def cases(points: list[str], error: str) -> list:
+    """Each point with a kill and with an error, of which some are left to the long run."""
+    killed = [pytest.param(point, "kill") for point in points]
+    failed = [
+        pytest.param(point, error, marks=() if point in FAILED_POINTS else pytest.mark.long)
+        for point in points
+    ]
+    return killed + failed
+
+
+def run(kind: str, root: Path, point: str, action: str) -> subprocess.CompletedProcess[str]:
+    name, _, nth = point.partition("@")
+    return subprocess.run(
+        [sys.executable, "-P", str(Path(__file__).with_name("crash_child.py")), kind, str(root)],
+        env={
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "EVERSTEP_FAILPOINTS": f"{name}={action}" + (f"@{nth}" if nth else "@1"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def assert_reached(result: subprocess.CompletedProcess[str], action: str) -> None:
+    if action == "kill":
+        assert result.returncode == -signal.SIGKILL, result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+
+
+def check_nvme(nvme: NvmeLevel, take) -> set[int]:
+    """Everything that is listed is whole; returns the incarnations of step 5."""
+    listed = nvme.snapshots("job")
+    for snapshot in listed:
+        take(snapshot.incarnation, snapshot.step).assert_whole(nvme)
+    assert nvme.problems("job") == []
+    assert take(1, 3).id in listed
+    return {snapshot.incarnation for snapshot in listed if snapshot.step == 5}
+
+
+@pytest.mark.parametrize(("point", "action"), cases(NVME_POINTS + NVME_FRESH_POINTS, "error:EIO"))
+def test_nvme_holds_the_old_or_the_new(tmp_path: Path, take, point: str, action: str) -> None:
+    root = tmp_path / "nvme"
+    # A second layout, so that the child has one to write.
+    with NvmeLevel(root) as nvme:
+        for step in (3, 4):
+            take(1, step).save(nvme)
+        if point in NVME_FRESH_POINTS:
+            take(1, 5).begin_and_store(nvme)
+        else:
+            take(1, 5).save(nvme)
+    layout = root / "job/layouts" / take(1, 3).layout_id
+    if ".layout." in point:
+        layout.write_bytes(b"rot")
+    result = run("nvme", root, point, action)
+    assert_reached(result, action)
+    committed = result.stdout.strip() == "done" or ".delete." in point or ".supersede." in point
+    with NvmeLevel(root) as nvme:
+        if ".layout." in point:
+            nvme.put_layout("job", take(1, 3).layout_id, take(1, 3).layout)
+        found = check_nvme(nvme, take)
+        if point not in NVME_FRESH_POINTS:
+            assert found, "neither the old nor the new is there"
+        if committed:
+            assert 2 in found
+        nvme.sweep("job")
+        swept = check_nvme(nvme, take)
+        assert swept == ({2} if 2 in found else found)
+        left = {path.name for path in (root / "job").iterdir()}
+        assert not [name for name in left if name.startswith(".")]
+        assert not list(root.rglob("*.partial"))
+        take(2, 5).save(nvme)
+        assert check_nvme(nvme, take) == {2}
+
+
+@pytest.mark.parametrize(("point", "action"), cases(MEMORY_POINTS, "error:ENOSPC"))
+def test_memory_holds_the_old_or_the_new(tmp_path: Path, take, point: str, action: str) -> None:
+    root = tmp_path / "memory"
+    memory = MemoryLevel(root, keep_free_bytes=0)
+    memory.write_membership("job", b"old")
+    older, old, new = (take(1, step) for step in (4, 5, 6))
+    for rank in (0, 1):
+        memory.reserve("job", rank, 1, slot_count=2, slot_bytes=4 << 20)
+    for snapshot in (older, old):
+        snapshot.save(memory)
+    result = run("memory", root, point, action)
+    assert_reached(result, action)
+    if action != "kill":
+        assert result.stdout.strip() == "OutOfSpace", result.stdout
+    memory = MemoryLevel(root, keep_free_bytes=0)
+    listed = memory.snapshots("job")
+    assert old.id in listed
+    for snapshot in listed:
+        take(snapshot.incarnation, snapshot.step).assert_whole(memory)
+    assert memory.problems("job") == []
+    assert memory.membership("job") in (b"old", b"new")
+    # An arena is there whole or not at all.
+    assert all(arena.path.stat().st_blocks * 512 >= arena.total_bytes for arena in arenas(memory))
+    memory.sweep("job")
+    assert not list(root.rglob(".*"))
+    assert old.id in memory.snapshots("job")
+    assert new.id not in memory.snapshots("job") or older.id not in memory.snapshots("job")
+
+
+def arenas(memory: MemoryLevel) -> list:
+    return memory.arenas("job")
+
+
+def test_every_point_in_the_source_is_passed_here() -> None:
+    sources = [
+        path.read_text()
+        for folder in everstep.storage.__path__
+        for path in Path(folder).glob("*.py")
+    ]
+    text = "\n".join(sources)
+    named = set(re.findall(r'failpoint\("(storage\.[a-z_.]+)"\)', text))
+    moments = re.findall(r'failpoint\(f"storage\.\{verb\}\.([a-z_]+)"\)', text)
+    verbs = re.findall(r'\.publish\(.*, "([a-z]+)"\)', text)
+    assert set(moments) == set(_MOMENTS)
+    named |= {f"storage.{verb}.{moment}" for verb in verbs for moment in moments}
+    tested = {point.partition("@")[0] for point in NVME_POINTS + NVME_FRESH_POINTS + MEMORY_POINTS}
+    assert named == tested
