@@ -335,7 +335,7 @@ def _leaf_problem(leaf: Leaf) -> str:
 def _check_places(leaves: Sequence[Leaf], data_start: int, image_bytes: int, where: str) -> None:
     if image_bytes > MAX_IMAGE_BYTES:
         raise FormatInvalid(where, f"an image of {image_bytes} bytes is over the limit")
-    if data_start % ALIGNMENT_BYTES or data_start > MAX_HEADER_BYTES + ALIGNMENT_BYTES:
+    if data_start > MAX_HEADER_BYTES + ALIGNMENT_BYTES:
         raise FormatInvalid(where, f"its data cannot begin at {data_start}")
     end = data_start
     for leaf in sorted(leaves, key=lambda leaf: (leaf.offset, leaf.held_bytes)):

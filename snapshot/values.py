@@ -321,8 +321,6 @@ def _decode_ndarray(payload: Any) -> Any:
     numpy = _numpy()
     elements = bytearray(_decode_bytes(data))  # a bytearray, so that the array can be written to
     array = numpy.frombuffer(elements, numpy.dtype(name)) if elements else numpy.empty(0, name)
-    if math.prod(shape) != array.size:
-        raise ValueError("an array has more or fewer elements than its shape")
     return array.reshape(shape)
 
 

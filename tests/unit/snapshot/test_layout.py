@@ -227,6 +227,7 @@ def test_a_type_that_cannot_be_stored_is_refused_by_name() -> None:
         ([LeafSpec("a", "float32", (-1,), 0, 0)], {}),
         ([LeafSpec("a", "float32", (1 << 40, 1 << 40, 0), 0, 0)], {}),
         ([LeafSpec("a", "float32", (1,) * 65, 0, 4)], {}),
+        ([whole("a", "float64", 1 << 46)], {}),
     ],
 )
 def test_contradictory_arguments_are_refused(
