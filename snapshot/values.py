@@ -40,7 +40,7 @@ EncodeHook = Callable[[object], Any]
 contains a dot; the payload is anything that can be encoded, bytes included."""
 DecodeHook = Callable[[str, Any], object]
 """Takes a tag and the decoded payload; returns the value or NotImplemented. For a payload that it
-cannot use it raises FormatInvalid, ValueError, TypeError, KeyError or IndexError."""
+cannot use it raises FormatInvalid, ValueError, TypeError, LookupError or RuntimeError."""
 
 _INT_LIMIT = 1 << 63
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -86,7 +86,8 @@ def decode(text: str, *, hook: DecodeHook | None = None, where: str = "a stored 
             parse_float=_finite,
             parse_constant=_refused,
         )
-    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
+    # A RuntimeError is what torch raises in a hook, and what too deep a text raises in json.
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise FormatInvalid(where, f"a stored value cannot be read ({error})") from error
 
 
