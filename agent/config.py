@@ -41,6 +41,8 @@ from everstep.proto.places import (
     SOCKET_PATH_MAX_BYTES,
     default_places,
     fits_socket,
+    format_address,
+    parse_address,
     private_socket,
 )
 
@@ -215,6 +217,27 @@ def load(
         ),
         given,
     )
+
+
+def agent_address(given: str = "", environ: Mapping[str, str] | None = None) -> str:
+    """The agent that `given`, else ``EVERSTEP_AGENT``, else this user's configuration names.
+
+    Args:
+        given: ``unix:/path``, or empty.
+        environ: Instead of the process's own environment.
+
+    Returns:
+        Its address, spelled the way gRPC parses it.
+
+    Raises:
+        InvalidConfiguration: If the address or the configuration is not acceptable.
+    """
+    if environ is None:
+        environ = os.environ  # noqa: TID251  the place to read it
+    chosen = given or environ.get("EVERSTEP_AGENT", "")
+    if chosen:
+        return format_address(parse_address(chosen))
+    return format_address(load(environ=environ).agent.socket)
 
 
 def _read(file: Path) -> _Given:

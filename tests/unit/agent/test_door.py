@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -13,12 +14,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
-import grpc
 import pytest
 
 from everstep.agent.door import Door, peer_credentials
-from everstep.proto.errors import InvalidConfiguration
-from everstep.proto.places import format_address
 
 LIMIT_S = 20.0
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -227,6 +225,26 @@ def test_a_peer_that_dies_is_noticed_by_the_server(directory: Path) -> None:
     run(scenario)
 
 
+def test_a_peer_that_resets_the_link_is_noticed_by_the_server(directory: Path) -> None:
+    """Closing with bytes unread is an error at the other end, not the end of a stream."""
+
+    async def speak_and_wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"unread" * 1000)
+        assert await reader.read() == b""
+
+    async def scenario() -> None:
+        async with opened(directory, speak_and_wait) as (door, server):
+            peer = socket.socket(socket.AF_UNIX)
+            peer.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(peer, str(directory / "agent.sock"))
+            await until(lambda: bool(select.select([peer], [], [], 0)[0]))
+            peer.close()
+            await until(lambda: server.ended == 1)
+            await until(lambda: door.open_count == 0)
+
+    run(scenario)
+
+
 def test_a_peer_that_does_not_read_is_not_buffered_without_end(directory: Path) -> None:
     """The same for a server that does not read: the sender waits, and nothing is lost."""
     go_on = asyncio.Event()
@@ -369,75 +387,6 @@ def test_refusals_are_logged_once_in_a_while(
     assert door.refused_count == 5
 
 
-def test_a_socket_file_that_nobody_listens_on_is_replaced(directory: Path) -> None:
-    with closing(socket.socket(socket.AF_UNIX)) as dead:
-        dead.bind(str(directory / "agent.sock"))
-
-    async def scenario() -> None:
-        async with opened(directory):
-            reader, writer = await connect(directory)
-            writer.write(b"hello")
-            assert await reader.readexactly(5) == b"hello"
-            await gone(writer)
-
-    run(scenario)
-
-
-def test_a_second_agent_is_told_of_the_first(directory: Path) -> None:
-    async def scenario() -> None:
-        async with opened(directory) as (door, _):
-            second = Door(
-                directory / "agent.sock", directory / "private/agent.sock", frozenset(), 8
-            )
-            with pytest.raises(InvalidConfiguration, match=f"process {os.getpid()}"):
-                await second.start()
-            await second.close()
-            await until(lambda: door.open_count == 0)
-            reader, writer = await connect(directory)
-            writer.write(b"still")
-            assert await reader.readexactly(5) == b"still"
-            await gone(writer)
-
-    run(scenario)
-
-
-def test_of_two_agents_that_start_at_once_one_wins(directory: Path) -> None:
-    async def scenario() -> None:
-        with closing(socket.socket(socket.AF_UNIX)) as dead:
-            dead.bind(str(directory / "agent.sock"))
-        private = directory / "private/agent.sock"
-        doors = [Door(directory / "agent.sock", private, frozenset(), 8) for _ in range(6)]
-        results = await asyncio.gather(*(door.start() for door in doors), return_exceptions=True)
-        assert [isinstance(result, InvalidConfiguration) for result in results].count(False) == 1
-        for door in doors:
-            await door.close()
-
-    run(scenario)
-
-
-def test_what_is_not_a_socket_is_not_touched(directory: Path) -> None:
-    (directory / "agent.sock").write_bytes(b"mine")
-    door = Door(directory / "agent.sock", directory / "private/agent.sock", frozenset(), 8)
-    with pytest.raises(InvalidConfiguration, match="not a socket"):
-        asyncio.run(door.start())
-    assert (directory / "agent.sock").read_bytes() == b"mine"
-
-
-def test_a_private_socket_that_others_can_reach_is_refused(directory: Path) -> None:
-    (directory / "private").chmod(0o711)
-    door = Door(directory / "agent.sock", directory / "private/agent.sock", frozenset(), 8)
-    with pytest.raises(InvalidConfiguration, match="chmod 700"):
-        asyncio.run(door.start())
-    assert not (directory / "agent.sock").exists()
-
-
-def test_a_missing_directory_and_a_long_path(directory: Path) -> None:
-    for public in (directory / "missing/agent.sock", directory / ("x" * 110)):
-        door = Door(public, directory / "private/agent.sock", frozenset(), 8)
-        with pytest.raises(InvalidConfiguration):
-            asyncio.run(door.start())
-
-
 def test_closing_cuts_links_and_removes_the_socket(directory: Path) -> None:
     async def scenario() -> None:
         async with opened(directory) as (door, server):
@@ -449,18 +398,6 @@ def test_closing_cuts_links_and_removes_the_socket(directory: Path) -> None:
             assert not (directory / "agent.sock").exists()
             await door.close()
             await gone(writer)
-
-    run(scenario)
-
-
-def test_closing_leaves_a_successors_socket(directory: Path) -> None:
-    async def scenario() -> None:
-        async with opened(directory) as (door, _):
-            (directory / "agent.sock").unlink()
-            with closing(socket.socket(socket.AF_UNIX)) as successor:
-                successor.bind(str(directory / "agent.sock"))
-                await door.close()
-                assert (directory / "agent.sock").exists()
 
     run(scenario)
 
@@ -524,8 +461,10 @@ def test_closing_while_a_link_is_being_opened(directory: Path) -> None:
         await door.start()
         reader, writer = await connect(directory)
         await until(lambda: door.open_count == 1)
-        await door.close()
+        async with asyncio.timeout(1.0):  # far less than what the attempt itself may take
+            await door.close()
         assert door.open_count == 0
+        assert asyncio.all_tasks() == {asyncio.current_task()}
         assert await is_cut(reader)
         for end in (filler, listener):
             end.close()
@@ -553,62 +492,3 @@ def test_the_kernel_names_the_peer() -> None:
     one, other = socket.socketpair()
     with one, other:
         assert peer_credentials(one) == (os.getpid(), os.getuid())
-
-
-def test_grpc_through_the_door(directory: Path) -> None:
-    """Large and many small calls and a stream that stays open, as trainers make them."""
-
-    async def reverse(request: bytes, _: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        return request[::-1]
-
-    async def count(
-        request: bytes, _: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> AsyncIterator[bytes]:
-        for number in range(3):
-            yield request + bytes([number])
-        await asyncio.Event().wait()
-
-    limit = [("grpc.max_receive_message_length", 1 << 24)]
-
-    async def talk(door: Door) -> None:
-        address = format_address(directory / "agent.sock")
-        async with grpc.aio.insecure_channel(address, options=limit) as channel:
-            stream = channel.unary_stream("/test/Count", None, None)(b"n")
-            assert [await stream.read() for _ in range(3)] == [b"n\0", b"n\1", b"n\2"]
-            call = channel.unary_unary("/test/Reverse", None, None)
-            large = os.urandom(6 << 20)
-            assert await call(large) == large[::-1]
-            for number in range(200):
-                small = number.to_bytes(8, "big")
-                assert await call(small) == small[::-1]
-            assert door.open_count == 1
-            stream.cancel()
-
-    async def scenario() -> None:
-        server = grpc.aio.server(options=limit)
-        server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(
-                    "test",
-                    {
-                        "Reverse": grpc.unary_unary_rpc_method_handler(reverse),
-                        "Count": grpc.unary_stream_rpc_method_handler(count),
-                    },
-                ),
-            )
-        )
-        server.add_insecure_port(format_address(directory / "private/agent.sock"))
-        await server.start()
-        door = Door(directory / "agent.sock", directory / "private/agent.sock", frozenset(), 8)
-        await door.start()
-        await talk(door)
-        # Here, because gRPC keeps a connection open for as long as a call object of it lives.
-        await until(lambda: door.open_count == 0)
-        await server.stop(0)
-        await door.close()
-
-    async def bounded() -> None:
-        async with asyncio.timeout(LIMIT_S):
-            await scenario()
-
-    asyncio.run(bounded())
