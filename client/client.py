@@ -114,6 +114,7 @@ class Client:
     Attributes:
         stats: Counters and stall times.
         rejected: After `restore`: copies that were not used, as text, with the reasons.
+        restored_from: After `restore`: the levels of the copies that were, each once.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Client:
         self.limits = limits
         self.stats = Stats()
         self.rejected: tuple[str, ...] = ()
+        self.restored_from: tuple[str, ...] = ()
         self._on_busy = on_busy
         self._channel = Channel(address)
         self._attachments: dict[str, Attachment] = {}
@@ -374,6 +376,7 @@ class Client:
             f"step {copy.step}, rank {copy.rank}, {copy.level}: {copy.reason}"
             for copy in reply.rejected
         )
+        self.restored_from = tuple(sorted({shard.level for shard in reply.shards}))
         for line in self.rejected:
             log.warning("a damaged copy was not used: %s", line)
         if not reply.found:

@@ -104,6 +104,16 @@ def named_agent(address: str | None = None, environ: Mapping[str, str] | None = 
     return format_address(parse_address(chosen)) if chosen else None
 
 
+def for_child(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """Return this process's environment for a child, with variables set, or unset where None."""
+    environ = dict(_own(None))
+    for variable, value in changes.items():
+        environ.pop(variable, None)
+        if value is not None:
+            environ[variable] = value
+    return environ
+
+
 def _own(environ: Mapping[str, str] | None) -> Mapping[str, str]:
     return os.environ if environ is None else environ  # noqa: TID251  the place to read it
 
