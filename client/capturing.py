@@ -172,6 +172,9 @@ class Capturing:
             if capture.torn:
                 self._torn(work)
                 return
+            if not capture.complete:
+                self._abandon(work, f"it was not copied within {self._limits.seal_s:g} s")
+                return
             failpoint("client.seal.before")
             work.record.unit_digests = bytes(capture.digests)
             self._seal(work)

@@ -68,8 +68,9 @@ class Snapshot:
         """
         _check_level(level)
         deadline = time.monotonic() + timeout
-        if self._help is not None and not self.skipped:
-            self._help()
+        help_copying = self._help
+        if help_copying is not None:
+            help_copying()
         self._wait_for("memory" if level == "nvme" else level, deadline, timeout)
         if level == "nvme" and not self._ended() and self._persist is not None:
             if not self.done("nvme"):
@@ -107,6 +108,8 @@ class Snapshot:
                 self._committed |= set(LEVELS[: LEVELS.index(committed) + 1])
             elif dropped and not self._committed:
                 self.dropped = self.dropped or dropped
+            if self._sealed or self.dropped:
+                self._help = None  # it holds on to the state that was captured
             self._changed.notify_all()
             return self.state != before
 

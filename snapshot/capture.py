@@ -12,7 +12,7 @@ unlike it, bytes are digested in the same pass that copies them, and a torn copy
 
 CPU tensors that are contiguous are copied by the native kernel. Everything else (other strides,
 other devices, lazily conjugated views) goes through torch, at once: the seam at which a CUDA
-stream takes over is `_is_plain`.
+stream takes over is `is_plain`.
 """
 
 import ctypes
@@ -60,7 +60,8 @@ def check_capturable(name: str, tensor: torch.Tensor) -> None:
         raise NotCapturable(name, type(tensor).__name__, detail)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory holds its value, in order."""
     on_cpu = tensor.device.type == "cpu"
     return on_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
@@ -81,6 +82,15 @@ class Placed:
     def piece(self) -> tuple[int, int, int]:
         """(address, offset in the image, bytes), for the native kernel."""
         return (self.tensor.data_ptr() + self.leaf.start, self.leaf.offset, self.bytes)
+
+
+def value_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The value's bytes, as a flat CPU tensor; a copy, unless the memory holds them in order."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
+    if not plain.is_contiguous():
+        plain = plain.contiguous()
+    # Not view(): a dimension of length 1 may have any stride.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
 def identity(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
@@ -112,7 +122,7 @@ class CapturePlan:
         ]
         for source in placed:
             check_capturable(source.leaf.name, source.tensor)
-        plain = [source for source in placed if _is_plain(source.tensor)]
+        plain = [source for source in placed if is_plain(source.tensor)]
         self.lazy = [
             source
             for source in plain
@@ -120,7 +130,7 @@ class CapturePlan:
         ]
         lazy_names = {source.leaf.name for source in self.lazy}
         self.at_once = [source for source in plain if source.leaf.name not in lazy_names]
-        self.by_torch = [source for source in placed if not _is_plain(source.tensor)]
+        self.by_torch = [source for source in placed if not is_plain(source.tensor)]
         self._header = ctypes.create_string_buffer(layout.header, len(layout.header))
         header = (ctypes.addressof(self._header), 0, len(layout.header))
         self.pieces_at_once = Pieces([header, *(source.piece for source in self.at_once)])
@@ -142,6 +152,7 @@ class Capture:
         digests: xxh3_128 of each unit, complete once `done` is set.
         torn: Names of leaves that were changed while they were copied; with any, the copy is
             worthless.
+        complete: Whether every byte is copied; only then is the copy worth anything.
         done: Set when everything is copied, or given up.
     """
 
@@ -151,6 +162,7 @@ class Capture:
         self.units = unit_count(self.image_bytes)
         self.digests = bytearray(self.units * DIGEST_BYTES)
         self.torn: tuple[str, ...] = ()
+        self.complete = False
         self.done = threading.Event()
         self._slot = slot
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(slot))
@@ -194,9 +206,12 @@ class Capture:
         )
         with self._lock:
             self._copied_units += count
-            complete = self._copied_units == self.units
+            complete = self._copied_units == self.units and not self._given_up
+            last_after_giving_up = self._given_up and self._copied_units == self._next_unit
         if complete:
             self._complete()
+        elif last_after_giving_up:
+            self.done.set()
         return True
 
     def finish(self, timeout_s: float) -> bool:
@@ -224,8 +239,8 @@ class Capture:
             target = torch.frombuffer(region, dtype=tensor.dtype).view(tensor.shape)
             target.copy_(tensor)
         else:
-            whole = tensor.contiguous().cpu().view(-1).view(torch.uint8)
-            torch.frombuffer(region, dtype=torch.uint8).copy_(whole[leaf.start : leaf.stop])
+            part = value_bytes(tensor)[leaf.start : leaf.stop]
+            torch.frombuffer(region, dtype=torch.uint8).copy_(part)
 
     def _complete(self) -> None:
         plan = self.plan
@@ -243,4 +258,5 @@ class Capture:
                 if after[8 * index : 8 * index + 8] != self._fingerprints[8 * index : 8 * index + 8]
             )
             self.torn = tuple(dict.fromkeys([*self.torn, *changed]))
+        self.complete = True
         self.done.set()
