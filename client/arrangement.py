@@ -21,7 +21,12 @@ from everstep.client.channel import Channel
 from everstep.kernels.capture import Sampler
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import RankClaimed
-from everstep.snapshot.capture import CapturePlan, check_capturable, dtype_name, identity
+from everstep.snapshot.capture import (
+    CapturePlan,
+    dtype_name,
+    identity,
+    value_bytes,
+)
 from everstep.snapshot.layout import Layout, LeafSpec, Part, encode, pack
 from everstep.snapshot.replicas import share
 
@@ -135,8 +140,6 @@ class Arranger:
         current = self._current
         if current is not None and current.identity == now:
             return current
-        for name, tensor in collected.tensors:
-            check_capturable(name, tensor)
         replicated = self._agree(session, collected, step)
         layout = self._layout(session, parts, collected, replicated)
         if current is None or current.layout.layout_id != layout.layout_id:
@@ -227,5 +230,4 @@ class Arranger:
 
 
 def _whole_digest(tensor: torch.Tensor) -> bytes:
-    plain = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return xxhash.xxh3_128_digest(plain.numpy())  # type: ignore[arg-type]
+    return xxhash.xxh3_128_digest(value_bytes(tensor).numpy())  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ changes it. Copies nothing: the tensors it returns are the live ones. The way ba
 `client/loading.py`.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 
 from everstep.proto.errors import NotCapturable, Refused
 from everstep.snapshot import values
+from everstep.snapshot.capture import check_capturable, dtype_name, value_bytes
 from everstep.snapshot.layout import Part
 from everstep.snapshot.tree import Flat, flatten
 
@@ -83,18 +85,22 @@ def unwrapped(target: Any) -> Any:
     return target
 
 
-def encode_torch_value(value: object) -> Any:
-    """Torch's own plain values, and small tensors, for `snapshot.values`."""
+def encode_torch_value(value: object, path: str = "") -> Any:
+    """Torch's own plain values, and small tensors, for `snapshot.values`.
+
+    Raises:
+        NotCapturable: If a tensor's bytes are not its whole value.
+    """
     if isinstance(value, torch.Size):
         return "torch.Size", list(value)
     if isinstance(value, torch.dtype):
-        return "torch.dtype", str(value).removeprefix("torch.")
+        return "torch.dtype", dtype_name(value)
     if isinstance(value, torch.device):
         return "torch.device", str(value)
     if isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
-        data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
-        return "torch.Tensor", [str(value.dtype).removeprefix("torch."), list(value.shape), data]
+        check_capturable(path, value)
+        data = value_bytes(value).numpy().tobytes()
+        return "torch.Tensor", [dtype_name(value.dtype), list(value.shape), data]
     return NotImplemented
 
 
@@ -192,8 +198,11 @@ def flat_part(attached: Attachment, names: Mapping[int, str]) -> Flat:
         tree = attached.target
     else:
         tree = attached.target.state_dict()
-    flat = flatten(tree, lambda thing: is_leaf(kind, thing))
     part = attached.part.name
+    try:
+        flat = flatten(tree, lambda thing: is_leaf(kind, thing))
+    except NotCapturable as error:
+        raise NotCapturable(within(part, error.path), error.type_name, error.detail) from None
     return Flat(
         [(within(part, path), tensor) for path, tensor in flat.tensors],
         [(within(part, path), value) for path, value in flat.values],
@@ -225,33 +234,51 @@ def collect(attachments: Mapping[str, Attachment], ddp: frozenset[str] = frozens
         flat = flat_part(attached, names)
         collected.containers |= flat.containers
         for path, value in flat.values:
-            encoded = values.encode(value, path, hook=encode_torch_value)
-            collected.values.append((path, encoded))
+            collected.values.append((path, _encoded(value, path)))
         for name, tensor in flat.tensors:
             assert isinstance(tensor, torch.Tensor)
+            check_capturable(name, tensor)
             pointer = tensor.data_ptr()
             if tensor.numel():
-                same = (pointer, tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-                first = first_names.setdefault(same, name)
+                first = first_names.setdefault(place(tensor), name)
                 if first is not name:
                     collected.aliases[name] = first
                     continue
             collected.tensors.append((name, tensor))
-            if pointer in guarded or attached.guarded:
+            if guarded.get(pointer, -1) >= tensor.nbytes or attached.guarded:
                 collected.guarded.add(name)
             if pointer in replicated and not attached.part.per_rank:
                 collected.replicated.add(name)
     return collected
 
 
-def _guarded_pointers(attachments: Mapping[str, Attachment]) -> set[int]:
-    """Where the memory lies that only hooked optimizers change."""
-    return {
-        tensor.data_ptr()
-        for attached in attachments.values()
-        if attached.part.kind == "optimizer"
-        for tensor in _optimizer_tensors(attached.target)
-    }
+def place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Equal for two tensors exactly if they are one under two names."""
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+
+
+def _encoded(value: object, path: str, depth: int = 0) -> str:
+    try:
+        return values.encode(value, path, hook=functools.partial(encode_torch_value, path=path))
+    except NotCapturable:
+        # The error names the whole value; the user wants to know which part of it.
+        if depth < values.MAX_DEPTH and isinstance(value, dict | list | tuple):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                _encoded(item, f"{path}/{key}", depth + 1)
+        raise
+
+
+def _guarded_pointers(attachments: Mapping[str, Attachment]) -> dict[int, int]:
+    """Where the memory lies that only hooked optimizers change, and how many bytes it has."""
+    extents: dict[int, int] = {}
+    for attached in attachments.values():
+        if attached.part.kind == "optimizer":
+            for tensor in _optimizer_tensors(attached.target):
+                # A larger tensor that begins at the same place is not theirs alone.
+                pointer = tensor.data_ptr()
+                extents[pointer] = max(tensor.nbytes, extents.get(pointer, 0))
+    return extents
 
 
 def _replicated_pointers(attachments: Mapping[str, Attachment], ddp: frozenset[str]) -> set[int]:

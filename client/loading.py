@@ -7,6 +7,7 @@ state keeps the dtype it was saved with, whatever load_state_dict casts; and tha
 ever shares memory with the arena. Does not choose or read copies.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from everstep.client.attachment import (
     grouping,
     parameter_names,
     parameters_by_index,
+    place,
+    within,
 )
 from everstep.proto.errors import StateMismatch
 from everstep.proto.state_pb2 import Record
@@ -28,7 +31,7 @@ from everstep.snapshot import values
 from everstep.snapshot.capture import dtype_name
 from everstep.snapshot.layout import Layout
 from everstep.snapshot.restore import Wanted
-from everstep.snapshot.tree import split, unflatten
+from everstep.snapshot.tree import join, split, unflatten
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class Saved:
     values: dict[str, str]
     containers: dict[str, str]
     classes: dict[str, str]
+    aliases: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layout: Layout, record: Record) -> "Saved":
@@ -69,7 +73,12 @@ class Saved:
             {value.path: value.json for value in record.values},
             dict(layout.containers),
             {part.name: part.class_name for part in layout.parts},
+            dict(layout.aliases),
         )
+
+    def origin(self, name: str) -> str:
+        """The one name of a tensor that was saved under several."""
+        return self.aliases.get(name, name)
 
     def forms_of(self, part: str) -> dict[str, Form]:
         """The saved tensors of a part."""
@@ -175,6 +184,7 @@ class _Problems:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     reshaped: list[str] = field(default_factory=list)
+    places: dict[tuple[object, ...], str] = field(default_factory=dict)
 
     def compare(
         self, live: Mapping[str, torch.Tensor], forms: Mapping[str, Form], *, names_too: bool = True
@@ -187,6 +197,27 @@ class _Problems:
             if form is not None and not form.fits(tensor):
                 now = Form(dtype_name(tensor.dtype), tuple(tensor.shape))
                 self.reshaped.append(f"{name}: {form} -> {now}")
+
+    def compare_ties(self, live: Mapping[str, torch.Tensor], saved: Saved) -> None:
+        """What is one tensor now was one at the snapshot, or one of two values would be lost."""
+        for name, tensor in live.items():
+            if name not in saved.forms or not tensor.numel():
+                continue
+            first = self.places.setdefault(place(tensor), name)
+            if saved.origin(first) != saved.origin(name):
+                self.reshaped.append(f"{name}: a tensor of its own -> the same as {first}")
+
+    def compare_keys(
+        self, attached: Attachment, live: Mapping[str, torch.Tensor], saved: Saved
+    ) -> None:
+        """A module's extra state, and whatever else of it is no tensor."""
+        part = attached.part.name
+        forms = saved.forms_of(part)
+        then = set(saved.tree(part, dict.fromkeys(forms)))
+        now = set(attached.target.state_dict())
+        compared = {split(name)[1] for name in [*live, *forms] if not _is_extra_state(name)}
+        self.missing += sorted(within(part, join(key)) for key in now - then - compared)
+        self.unexpected += sorted(within(part, join(key)) for key in then - now - compared)
 
     def raise_if_any(self) -> None:
         if self.missing or self.unexpected or self.reshaped:
@@ -203,6 +234,15 @@ def _live_tensors(attached: Attachment, names: Mapping[int, str]) -> dict[str, t
     return {name: tensor for name, tensor in flat.tensors if isinstance(tensor, torch.Tensor)}
 
 
+def _is_extra_state(name: str) -> bool:
+    """Whether a leaf belongs to what a module's `get_extra_state` returned.
+
+    Its form is the module's own affair and may change; `set_extra_state` takes whatever it is.
+    """
+    key = split(name)[1]
+    return isinstance(key, str) and key.rpartition(".")[2] == "_extra_state"
+
+
 def _check_module(
     attached: Attachment,
     saved: Saved,
@@ -211,9 +251,16 @@ def _check_module(
     problems: _Problems,
 ) -> None:
     part, module = attached.part.name, attached.target
-    live = _live_tensors(attached, names)
     forms = saved.forms_of(part)
-    problems.compare(live, forms)
+    extra = {name: form.empty() for name, form in forms.items() if _is_extra_state(name)}
+    live = {
+        name: tensor
+        for name, tensor in _live_tensors(attached, names).items()
+        if not _is_extra_state(name)
+    }
+    problems.compare(live, {name: form for name, form in forms.items() if name not in extra})
+    problems.compare_ties(live, saved)
+    problems.compare_keys(attached, live, saved)
     own = {t.data_ptr() for t in [*module.parameters(), *module.buffers()] if t.numel()}
     # A leaf that state_dict() computes is not the module's memory: it goes in by load_state_dict.
     computed = {
@@ -223,14 +270,17 @@ def _check_module(
     }
 
     def prepare() -> list[Wanted]:
-        return [Wanted(name, computed.get(name, tensor)) for name, tensor in live.items()]
+        return [Wanted(name, tensor) for name, tensor in {**live, **extra, **computed}.items()]
 
     def finish() -> None:
         has_values = any(_within(path, part) for path in saved.values)
-        if computed or has_values:
-            rest = saved.tree(part, computed)
-            if rest:
-                module.load_state_dict(rest, strict=False)
+        if computed or extra or has_values:
+            # All of it, since a module may look for one thing beside another; what is filled
+            # already is copied onto itself. Expanded tensors cannot be written to.
+            filled = {name: tensor for name, tensor in live.items() if 0 not in tensor.stride()}
+            tree = OrderedDict(saved.tree(part, {**filled, **extra, **computed}))
+            tree._metadata = getattr(module.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+            module.load_state_dict(tree, strict=False)
 
     loading._prepare.append(prepare)
     loading._finish.append(finish)
@@ -316,7 +366,14 @@ def _check_stateful(
     part = attached.part.name
     fresh = {name: form.empty() for name, form in saved.forms_of(part).items()}
     loading._prepare.append(lambda: [Wanted(name, tensor) for name, tensor in fresh.items()])
-    loading._finish.append(lambda: attached.target.load_state_dict(saved.tree(part, fresh)))
+
+    def finish() -> None:
+        attached.target.load_state_dict(saved.tree(part, fresh))
+        # What it makes lazily of that state (torchdata's loader its iterator, drawing a seed for
+        # it) it makes now, before the random generators are set: later would cost a draw.
+        attached.target.state_dict()
+
+    loading._finish.append(finish)
 
 
 def _check_tree(
@@ -331,9 +388,18 @@ def _check_tree(
     live = _live_tensors(attached, names)
     problems.compare(live, forms, names_too=False)
     problems.missing += [name for name in live if name not in forms]
-    tensors = {name: live[name] if name in live else form.empty() for name, form in forms.items()}
+    tensors = {name: form.empty() for name, form in forms.items()}
+    places: dict[tuple[object, ...], str] = {}
+    for name, tensor in live.items():
+        first = places.setdefault(place(tensor), name) if tensor.numel() else name
+        # Two names of one tensor that were two at the snapshot become two again.
+        if name in forms and saved.origin(first) == saved.origin(name):
+            tensors[name] = tensor
     loading._prepare.append(lambda: [Wanted(name, tensor) for name, tensor in tensors.items()])
     loading._finish.append(lambda: _merge(attached.target, saved.tree(part, tensors)))
+
+
+_ABSENT = object()
 
 
 def _merge(live: Any, saved: Any) -> None:
@@ -347,7 +413,7 @@ def _merge(live: Any, saved: Any) -> None:
         live.extend([None] * (len(saved) - len(live)))
         pairs = enumerate(saved)
     for key, value in pairs:
-        now = live[key] if isinstance(live, list) else live.get(key)
+        now = live[key] if isinstance(live, list) else live.get(key, _ABSENT)
         if type(now) is type(value) and isinstance(value, dict | list):
             _merge(now, value)
         elif now is not value:

@@ -197,11 +197,13 @@ class NotCapturable(Refused):
     Attributes:
         path: Where in the state.
         type_name: What was found there.
+        detail: What about it; may be empty.
     """
 
     def __init__(self, path: str, type_name: str, detail: str = "") -> None:
         self.path = path
         self.type_name = type_name
+        self.detail = detail
         more = f" ({detail})" if detail else ""
         super().__init__(
             f"the state at {path!r} is of type {type_name}{more}, which is not stored, because "

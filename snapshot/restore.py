@@ -20,7 +20,7 @@ from everstep.proto.errors import FormatInvalid, ShardCorrupt, StateMismatch
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import Record
-from everstep.snapshot.capture import dtype_name
+from everstep.snapshot.capture import dtype_name, is_plain
 from everstep.snapshot.digest import DIGEST_BYTES, unit_count
 from everstep.snapshot.layout import Layout, Leaf
 from everstep.snapshot.replicas import gather
@@ -101,7 +101,7 @@ class Restoration:
                 self._copies.append((tensor, first))
             return
         target = tensor
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if not is_plain(tensor):
             target = torch.empty(tensor.shape, dtype=tensor.dtype)
             self._staged.append((tensor, target))
         self._add_pieces(leaf, target)
@@ -141,8 +141,16 @@ class Restoration:
         failpoint("client.restore.copied")
         with torch.no_grad():
             for tensor, staged in [*self._staged, *self._copies]:
-                tensor.copy_(staged)
+                _fill(tensor, staged)
         return checked
+
+
+def _fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    for dimension, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dimension] > 1:
+            # An expanded tensor repeats itself there, and torch refuses to write to it.
+            tensor, value = tensor.narrow(dimension, 0, 1), value.narrow(dimension, 0, 1)
+    tensor.copy_(value)
 
 
 def _run_shard(
