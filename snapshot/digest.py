@@ -53,3 +53,22 @@ def check_image(
     bad = [unit for part in results for unit in part]
     if bad:
         raise ShardCorrupt(where, tuple(bad))
+
+
+def check_unit(data: bytes | memoryview, record: Record, unit: int, where: str) -> None:
+    """Return only if these are the bytes of one unit of the image.
+
+    Args:
+        data: The bytes.
+        record: The shard's record, already parsed from an intact envelope.
+        unit: Which unit.
+        where: For the message.
+
+    Raises:
+        ShardCorrupt: If they are not.
+    """
+    begin = unit * record.unit_bytes
+    expected = record.unit_digests[unit * DIGEST_BYTES : (unit + 1) * DIGEST_BYTES]
+    right_length = len(data) == min(record.unit_bytes, record.image_bytes - begin)
+    if not right_length or verify_units(data, record.unit_bytes, expected):
+        raise ShardCorrupt(where, (unit,))
