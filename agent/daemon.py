@@ -29,7 +29,7 @@ from everstep.agent.state import Rules, State
 from everstep.proto.agent_pb2_grpc import add_AgentServicer_to_server
 from everstep.proto.errors import InvalidConfiguration
 from everstep.proto.ids import SnapshotId
-from everstep.proto.places import private_directory
+from everstep.proto.places import format_address, private_directory
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
 from everstep.storage.retention import Rule, expired
@@ -55,9 +55,10 @@ def run(config: Config) -> None:
     _log_to(config.agent.log_file, config.agent.log_level)
     private_directory(config.agent.memory_dir, os.getuid())
     if config.agent.nvme_dir is not None:
-        config.agent.nvme_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_directory(config.agent.nvme_dir, os.getuid())
     config.agent.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _only_agent(config.lock):
+    # Two sockets must not share one directory of arenas either.
+    with _only_agent(config.lock), _only_agent(config.agent.memory_dir / ".lock"):
         asyncio.run(_serve(config))
 
 
@@ -126,7 +127,7 @@ async def _serve(config: Config) -> None:
     add_AgentServicer_to_server(Service(config, pipeline, installed_version()), server)
     private_directory(config.private_socket.parent, os.getuid())
     config.private_socket.unlink(missing_ok=True)
-    server.add_insecure_port(f"unix:{config.private_socket}")
+    server.add_insecure_port(format_address(config.private_socket))
     door = Door(
         config.agent.socket,
         config.private_socket,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Report
-from benchmarks.workload import Training, agent, scratch
+from benchmarks.workload import PARAMETERS, Training, agent, scratch
 
 STEPS = 8
 
@@ -72,12 +72,12 @@ def memcpy_seconds(size: int, rounds: int) -> list[float]:
     return times
 
 
-def run(rounds: int) -> Report:
+def run(rounds: int, parameters: int) -> Report:
     """Measure; the table's rows are medians over the rounds."""
     import everstep
 
     report = Report("stall")
-    training = Training.start()
+    training = Training.start(parameters)
     report.add(
         "state", training.state_bytes, f"{training.state_bytes / 1e6:9.1f} MB", "state_bytes"
     )
@@ -163,9 +163,11 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--parameters", type=int, default=PARAMETERS)
     warnings.simplefilter("ignore")
     logging.getLogger("everstep").setLevel(logging.ERROR)
-    run(parser.parse_args().rounds).print()
+    options = parser.parse_args()
+    run(options.rounds, options.parameters).print()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import grpc
 
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.agent_pb2_grpc import AgentStub
-from everstep.proto.places import parse_address
+from everstep.proto.places import format_address, parse_address
 from everstep.proto.wire_errors import decode
 
 MESSAGE_LIMIT_BYTES = 256 << 20
@@ -36,7 +36,9 @@ class Channel:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = grpc.insecure_channel(f"unix:{parse_address(address)}", options=_OPTIONS)
+        self._channel = grpc.insecure_channel(
+            format_address(parse_address(address)), options=_OPTIONS
+        )
         self._stub = AgentStub(self._channel)
         self._pid = os.getpid()
 

@@ -36,7 +36,7 @@ def find_agent(address: str | None, timeout_s: float) -> str:
     mine = places()
     if not _answers(mine.socket):
         _start(mine, timeout_s)
-    return f"unix:{mine.socket}"
+    return mine.address
 
 
 def _answers(path: Path) -> bool:
@@ -76,6 +76,6 @@ def _start(mine: Places, timeout_s: float) -> None:
             status = process.poll()
             how = "is still starting" if status is None else f"ended with status {status}"
             raise AgentUnavailable(
-                f"unix:{mine.socket}", f"the agent that was started {how}; see {mine.log}"
+                mine.address, f"the agent that was started {how}; see {mine.log}"
             )
         time.sleep(_POLL_S)

@@ -140,6 +140,8 @@ class Session:
         self._cancel()
         if self._thread.is_alive():
             self._thread.join(timeout=5.0)
+        # gRPC keeps a connection open for as long as a cancelled stream's object lives.
+        self._stream = None
 
     def _cancel(self) -> None:
         stream = self._stream
