@@ -1,0 +1,398 @@
+"""One node of real processes to break: an agent, its trainers, and the directories between them.
+
+Nothing here sleeps in the hope that something has happened: processes are waited for by pidfd,
+everything else is looked at until a deadline.
+"""
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from everstep.proto import agent_pb2 as wire
+from everstep.proto.agent_pb2_grpc import AgentStub
+from everstep.proto.wire_errors import decode
+
+Thing = TypeVar("Thing")
+HERE = Path(__file__).parent
+DEADLINE_S = 30.0
+POLL_S = 0.005
+OWN_ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    "PYTHONSAFEPATH": "1",
+}
+
+
+def until(condition: Callable[[], Thing], what: str, within_s: float = DEADLINE_S) -> Thing:
+    """The first true value of a condition, which is looked at again and again."""
+    deadline = time.monotonic() + within_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not happen within {within_s:g} s")
+        time.sleep(POLL_S)
+
+
+class Process:
+    """A process that is ours, by its pid; its log is a file."""
+
+    def __init__(self, pid: int, log: Path, reap: Callable[[], int]) -> None:
+        self.pid = pid
+        self.log = log
+        self.code: int | None = None
+        self._reap = reap
+        self._descriptor = os.pidfd_open(pid)
+
+    @property
+    def alive(self) -> bool:
+        return self.code is None and not select.select([self._descriptor], [], [], 0)[0]
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def signal(self, number: int) -> None:
+        if self.code is None:
+            signal.pidfd_send_signal(self._descriptor, number)
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until it has stopped."""
+        self.signal(signal.SIGSTOP)
+        self.until_stopped()
+
+    def until_stopped(self) -> None:
+        tasks = Path(f"/proc/{self.pid}/task")
+
+        def stopped() -> bool:
+            states = [(task / "stat").read_text().rsplit(")", 1)[1].split()[0] for task in
+                      tasks.iterdir()]
+            return set(states) == {"T"}
+
+        until(stopped, f"process {self.pid} stopping")
+
+    def proceed(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def ended(self, within_s: float = DEADLINE_S) -> int:
+        """Wait for the end; the exit status, negative for a signal."""
+        if self.code is None:
+            if not select.select([self._descriptor], [], [], within_s)[0]:
+                raise TimeoutError(f"process {self.pid} runs on after {within_s:g} s\n" +
+                                   self.text()[-3000:])
+            self.code = self._reap()
+            os.close(self._descriptor)
+        return self.code
+
+    def kill(self) -> None:
+        """SIGKILL, and wait."""
+        self.signal(signal.SIGKILL)
+        self.ended()
+
+
+class Zygote:
+    """A warm process that forks others; see zygote.py."""
+
+    def __init__(self, kind: str) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "zygote.py"), kind, str(theirs.fileno())],
+                env={**OWN_ENVIRONMENT, "EVERSTEP_FAILPOINTS": "unused=exit"},
+                pass_fds=[theirs.fileno()],
+            )
+        self._control = ours
+        self._ready = False
+
+    def fork(
+        self,
+        log: Path,
+        environ: dict[str, str],
+        failpoints: str,
+        descriptors: tuple[int, ...] = (),
+        **request: Any,
+    ) -> Process:
+        if not self._ready:
+            self._answer()
+            self._ready = True
+        request |= {"environ": environ, "failpoints": failpoints}
+        with log.open("ab") as output:
+            files = [output.fileno(), *descriptors]
+            socket.send_fds(self._control, [json.dumps(request).encode()], files)
+            pid = self._answer()
+        return Process(pid, log, lambda: self._ask({"reap": pid}))
+
+    def close(self) -> None:
+        self._control.close()
+        self._process.wait(DEADLINE_S)
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        self._control.send(json.dumps(request).encode())
+        return self._answer()
+
+    def _answer(self) -> Any:
+        data = self._control.recv(4096)
+        assert data, "the zygote died"
+        return json.loads(data)
+
+
+class TrainerDied(Exception):
+    """The trainer ended in the middle of a command."""
+
+
+class TrainerError(Exception):
+    """A command raised, in the trainer, what its user would have seen."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        self.kind = kind
+        self.message = message
+        super().__init__(f"{kind}: {message}")
+
+
+class Trainer:
+    """A trainer process: `do` for one command of trainer.py, `begin` and `end` for its halves."""
+
+    def __init__(self, process: Process, control: socket.socket) -> None:
+        self.process = process
+        self._control = control
+        self._lines = control.makefile("r", encoding="utf-8")
+
+    def begin(self, command: str, **options: Any) -> None:
+        try:
+            self._control.sendall(json.dumps([command, options]).encode() + b"\n")
+        except OSError as error:
+            raise TrainerDied(command) from error
+
+    @property
+    def answered(self) -> bool:
+        """Whether `end` would not wait."""
+        return bool(select.select([self._control], [], [], 0)[0])
+
+    def end(self, within_s: float = DEADLINE_S) -> Any:
+        self._control.settimeout(within_s)
+        try:
+            line = self._lines.readline()
+        except ConnectionResetError:
+            line = ""
+        except TimeoutError as error:
+            raise TimeoutError("no answer from the trainer\n" + self.process.text()) from error
+        if not line:
+            raise TrainerDied(self.process.text()[-3000:])
+        answer = json.loads(line)
+        if "error" in answer:
+            raise TrainerError(answer["error"], answer["message"])
+        return answer["result"]
+
+    def do(self, command: str, **options: Any) -> Any:
+        self.begin(command, **options)
+        return self.end()
+
+    def run(self, steps: int = 1, level: str = "memory", **options: Any) -> list[dict[str, Any]]:
+        return self.do("run", steps=steps, level=level, **options)
+
+    def dies(self, within_s: float = DEADLINE_S) -> int:
+        """Wait for its death."""
+        code = self.process.ended(within_s)
+        self.close()
+        return code
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.close()
+
+    def close(self) -> None:
+        self._lines.close()
+        self._control.close()
+
+
+class Node:
+    """Directories, an agent and trainers; everything goes with it."""
+
+    def __init__(self, zygotes: dict[str, Zygote]) -> None:
+        self.zygotes = zygotes
+        self.base = Path(tempfile.mkdtemp(prefix="evf-", dir="/tmp"))
+        self.memory = Path(tempfile.mkdtemp(prefix="evf-", dir="/dev/shm"))
+        self.nvme = self.base / "nvme"
+        self.socket = self.base / "agent.sock"
+        self.options: dict[str, dict[str, Any]] = {
+            "nvme": {"interval": "1 steps", "keep_newest": 2},
+        }
+        self.agent: Process | None = None
+        self.processes: list[Process] = []
+        self.trainers: list[Trainer] = []
+        self.digests: dict[int, set[str]] = {}
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self.socket}"
+
+    def start_agent(
+        self,
+        failpoints: str = "",
+        *,
+        preload: Path | None = None,
+        environ: dict[str, str] | None = None,
+        ready: bool = True,
+        socket_path: Path | None = None,
+        **request: Any,
+    ) -> Process:
+        """Start an agent, by default and wait until it answers."""
+        toml = self.base / f"agent-{len(self.processes)}.toml"
+        toml.write_text("\n".join(
+            f"[{section}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items())
+            for section, values in self.options.items()
+        ))
+        path = socket_path or self.socket
+        flags = {"--socket": path, "--memory-dir": self.memory, "--nvme-dir": self.nvme,
+                 "--node-id": "n0", "--config": toml}
+        arguments = ["agent", *(str(word) for flag in flags.items() for word in flag)]
+        log = self.base / f"agent-{len(self.processes)}.log"
+        environ = {"EVERSTEP_HOME": str(self.base / "home"), **(environ or {})}
+        if preload is None:
+            process = self.zygotes["agent"].fork(
+                log, environ, failpoints, arguments=arguments, **request
+            )
+        else:
+            process = self._start_fresh(log, arguments, failpoints, preload, environ)
+        self.processes.append(process)
+        if path == self.socket:
+            self.agent = process
+        if ready:
+            self.until_answering(process, path)
+        return process
+
+    def _start_fresh(
+        self, log: Path, arguments: list[str], failpoints: str, preload: Path,
+        environ: dict[str, str],
+    ) -> Process:
+        environ = OWN_ENVIRONMENT | environ | {"EVERSTEP_FAILPOINTS": failpoints,
+                                               "LD_PRELOAD": str(preload)}
+        with log.open("ab") as output:
+            started = subprocess.Popen(
+                [sys.executable, "-m", "everstep.agent", *arguments], env=environ,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            )
+        return Process(started.pid, log, started.wait)
+
+    def until_answering(self, process: Process, path: Path | None = None) -> None:
+        def answers() -> bool:
+            if not process.alive:
+                raise AssertionError(f"the agent ended with {process.ended()}\n{process.text()}")
+            with socket.socket(socket.AF_UNIX) as probe:
+                return probe.connect_ex(str(path or self.socket)) == 0
+
+        until(answers, "the agent's answer")
+
+    def start_trainer(self, failpoints: str = "", **environ: str) -> Trainer:
+        """A trainer process that has not connected yet."""
+        ours, theirs = socket.socketpair()
+        log = self.base / f"trainer-{len(self.processes)}.log"
+        environ = {"EVERSTEP_HOME": str(self.base / "home"), **environ}
+        with theirs:
+            process = self.zygotes["trainer"].fork(log, environ, failpoints, (theirs.fileno(),))
+        self.processes.append(process)
+        self.trainers.append(Trainer(process, ours))
+        return self.trainers[-1]
+
+    def trainer(self, failpoints: str = "", **options: Any) -> Trainer:
+        """A trainer that is connected."""
+        trainer = self.start_trainer(failpoints)
+        trainer.do("connect", **{"address": self.address, **options})
+        return trainer
+
+    def note(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Remember what the state was at each step, for `assert_restored`."""
+        for line in lines:
+            self.digests.setdefault(line["step"], set()).add(line["digest"])
+        return lines
+
+    def assert_restored(self, answer: dict[str, Any], step: int | None = None) -> None:
+        """Bit for bit a step that was taken, and the one that was expected."""
+        assert answer["step"] in self.digests, answer
+        assert answer["digest"] in self.digests[answer["step"]], answer
+        assert step is None or answer["step"] == step, answer
+
+    @contextmanager
+    def stub(self) -> Iterator[AgentStub]:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(self.address, options=options) as channel:
+            yield AgentStub(channel)
+
+    def ask(self, method: str, request: Any, timeout_s: float = 20.0) -> Any:
+        """One call, as anybody could make it. Raises errors of the tree."""
+        with self.stub() as stub:
+            try:
+                return getattr(stub, method)(request, timeout=timeout_s)
+            except grpc.RpcError as error:
+                raise decode(error, self.address) from None
+
+    def adopt_files(self, memory: Path, nvme: Path) -> None:
+        """Take copies of another node's directories for this one's."""
+        shutil.copytree(memory, self.memory, dirs_exist_ok=True)
+        shutil.copytree(nvme, self.nvme, dirs_exist_ok=True)
+
+    def job(self, name: str = "job") -> Any:
+        (job,) = self.ask("Status", wire.StatusRequest(job=name)).jobs
+        return job
+
+    def committed(self, level: str, job: str = "job") -> list[tuple[int, int]]:
+        """What the agent says is committed at a level: incarnation and step, oldest first."""
+        snapshots = self.job(job).snapshots
+        return sorted(
+            (s.incarnation, s.step) for s in snapshots if s.committed and s.level == level
+        )
+
+    def assert_all_intact(self) -> list[Any]:
+        """Everything that is called committed passes its digests."""
+        shards = self.ask("Verify", wire.VerifyRequest()).shards
+        assert all(shard.intact for shard in shards), shards
+        return list(shards)
+
+    def shards(self, step: int) -> list[Path]:
+        return sorted(self.nvme.glob(f"*/step-{step:012d}/*.safetensors"))
+
+    def arenas(self) -> list[Path]:
+        return sorted(self.memory.glob("*/*.arena"))
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.code is None:
+                process.signal(signal.SIGKILL)
+                process.signal(signal.SIGCONT)
+                process.ended()
+        for trainer in self.trainers:
+            trainer.close()
+        shutil.rmtree(self.memory, ignore_errors=True)
+        shutil.rmtree(self.base, ignore_errors=True)
+
+
+def failpoints_in_source(*prefixes: str) -> list[str]:
+    """Every failpoint that the source names and that begins with one of the prefixes."""
+    import re
+
+    from everstep import agent
+
+    root = Path(next(iter(agent.__path__))).resolve().parent
+    folders = ("agent", "client", "snapshot", "storage")
+    text = "\n".join(p.read_text() for f in folders for p in sorted((root / f).rglob("*.py")))
+    names = set(re.findall(r'failpoint\(\s*"([a-z_.]+)"\s*\)', text))
+    moments = re.findall(r'failpoint\(f"storage\.\{verb\}\.([a-z_]+)"\)', text)
+    verbs = re.findall(r'\.publish\([^()]*(?:\([^()]*\)[^()]*)*, "([a-z]+)"\)', text)
+    assert moments and verbs
+    names |= {f"storage.{verb}.{moment}" for verb in verbs for moment in moments}
+    return sorted(name for name in names if name.startswith(prefixes))
+
+

@@ -1,0 +1,125 @@
+"""SIGKILL at every named point: the old snapshot or the new one, bit for bit, and training goes on.
+
+The points are read from the source, so a new one is killed at without a change here. The life that
+passes them all: a job comes back to an older step, repeats steps, and outgrows its arena, with a
+flush of every step and retention behind it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from harness import Node, Trainer, TrainerDied, Zygote, failpoints_in_source, until
+
+AGENT_POINTS = failpoints_in_source("agent.", "storage.")
+CLIENT_POINTS = failpoints_in_source("client.")
+# Points whose second passage is at another moment in the life of a job than the first.
+TWICE = [
+    "agent.offer.decided",
+    "agent.seal.before_record",
+    "agent.seal.before_reply",
+    "storage.delete.after_commit",
+    "storage.drop.after_unlink",
+    "storage.layout.after_rename",
+    "storage.membership.before_rename",
+    "storage.publish.after_rename",
+    "storage.publish.before_rename",
+    "storage.reserve.after_allocate",
+]
+
+
+@pytest.fixture(scope="module")
+def begun(zygotes: dict[str, Zygote]) -> Iterator[Node]:
+    """Three steps on NVMe, two of them also in memory, and nobody there any more."""
+    node = Node(zygotes)
+    node.options["nvme"]["keep_newest"] = 3
+    agent = node.start_agent()
+    trainer = node.trainer()
+    assert trainer.do("restore")["step"] is None
+    for line in [node.note(trainer.run(1, "nvme"))[0] for _ in range(3)]:
+        assert line["state"] == "nvme"
+    trainer.kill()
+    agent.kill()
+    yield node
+    node.close()
+
+
+def again(node: Node, begun: Node) -> None:
+    """Go on from where `begun` left off."""
+    node.adopt_files(begun.memory, begun.nvme)
+    node.digests = {step: set(digests) for step, digests in begun.digests.items()}
+
+
+class Life:
+    """A job's life on a node whose agent dies at some time: what it was told, it must find."""
+
+    def __init__(self, node: Node, trainer: Trainer) -> None:
+        self.node = node
+        self.trainer = trainer
+        self.told: dict[str, tuple[int, int]] = {"memory": (1, 3), "nvme": (1, 3)}
+        self.deaths = 0
+
+    def do(self, command: str, **options: Any) -> Any:
+        """A command that waits for the agent: whoever supervises it starts it again."""
+        assert self.node.agent is not None
+        self.trainer.begin(command, **options)
+        until(lambda: self.trainer.answered or not self.node.agent.alive, command)
+        self.revive()
+        return self.trainer.end()
+
+    def revive(self) -> None:
+        agent = self.node.agent
+        assert agent is not None
+        if agent.alive:
+            return
+        assert agent.ended() == -9, agent.text()
+        self.deaths += 1
+        agent = self.node.start_agent()
+        assert "Traceback" not in agent.text(), agent.text()
+        for level, newest in self.told.items():
+            assert newest in self.node.committed(level), (level, newest, self.node.job())
+        self.node.assert_all_intact()
+
+    def train(self, steps: int) -> None:
+        """Steps, each flushed; while the agent is dead, training goes on without it."""
+        for _ in range(steps):
+            (line,) = self.hear(self.trainer.run(1, "nvme"))
+            if self.node.agent.alive:
+                assert line["state"] == "nvme", (line, self.node.agent.text())
+                continue
+            for lost in self.hear(self.trainer.run(2)):
+                assert lost["skipped"] or lost["dropped"], lost
+            self.revive()
+            lines = self.hear(self.trainer.do("until_committed", level="nvme"))
+            assert lines[-1]["state"] == "nvme"
+
+    def hear(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for line in self.node.note(lines):
+            for level in {"memory": ["memory"], "nvme": ["memory", "nvme"]}.get(line["state"], []):
+                self.told[level] = (line["incarnation"], line["step"])
+        return lines
+
+
+@pytest.mark.parametrize("point", [*AGENT_POINTS, *(f"{point}@2" for point in TWICE)])
+def test_agent_killed(node: Node, begun: Node, point: str) -> None:
+    again(node, begun)
+    name, _, nth = point.partition("@")
+    first = node.start_agent(f"{name}=kill@{nth or 1}")
+    # As a flush leaves it that failed before its commit.
+    (node.nvme / "job" / "step-000000000004").mkdir()
+    life = Life(node, node.start_trainer())
+    life.do("connect", address=node.address)
+    node.assert_restored(life.do("restore", to=1), step=1)
+    life.trainer.do("diverge", seed=2)
+    life.train(3)
+    life.trainer.do("grow")
+    life.train(2)
+    assert first.code == -9, f"{point} was never passed: let `Life` do what passes it"
+    assert life.deaths == 1
+    warnings = life.trainer.do("warned")
+    assert len(warnings) == len({warning.partition(" was ")[2][:12] for warning in warnings})
+    life.trainer.kill()
+    for level, (_, step) in life.told.items():
+        trainer = node.trainer(grown=True)
+        node.assert_restored(trainer.do("restore", levels=[level]), step=step)
+        trainer.kill()

@@ -1,0 +1,107 @@
+"""Warm processes for the fault tests: imports once, then forks agents or trainers on request.
+
+Importing torch takes seconds, forking a process that has it takes milliseconds. A forked process
+is as real as any: its own pid, session, memory and descriptors. Run as
+``zygote.py KIND DESCRIPTOR``, where the descriptor is a socket on which `harness.Zygote` asks.
+"""
+
+import inspect
+import json
+import os
+import resource
+import runpy
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def arm(setting: str) -> None:
+    """Do in a warm process what ``EVERSTEP_FAILPOINTS`` does at its start."""
+    from everstep.proto import failpoint
+
+    points = inspect.getclosurevars(failpoint.failpoint).nonlocals["points"]
+    points.clear()
+    for pair in filter(None, setting.split(";")):
+        name, _, specification = pair.partition("=")
+        points[name] = failpoint._Point(specification)
+
+
+def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    log, *rest = descriptors
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    for descriptor in (null, log):
+        os.close(descriptor)
+    os.environ.update(request["environ"])
+    if "nofile" in request:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (request["nofile"], request["nofile"]))
+    arm(request["failpoints"])
+    if kind == "agent":
+        sys.argv = ["everstep", *request["arguments"]]
+        from everstep.agent.cli import main
+
+        main()
+    else:
+        trainer = runpy.run_path(str(Path(__file__).with_name("trainer.py")))
+        trainer["serve"](socket.socket(fileno=rest[0]), arm)
+
+
+def main() -> None:
+    kind, descriptor = sys.argv[1], int(sys.argv[2])
+    if kind == "agent":
+        import everstep.agent.cli
+        import everstep.agent.daemon  # noqa: F401
+    else:
+        import torch
+        import torch.utils.data
+
+        import everstep.client.client  # noqa: F401
+
+        torch.set_num_threads(1)
+        # The first step of an optimizer imports half of torch.
+        weight = torch.nn.Parameter(torch.zeros(4))
+        weight.grad = torch.zeros(4)
+        torch.optim.AdamW([weight]).step()
+    control = socket.socket(fileno=descriptor)
+    control.send(b"{}")
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 4)
+        if not data:
+            return
+        request = json.loads(data)
+        if "reap" in request:
+            _, status = os.waitpid(request["reap"], 0)
+            control.send(json.dumps(os.waitstatus_to_exitcode(status)).encode())
+            continue
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            code = 1
+            try:
+                child(kind, request, descriptors)
+                code = 0
+            except SystemExit as ended:
+                code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                # The normal end of a process: what waits for threads must be part of the test.
+                import threading
+
+                sys.stdout.flush()
+                sys.stderr.flush()
+                threading._shutdown()
+                os._exit(code)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        control.send(json.dumps(pid).encode())
+
+
+if __name__ == "__main__":
+    main()
