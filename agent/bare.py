@@ -320,10 +320,24 @@ def _unfinished(store: NvmeLevel, job: str, path: Path) -> Iterator[Held]:
         )
 
 
-def problems_of_agent(status: StatusReply, job: str) -> list[Problem]:
-    """What lies in an agent's directories and cannot be used; none if they cannot be read."""
+def problems_of_agent(status: StatusReply, level: str = "") -> list[Problem]:
+    """What lies in an agent's directories, of the jobs in `status`, and cannot be used.
+
+    None if they cannot be read. Looks twice: the agent writes and deletes meanwhile, and what is
+    only on its way is gone at the second look.
+    """
     try:
-        with place_of_agent(status, "", job) as place:
-            return problems(place)
-    except Refused:
+        with place_of_agent(status, "") as place:
+            there = place.at(level)
+            first, second = _of(status, there), _of(status, there)
+            return [problem for problem in first if problem in second]
+    except (Refused, OSError):
         return []
+
+
+def _of(status: StatusReply, place: Place) -> list[Problem]:
+    return [
+        problem
+        for job in status.jobs
+        for problem in problems(Place(place.stores, place.name, job.job))
+    ]

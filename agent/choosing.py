@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from everstep.agent.bare import Place, held
-from everstep.agent.shards import Copy, Meter, Store, check_copy, locate
+from everstep.agent.display import Meter
+from everstep.agent.shards import Copy, Store, check_copy, locate
 from everstep.proto.errors import EverstepError, NothingRecoverable, Refused
 from everstep.proto.ids import SnapshotId
 

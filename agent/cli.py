@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from everstep.agent.exits import FAILED, FINE, Verbs
-from everstep.proto.errors import Refused
+from everstep.proto.errors import AgentUnavailable, Refused
 
 _KEEP_NEWEST = 2
 
@@ -108,7 +108,8 @@ def agent(
 ) -> None:
     """Run an agent in the foreground.
 
-    It ends at SIGTERM or SIGINT. Flags win over the file. With --json, says once where it will answer, and then runs.
+    It ends at SIGTERM or SIGINT. Flags win over the file. With --json, says once where it will
+    answer, and then runs.
     """
     from everstep.agent.config import load
 
@@ -185,7 +186,6 @@ def list_snapshots(
     Those that an agent holds or, without one, those that lie in a directory.
     """
     from everstep.agent import display, showing
-    from everstep.agent.asking import Agent
     from everstep.agent.bare import held, held_by_agent, problems, problems_of_agent
 
     _job(job)
@@ -193,10 +193,10 @@ def list_snapshots(
         with _place(directory, job, address) as place:
             report = showing.list_report(place.name, held(place), problems(place))
     else:
-        with Agent(_address(address)) as asked:
+        with _agent(address) as asked:
             known = asked.status(job)
             rows = held_by_agent(known, asked.address)
-            report = showing.list_report(asked.address, rows, problems_of_agent(known, job))
+            report = showing.list_report(asked.address, rows, problems_of_agent(known))
     if as_json:
         display.document(report)
     else:
@@ -205,14 +205,13 @@ def list_snapshots(
 
 def _place(directory: Path | None, job: str, address: str) -> Any:
     """The named directory, or those of the agent."""
-    from everstep.agent.asking import Agent
     from everstep.agent.bare import place_of, place_of_agent
 
     if directory is not None:
         if address:
             raise Refused("a directory is looked at without an agent: leave --agent out.")
         return place_of(directory, job)
-    with Agent(_address(address)) as asked:
+    with _agent(address) as asked:
         return place_of_agent(asked.status(job), asked.address, job)
 
 
@@ -275,14 +274,13 @@ def verify(
     Exit status 1 if anything is damaged: then it says what, and what can still be restored.
     """
     from everstep.agent import display, showing, verifying
-    from everstep.agent.asking import Agent
 
     _job(job)
     if directory is not None:
         with _place(directory, job, address) as place:
             verdict = verifying.by_directory(place.at(_level(level)), step, display.meter())
     else:
-        with Agent(_address(address)) as asked:
+        with _agent(address) as asked:
             known = asked.status(job)
             verdict = verifying.by_agent(asked, known, step, _level(level), display.meter())
     report = showing.verify_report(verdict)
@@ -328,7 +326,8 @@ def export(
 ) -> None:
     """Write a snapshot as files that others read.
 
-    The newest that is whole, unless --step is given. Every digest is checked before a byte is written.
+    The newest that is whole, unless --step is given. Every digest is checked before a byte is
+    written.
     """
     from everstep.agent import choosing, display, exporting, showing
 
@@ -418,6 +417,19 @@ def gc(
         showing.show_gc(report)
 
 
+def _agent(address: str) -> Any:
+    """The agent that is named, or the advice to do without one."""
+    from everstep.agent.asking import Agent
+    from everstep.agent.config import load
+
+    try:
+        return Agent(_address(address))
+    except AgentUnavailable as error:
+        nvme_dir = load().agent.nvme_dir or "/nvme"
+        detail = f"{error.detail}; with no agent running, name a directory, such as {nvme_dir}"
+        raise AgentUnavailable(error.address, detail) from error
+
+
 def _address(address: str) -> str:
     from everstep.agent.config import agent_address
 
@@ -437,7 +449,8 @@ def doctor(
 ) -> int:
     """Say whether this host is fit for an agent.
 
-    One line for each question, with what to do about it. Exit status 1 if an agent would not work or not keep its promises here.
+    One line for each question, with what to do about it. Exit status 1 if an agent would not
+    work or not keep its promises here.
     """
     from everstep.agent import display, showing
     from everstep.agent.config import load

@@ -13,7 +13,7 @@ from typing import Self
 
 from everstep.agent.asking import Agent
 from everstep.agent.bare import Held, Place, held, held_by_agent
-from everstep.agent.shards import Meter
+from everstep.agent.display import Meter
 from everstep.agent.verifying import by_directory
 from everstep.proto.agent_pb2 import CollectedItem
 from everstep.proto.errors import AgentUnavailable, Refused

@@ -8,14 +8,17 @@ send control characters to a terminal. Imports rich only when something is shown
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
-
-from everstep.agent.shards import Advance, Meter, silent
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+Advance = Callable[[int], None]
+"""Told how many more bytes are done."""
+Meter = Callable[[str, int], AbstractContextManager[Advance]]
+"""Shows the progress of something with a title and so many bytes to do."""
 
 _WIDTH_WITHOUT_TERMINAL = 160
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -85,6 +88,11 @@ def _console(*, to_stderr: bool = False) -> "Console":
 def meter() -> Meter:
     """A `Meter` on standard error; a silent one where that is no terminal."""
     return _shown if sys.stderr.isatty() else silent
+
+
+def silent(title: str, total_bytes: int) -> AbstractContextManager[Advance]:
+    """A `Meter` that shows nothing."""
+    return nullcontext(lambda _: None)
 
 
 @contextmanager

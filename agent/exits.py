@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from everstep.proto.errors import AgentUnavailable, DeadlineExceeded, EverstepError, Refused
 
 FINE, FAILED, USAGE, UNREACHABLE = 0, 1, 2, 3
+INTERRUPTED = 130
 
 # typer carries a click of its own, or an installed one, by version; this is the one it raises.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -40,7 +41,7 @@ class Verbs(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """See `click.Command.main`; ends the process if `standalone_mode`, returns a status if not."""
+        """As click's `main`: ends the process if `standalone_mode`, returns a status if not."""
         words = list(sys.argv[1:] if args is None else args)
         status = self._status(words, extra)
         if not standalone_mode:
@@ -64,7 +65,9 @@ class Verbs(TyperGroup):
         except OSError as error:
             _say(type(error).__name__, str(error), as_json=as_json)
             return FAILED
-        except typer.Abort:
+        except typer.Abort as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                return INTERRUPTED
             _say("Aborted", "nobody answered the question; nothing was done", as_json=as_json)
             return USAGE
 

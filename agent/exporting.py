@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from everstep.agent.choosing import Chosen, checked_rank
-from everstep.agent.shards import Copy, Meter, UnitReader
+from everstep.agent.display import Meter
+from everstep.agent.shards import Copy, UnitReader
 from everstep.proto import errors
 from everstep.proto.agent_pb2 import RestoreReply, ShardLocation
 from everstep.proto.errors import EverstepError, FormatInvalid, Refused

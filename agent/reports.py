@@ -122,7 +122,9 @@ async def verify(pipeline: Pipeline, request: wire.VerifyRequest) -> wire.Verify
             finally:
                 if pinned:
                     pipeline.submit(events.Unpin(job.name, snapshot))
-            shards.append(shard)
+            gone = not pinned if level == "memory" else snapshot not in job.durable
+            if not gone:
+                shards.append(shard)
     return wire.VerifyReply(shards=shards)
 
 
@@ -214,10 +216,8 @@ async def _collect_job(pipeline: Pipeline, job: Job, dry_run: bool) -> list[wire
     ] + [_item("nvme", snapshot, reason) for snapshot in sorted(job.durable)]
     if dry_run:
         return items
-    durable = sorted(job.durable)
     pipeline.submit(events.Removed(job.name))
     await asyncio.to_thread(pipeline.memory.remove_job, job.name)
     if pipeline.nvme is not None:
-        for snapshot in durable:
-            await asyncio.to_thread(pipeline.nvme.delete, job.name, snapshot)
+        await asyncio.to_thread(pipeline.nvme.remove_job, job.name)
     return items

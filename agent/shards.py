@@ -9,14 +9,13 @@ nothing.
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from everstep.agent.display import Advance
 from everstep.proto.errors import EverstepError, FormatInvalid, ShardCorrupt
 from everstep.proto.ids import UNIT_BYTES, SnapshotId
 from everstep.proto.state_pb2 import Record
@@ -27,19 +26,9 @@ from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
 
 Store = MemoryLevel | NvmeLevel
-Advance = Callable[[int], None]
-"""Told how many more bytes are done."""
-Meter = Callable[[str, int], AbstractContextManager[Advance]]
-"""Shows the progress of something with a title and so many bytes to do."""
-
 _REMEMBERED_UNITS = 32
 _UNITS_A_TASK = 16
 _READ_THREADS = 4
-
-
-def silent(title: str, total_bytes: int) -> AbstractContextManager[Advance]:
-    """A `Meter` that shows nothing."""
-    return nullcontext(lambda _: None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,22 +6,25 @@ never knows more than the document. Asks and decides nothing.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from everstep.agent.bare import Held
-from everstep.agent.choosing import Chosen
-from everstep.agent.collecting import Item
 from everstep.agent.display import age, line, note, ranks, size, span, table
-from everstep.agent.doctor import Finding
-from everstep.agent.verifying import Checked, Verdict
-from everstep.proto.agent_pb2 import JobStatus, StatusReply
-from everstep.storage.level import Problem
+
+if TYPE_CHECKING:
+    # For their names alone: `status` and `doctor` must not wait for numpy.
+    from everstep.agent.bare import Held
+    from everstep.agent.choosing import Chosen
+    from everstep.agent.collecting import Item
+    from everstep.agent.doctor import Finding
+    from everstep.agent.verifying import Checked, Verdict
+    from everstep.proto.agent_pb2 import JobStatus, StatusReply
+    from everstep.storage.level import Problem
 
 Report = dict[str, Any]
 _SHOWN_ROWS = 40
 
 
-def status_report(status: StatusReply, address: str) -> Report:
+def status_report(status: "StatusReply", address: str) -> Report:
     """What an agent holds and does."""
     return {
         "address": address,
@@ -36,7 +39,7 @@ def status_report(status: StatusReply, address: str) -> Report:
     }
 
 
-def _job_report(job: JobStatus) -> Report:
+def _job_report(job: "JobStatus") -> Report:
     committed = [one for one in job.snapshots if one.committed]
     newest: Report = {}
     for one in sorted(committed, key=lambda one: (one.incarnation, one.step)):
@@ -102,7 +105,7 @@ def _show_job(job: Report) -> None:
         line(f"  last error: {job['last_error']}")
 
 
-def list_report(source: str, rows: Iterable[Held], problems: Sequence[Problem]) -> Report:
+def list_report(source: str, rows: "Iterable[Held]", problems: "Sequence[Problem]") -> Report:
     """The snapshots of an agent or a directory."""
     return {
         "source": source,
@@ -125,7 +128,7 @@ def list_report(source: str, rows: Iterable[Held], problems: Sequence[Problem]) 
     }
 
 
-def _problems(problems: Sequence[Problem]) -> list[Report]:
+def _problems(problems: "Sequence[Problem]") -> list[Report]:
     return [{"where": problem.where, "reason": problem.reason} for problem in problems]
 
 
@@ -225,7 +228,7 @@ def _note_cut(rows: Sequence[Any], what: str, everything: bool) -> None:
         line(f"and {len(rows) - _SHOWN_ROWS} more {what}: see --all")
 
 
-def verify_report(verdict: Verdict) -> Report:
+def verify_report(verdict: "Verdict") -> Report:
     """What a verification found."""
     return {
         "intact": verdict.intact,
@@ -245,7 +248,7 @@ def verify_report(verdict: Verdict) -> Report:
     }
 
 
-def _checked(one: Checked) -> Report:
+def _checked(one: "Checked") -> Report:
     return {
         "job": one.job,
         "level": one.level,
@@ -295,7 +298,7 @@ def _note_usable(job: str, usable: Sequence[Report]) -> None:
         note(f"job {job}: nothing that was verified can be restored whole")
 
 
-def export_report(chosen: Chosen, form: str, output: Path, written: Report) -> Report:
+def export_report(chosen: "Chosen", form: str, output: Path, written: Report) -> Report:
     """What was exported."""
     return {
         "job": chosen.job,
@@ -327,7 +330,7 @@ def show_export(report: Report) -> None:
         )
 
 
-def show_items(items: Sequence[Item]) -> None:
+def show_items(items: "Sequence[Item]") -> None:
     """Show what would be freed."""
     if items:
         rows = [
@@ -345,7 +348,7 @@ def show_items(items: Sequence[Item]) -> None:
         table("to be freed", headings, rows)
 
 
-def gc_report(items: Sequence[Item], *, freed: bool) -> Report:
+def gc_report(items: "Sequence[Item]", *, freed: bool) -> Report:
     """What was, or would be, freed."""
     return {
         "freed": freed,
@@ -364,7 +367,7 @@ def gc_report(items: Sequence[Item], *, freed: bool) -> Report:
     }
 
 
-def _counted(item: Item, items: Sequence[Item]) -> int:
+def _counted(item: "Item", items: "Sequence[Item]") -> int:
     """Snapshots in memory lie inside their job's arena, which counts as a whole."""
     arena = any(other.snapshot is None and other.job == item.job for other in items)
     inside = arena and item.level == "memory" and item.snapshot is not None
@@ -381,7 +384,7 @@ def show_gc(report: Report) -> None:
         line(f"nothing was freed; it would be {size(report['bytes'])}")
 
 
-def doctor_report(findings: Sequence[Finding]) -> Report:
+def doctor_report(findings: "Sequence[Finding]") -> Report:
     """What the doctor found."""
     return {
         "fit": all(finding.status != "fail" for finding in findings),

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from everstep.agent.asking import Agent
-from everstep.agent.bare import Held, Place, held, problems
-from everstep.agent.shards import Meter, Store, locate, problem_of
+from everstep.agent.bare import Held, Place, held, problems, problems_of_agent
+from everstep.agent.display import Meter
+from everstep.agent.shards import Store, locate, problem_of
 from everstep.proto.agent_pb2 import StatusReply, VerifiedShard
 from everstep.proto.errors import EverstepError, NothingRecoverable
 from everstep.proto.ids import SnapshotId
@@ -107,7 +108,8 @@ def by_agent(
             for found in agent.verify(job, one_step, one_level, size or _UNKNOWN_BYTES):
                 checked.append(_told(found))
                 advance(found.bytes)
-    return Verdict(checked, [])
+    found_problems = problems_of_agent(status, level)
+    return Verdict(checked, list(_untold(found_problems, checked)))
 
 
 _UNKNOWN_BYTES = 64 << 30
@@ -135,7 +137,7 @@ def by_directory(place: Place, step: int | None, meter: Meter) -> Verdict:
         if store.name == one.level
         for rank in range(one.world)
     ]
-    return Verdict(checked, list(_other_problems(place, checked)))
+    return Verdict(checked, list(_untold(problems(place), checked)))
 
 
 def _require(found: Sequence[object], step: int | None, jobs: str, where: str) -> None:
@@ -158,8 +160,9 @@ def _check(store: Store, one: Held, rank: int, meter: Meter) -> Checked:
     return Checked(one.job, store.name, one.snapshot, rank, size, problem)
 
 
-def _other_problems(place: Place, checked: list[Checked]) -> Iterator[Problem]:
+def _untold(found: list[Problem], checked: list[Checked]) -> Iterator[Problem]:
+    """The problems that no damaged shard has told of already."""
     told = [one.problem for one in checked if one.problem]
-    for problem in problems(place):
+    for problem in found:
         if not any(text.startswith(f"{problem.where}: {problem.reason}") for text in told):
             yield problem

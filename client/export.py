@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,10 +134,12 @@ def _tensors(
     wanted = [leaf.name for leaf in layout.leaves if leaf.name.partition("/")[0] in parts]
     wanted += sorted(set(aliases.values()) - set(wanted))
     tensors = {name: saved.forms[name].empty() for name in wanted}
-    restoration = Restoration(shards, rank)
-    restoration.plan([Wanted(name, tensor) for name, tensor in tensors.items()])
-    with ThreadPoolExecutor(_THREADS, "everstep-export") as executor:
-        restoration.run(executor)
+    with (
+        ThreadPoolExecutor(_THREADS, "everstep-export") as executor,
+        Restoration(shards, rank, executor) as restoration,
+    ):
+        restoration.plan([Wanted(name, tensor) for name, tensor in tensors.items()])
+        restoration.run()
     return tensors | {name: tensors[of] for name, of in aliases.items()}
 
 
@@ -237,7 +240,10 @@ def _write_dcp(state: dict[str, Any], output: Path, force: bool) -> None:
 
     partial = _partial(output)
     try:
-        save(state, checkpoint_id=partial, no_dist=True)
+        with warnings.catch_warnings():
+            # It says that it saves in a single process, which is what no_dist asks for.
+            warnings.simplefilter("ignore", UserWarning)
+            save(state, checkpoint_id=partial, no_dist=True)
         _check_absent(output, force)
         if output.exists():
             _remove_dcp(output)
