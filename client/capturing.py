@@ -66,7 +66,12 @@ class Capturing:
     def under_way(self) -> Snapshot | None:
         """The handle of the capture that has not ended yet."""
         work = self._work
-        return work.handle if work is not None and not work.ended.is_set() else None
+        if work is None:
+            return None
+        if work.handle.state != "copying":
+            # Nothing but the agent's reply is missing, and others may have heard of it already.
+            work.ended.wait(self._limits.offer_s)
+        return None if work.ended.is_set() else work.handle
 
     def begin(self, step: int, arrangement: Arrangement, slot: int, record: Record) -> Snapshot:
         """Copy what must be copied at once, and start copying the rest.
