@@ -315,7 +315,6 @@ class NvmeLevel:
                 path = step.path / (rank_stem(rank) + _IMAGE_SUFFIX)
                 envelope = _plain_record(step, rank)
                 record = parse_record(envelope, str(path))
-                check_shard(record, job, snapshot, rank, str(path))
                 check_committed(found.commit, {rank: envelope}, str(path))
                 check_image_bytes(record, _image_bytes(step, rank), str(path))
                 descriptor = step.open_file(path.name, os.O_RDONLY)

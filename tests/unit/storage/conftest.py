@@ -14,6 +14,7 @@ from everstep.kernels.digest import digest_units
 from everstep.proto import state_pb2
 from everstep.proto.envelope import seal
 from everstep.proto.ids import UNIT_BYTES, SnapshotId
+from everstep.storage.identity import record_digest
 from everstep.storage.level import Level
 
 _LAYOUT_BODY = state_pb2.Layout(image_bytes=1).SerializeToString()
@@ -28,6 +29,7 @@ class Take:
     step: int
     sizes: tuple[int, ...] = (3 * UNIT_BYTES + 100, 4096)
     job: str = "job"
+    seed: str = ""
     layout: bytes = field(default=seal("layout", _LAYOUT_BODY), repr=False)
     layout_id: str = LAYOUT_ID
 
@@ -36,7 +38,7 @@ class Take:
         return SnapshotId(self.incarnation, self.step)
 
     def image(self, rank: int) -> bytes:
-        seed = f"{self.incarnation} {self.step} {rank}"
+        seed = f"{self.incarnation} {self.step} {rank}{self.seed}"
         return random.Random(seed).randbytes(self.sizes[rank])
 
     def record(self, rank: int) -> bytes:
@@ -60,7 +62,12 @@ class Take:
             step=self.step,
             world=len(self.sizes),
             shards=[
-                state_pb2.CommittedShard(rank=rank, layout_id=LAYOUT_ID, image_bytes=size)
+                state_pb2.CommittedShard(
+                    rank=rank,
+                    layout_id=LAYOUT_ID,
+                    image_bytes=size,
+                    record_digest=record_digest(self.record(rank), "test"),
+                )
                 for rank, size in enumerate(self.sizes)
             ],
         )

@@ -92,6 +92,21 @@ def test_swapped_files_are_refused(nvme: NvmeLevel, take) -> None:
     first.assert_whole(nvme)
 
 
+def test_a_whole_shard_of_another_take_of_the_step_is_refused(
+    nvme: NvmeLevel, take, tmp_path: Path
+) -> None:
+    """Same job, step, incarnation, rank and length, but not what was committed."""
+    snapshot, stranger = take(1, 5), take(1, 5, seed=" other")
+    snapshot.save(nvme)
+    with NvmeLevel(tmp_path / "other") as other:
+        stranger.save(other)
+    for end in ("record", "safetensors"):
+        name = f"job/step-000000000005/rank-00000.{end}"
+        shutil.copy(tmp_path / "other" / name, nvme.root / name)
+    with pytest.raises(FormatInvalid):
+        nvme.open_shard("job", snapshot.id, 0)
+
+
 def test_swapped_ranks_are_refused(nvme: NvmeLevel, take) -> None:
     snapshot = take(1, 5, sizes=(5000, 5000))
     snapshot.save(nvme)

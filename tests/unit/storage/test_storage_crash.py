@@ -137,6 +137,10 @@ def test_nvme_holds_the_old_or_the_new(tmp_path: Path, take, point: str, action:
             assert found, "neither the old nor the new is there"
         if committed:
             assert 2 in found
+        # It stops being listed before any of its files goes.
+        if "after_commit" in point and action == "kill":
+            assert found == {2}
+            assert (take(1, 4).id in nvme.snapshots("job")) == point.endswith("@1")
         nvme.sweep("job")
         swept = check_nvme(nvme, take)
         assert swept == ({2} if 2 in found else found)
