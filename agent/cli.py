@@ -159,8 +159,9 @@ def status(job: JobName = "", address: Address = "", as_json: Json = False) -> N
     from everstep.agent import display, showing
     from everstep.agent.asking import Agent
 
+    _job(job)
     with Agent(_address(address)) as asked:
-        report = showing.status_report(asked.status(_job(job)), asked.address)
+        report = showing.status_report(asked.status(job), asked.address)
     if as_json:
         display.document(report)
     else:

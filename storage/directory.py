@@ -162,7 +162,8 @@ class Directory:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_METADATA_BYTES:
                 raise FormatInvalid(str(self.path / name), "not a file of ours: too large")
-            return file.read(MAX_METADATA_BYTES + 1)
+            # Not more than there is: a buffer of the limit's size would be allocated first.
+            return file.read(status.st_size)
 
     def publish(self, name: str, data: bytes, verb: str) -> None:
         """Put `data` under `name`, durably, replacing what was there in one move.
