@@ -1,9 +1,11 @@
 """Which snapshot a job restores, and from which copies.
 
-Owns the search: newest first, each rank's shard from memory, else NVMe, digests checked before
-the answer is given. Promises that every rank of an incarnation gets the same snapshot, that a
-copy which fails its check is named, and that an answer is whole or an error (P0): never a mix of
-steps, never part of a state. Does not move bytes: trainers read the copies in place.
+Owns the search: newest first, each rank's shard from memory, else NVMe. Promises that every rank
+of an incarnation gets the same snapshot, that a copy which fails its check is named, and that an
+answer is whole or an error (P0): never a mix of steps, never part of a state. With several ranks
+digests are checked before the answer is given, since it must hold for all; a single rank checks
+the copy itself before it uses a byte, and comes back if it is damaged: reading it once instead of
+twice. Does not move bytes: trainers read the copies in place.
 """
 
 import asyncio
@@ -20,6 +22,8 @@ from everstep.proto.errors import (
     DeadlineExceeded,
     EverstepError,
     NothingRecoverable,
+    Refused,
+    StaleIncarnation,
     StateMismatch,
 )
 from everstep.proto.failpoint import failpoint
@@ -37,6 +41,8 @@ class Wanted:
     to_step: int | None = None
     levels: frozenset[str] = frozenset()
     """Allowed levels; empty means all."""
+    rejected: tuple[RejectedCopy, ...] = ()
+    """Copies that the caller has found damaged."""
 
     def allows(self, level: str) -> bool:
         """Whether copies of this level may be used."""
@@ -47,14 +53,21 @@ class Wanted:
 class Search:
     """One search under way; all ranks wait for the same."""
 
+    checking: bool
+    """Whether digests are checked here, rather than by the one rank that asks."""
     rejected: list[RejectedCopy] = field(default_factory=list)
+
+    def is_rejected(self, snapshot: SnapshotId, rank: int, level: str) -> bool:
+        """Whether a copy is known to be damaged."""
+        wanted = (snapshot.incarnation, snapshot.step, rank, level)
+        return any((c.incarnation, c.step, c.rank, c.level) == wanted for c in self.rejected)
 
     def reject(self, snapshot: SnapshotId, rank: int, level: str, reason: str) -> None:
         """Note a copy that was not taken."""
         log.warning("%s, rank %d, %s: not used: %s", snapshot, rank, level, reason)
-        self.rejected.append(
-            RejectedCopy(step=snapshot.step, rank=rank, level=level, reason=reason)
-        )
+        copy = RejectedCopy(step=snapshot.step, rank=rank, level=level, reason=reason[:500])
+        copy.incarnation = snapshot.incarnation
+        self.rejected.append(copy)
 
 
 class Recovery:
@@ -64,6 +77,7 @@ class Recovery:
         self._pipeline = pipeline
         self._timeout_s = timeout_s
         self._decisions: dict[tuple[str, int], asyncio.Task[RestoreReply]] = {}
+        self._asked: dict[tuple[str, int], Wanted] = {}
 
     async def decide(self, job: Job, wanted: Wanted) -> RestoreReply:
         """The one answer for the job's present incarnation.
@@ -71,28 +85,46 @@ class Recovery:
         Raises:
             NothingRecoverable: If there are snapshots, but no whole one.
             StateMismatch: If the newest was saved by another number of ranks.
+            Refused: If this incarnation was asked to restore something else before.
             DeadlineExceeded: If the check takes longer than `restore_timeout_s`.
         """
         key = (job.name, job.incarnation)
         for ended in [k for k in self._decisions if k[0] == job.name and k != key]:
-            del self._decisions[ended]
+            del self._decisions[ended], self._asked[ended]
+        if wanted.rejected and job.world == 1:
+            self._decisions.pop(key, None)
         task = self._decisions.get(key)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             task = asyncio.get_running_loop().create_task(self._search(job, wanted))
             self._decisions[key] = task
+            self._asked[key] = wanted
+        elif (wanted.to_step, wanted.levels) != (self._asked[key].to_step, self._asked[key].levels):
+            raise _asked_otherwise(job)
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await asyncio.shield(task)
+                reply = await asyncio.shield(task)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"checking the snapshots of {job.name}", self._timeout_s
             ) from None
+        if wanted.to_step is not None and (not reply.found or reply.step != wanted.to_step):
+            raise _asked_otherwise(job)
+        return reply
 
     async def _search(self, job: Job, wanted: Wanted) -> RestoreReply:
-        search = Search()
-        candidates = _candidates(job, wanted)
-        for snapshot in candidates:
+        search = Search(checking=job.world > 1)
+        for copy in wanted.rejected if job.world == 1 else ():
+            damaged = SnapshotId(copy.incarnation, copy.step)
+            search.reject(damaged, copy.rank, copy.level, copy.reason)
+            if copy.level == "memory":
+                self._pipeline.submit(events.Damaged(job.name, damaged, copy.reason))
+        incarnation = job.incarnation
+        found = candidates(job, wanted)
+        for snapshot in found:
             locations = await self._locate(job, snapshot, wanted, search)
+            if job.incarnation != incarnation:
+                # Nothing is kept in place for those who ask too late.
+                raise StaleIncarnation(job.name, incarnation, job.incarnation)
             if locations is None:
                 continue
             decided = events.RestoreDecided(job.name, job.incarnation, snapshot)
@@ -105,11 +137,13 @@ class Recovery:
                 shards=locations,
                 rejected=search.rejected,
             )
-        if candidates or (wanted.to_step is not None):
+        if found or (wanted.to_step is not None):
             reasons = [
                 f"step {r.step}, rank {r.rank}, {r.level}: {r.reason}" for r in search.rejected
             ]
-            if not candidates:
+            if not reasons and found:
+                reasons = [f"{found[0]} is at no level any more"]
+            if not found:
                 reasons = [f"step {wanted.to_step} is at no level; `everstep list` shows what is"]
             raise NothingRecoverable(job.name, tuple(reasons))
         self._pipeline.submit(events.RestoreDecided(job.name, job.incarnation, None))
@@ -139,17 +173,19 @@ class Recovery:
     async def _copy_of(
         self, job: Job, snapshot: SnapshotId, rank: int, wanted: Wanted, search: Search
     ) -> ShardLocation | None:
-        sources: Iterable[tuple[str, Callable[[Job, SnapshotId, int], ShardLocation | None]]] = (
+        sources: Iterable[
+            tuple[str, Callable[[Job, SnapshotId, int, bool], ShardLocation | None]]
+        ] = (
             ("memory", self._from_memory),
             ("nvme", self._from_nvme),
         )
         loop = asyncio.get_running_loop()
         for level, source in sources:
-            if not wanted.allows(level):
+            if not wanted.allows(level) or search.is_rejected(snapshot, rank, level):
                 continue
             try:
                 location = await loop.run_in_executor(
-                    self._pipeline.workers, source, job, snapshot, rank
+                    self._pipeline.workers, source, job, snapshot, rank, search.checking
                 )
             except (EverstepError, OSError) as error:
                 search.reject(snapshot, rank, level, str(error))
@@ -160,12 +196,15 @@ class Recovery:
                 return location
         return None
 
-    def _from_memory(self, job: Job, snapshot_id: SnapshotId, rank: int) -> ShardLocation | None:
+    def _from_memory(
+        self, job: Job, snapshot_id: SnapshotId, rank: int, checking: bool
+    ) -> ShardLocation | None:
         snapshot = job.snapshots.get(snapshot_id)
         if snapshot is None or snapshot.stage is not Stage.COMMITTED:
             return None
         shard = snapshot.sealed[rank]
-        self._pipeline.check_memory(job, snapshot, rank)
+        if checking:
+            self._pipeline.check_memory(job, snapshot, rank)
         arena = self._pipeline.arena_file(job.name, rank, shard.place.generation)
         return ShardLocation(
             rank=rank,
@@ -177,13 +216,16 @@ class Recovery:
             layout=self._pipeline.memory.layout(job.name, shard.layout_id),
         )
 
-    def _from_nvme(self, job: Job, snapshot: SnapshotId, rank: int) -> ShardLocation | None:
+    def _from_nvme(
+        self, job: Job, snapshot: SnapshotId, rank: int, checking: bool
+    ) -> ShardLocation | None:
         nvme = self._pipeline.nvme
         if nvme is None or snapshot not in job.durable:
             return None
         with nvme.open_shard(job.name, snapshot, rank) as shard:
             record = open_record(shard.record, f"record of rank {rank}")
-            check_image(shard.image, record, str(shard.path), self._pipeline.digesters)
+            if checking:
+                check_image(shard.image, record, str(shard.path), self._pipeline.digesters)
             return ShardLocation(
                 rank=rank,
                 level="nvme",
@@ -195,16 +237,28 @@ class Recovery:
             )
 
 
+def _asked_otherwise(job: Job) -> Refused:
+    return Refused(
+        f"this launch of job {job.name!r} restores something else already, for all its ranks "
+        "alike. Nothing was loaded. Ask for the same step and levels on every rank, and once; to "
+        "go to another step later, use `rewind` on every rank."
+    )
+
+
 def _world_of(job: Job, snapshot: SnapshotId) -> int:
     in_memory = job.snapshots.get(snapshot)
-    return in_memory.world if in_memory is not None else job.durable[snapshot]
+    return in_memory.world if in_memory is not None else job.durable.get(snapshot, job.world)
 
 
-def _candidates(job: Job, wanted: Wanted) -> list[SnapshotId]:
-    """Committed snapshots that the caller may take, newest first."""
+def candidates(job: Job, wanted: Wanted) -> list[SnapshotId]:
+    """Committed snapshots that the caller may take, the most wanted first."""
+    if job.restore_decided and (job.world > 1 or not wanted.rejected):
+        # Some ranks may have restored already, before this agent was started: the answer stays.
+        return [job.restored] if job.restored is not None else []
     found: set[SnapshotId] = set()
     if wanted.allows("memory"):
         found |= {s.id for s in job.snapshots.values() if s.stage is Stage.COMMITTED}
     if wanted.allows("nvme"):
         found |= set(job.durable)
-    return sorted((s for s in found if wanted.to_step in (None, s.step)), reverse=True)
+    wanted_ids = (s for s in found if wanted.to_step in (None, s.step))
+    return sorted(wanted_ids, key=job.preference, reverse=True)

@@ -225,7 +225,8 @@ class Service(AgentServicer):
         if job is None or job.incarnation != caller.incarnation:
             raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation if job else 0)
         to_step = request.to_step if request.HasField("to_step") else None
-        return await self._recovery.decide(job, Wanted(to_step, frozenset(request.levels)))
+        wanted = Wanted(to_step, frozenset(request.levels), tuple(request.rejected))
+        return await self._recovery.decide(job, wanted)
 
     @_answered
     async def Persist(self, request: wire.PersistRequest, context: Any) -> wire.PersistReply:

@@ -13,31 +13,30 @@ import platform
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from everstep.client import environment, loading, rng
+from everstep.client import environment, rng
 from everstep.client.arrangement import Arrangement, Arranger
 from everstep.client.attachment import (
     Attachment,
     Collected,
     attachment,
     collect,
-    decode_torch_value,
 )
 from everstep.client.capturing import Capturing
 from everstep.client.channel import Channel
 from everstep.client.handle import Snapshot
 from everstep.client.launching import find_agent
 from everstep.client.limits import Limits, Stats
+from everstep.client.restoring import RNG_PATH, Restoring
 from everstep.client.session import Session
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import (
-    DeadlineExceeded,
+    AgentFault,
     EverstepError,
     Refused,
     Retryable,
@@ -46,12 +45,8 @@ from everstep.proto.errors import (
 from everstep.proto.ids import UNIT_BYTES, checked_name
 from everstep.proto.state_pb2 import Record, Value
 from everstep.snapshot import values
-from everstep.snapshot.layout import decode
-from everstep.snapshot.record import open_record
-from everstep.snapshot.restore import Restoration, Shard
 
 log = logging.getLogger("everstep")
-_RNG_PATH = "rng"
 
 
 def connect(
@@ -152,6 +147,7 @@ class Client:
             on_notice=lambda notice: self._capturing.on_notice(notice),
             in_flight=lambda: self._capturing.in_flight(),
         )
+        self._restoring = Restoring(self._channel, self._session, launch.rank, limits)
         self._capturing = Capturing(
             self._channel, self._session, self._arranger, limits, self.stats
         )
@@ -259,10 +255,10 @@ class Client:
             return Snapshot(step, reason)
         try:
             collected = collect(self._attachments, frozenset(self._ddp))
-            generators = values.encode(rng.capture(), _RNG_PATH)
+            generators = values.encode(rng.capture(), RNG_PATH)
             arrangement = self._arrange(collected, step)
             offer = self._offer(step)
-        except Retryable as error:
+        except (Retryable, AgentFault) as error:
             self._paused_until_s = time.monotonic() + self.limits.pause_s
             return Snapshot(step, f"agent: {error}")
         except StaleIncarnation as error:
@@ -272,7 +268,7 @@ class Client:
         self._session.used = True
         record = self._record(step, arrangement)
         record.values.extend(Value(path=path, json=json) for path, json in collected.values)
-        record.values.append(Value(path=_RNG_PATH, json=generators))
+        record.values.append(Value(path=RNG_PATH, json=generators))
         return self._capturing.begin(step, arrangement, offer.slot, record)
 
     def _not_ready(self) -> str:
@@ -367,64 +363,12 @@ class Client:
                 reshaped leaves. Nothing was loaded.
             NothingRecoverable: If there are snapshots but none is whole. Nothing was loaded.
         """
-        request = wire.RestoreRequest(levels=levels)
-        if to is not None:
-            request.to_step = to
-        reply = self._ask_restore(request)
-        self._session.used = True
-        self.rejected = tuple(
-            f"step {copy.step}, rank {copy.rank}, {copy.level}: {copy.reason}"
-            for copy in reply.rejected
+        restored = self._restoring.restore(
+            self._attachments, to=to, weights_only=weights_only, force=force, levels=levels
         )
-        self.restored_from = tuple(sorted({shard.level for shard in reply.shards}))
-        for line in self.rejected:
-            log.warning("a damaged copy was not used: %s", line)
-        if not reply.found:
-            return None
-        self._load(reply, weights_only=weights_only, force=force)
-        log.info("job %s: rank %d restored step %d", self.job, self.launch.rank, reply.step)
-        return int(reply.step)
-
-    def _ask_restore(self, request: wire.RestoreRequest) -> wire.RestoreReply:
-        deadline = time.monotonic() + self.limits.restore_s
-        while True:
-            self._session.wait_attached(self.limits.agent_start_s)
-            request.session.CopyFrom(self._session.identity)
-            try:
-                remaining = max(0.1, deadline - time.monotonic())
-                reply: wire.RestoreReply = self._channel.call("Restore", request, remaining)
-                return reply
-            except StaleIncarnation:
-                if self._session.used:
-                    raise
-                self._session.renew(as_new_process=False, timeout_s=self.limits.agent_start_s)
-            except DeadlineExceeded:
-                raise
-            except Retryable:
-                if time.monotonic() >= deadline:
-                    raise
-                self._session.await_return(deadline)
-
-    def _load(self, reply: wire.RestoreReply, *, weights_only: bool, force: bool) -> None:
-        shards = {}
-        for found in reply.shards:
-            where = f"{found.path}, rank {found.rank}"
-            record = open_record(found.record, where)
-            layout = decode(found.layout, where)
-            shards[found.rank] = Shard(found.rank, found.path, found.offset, layout, record)
-        own = shards[self.launch.rank]
-        saved = loading.Saved.of(own.layout, own.record)
-        plan = loading.check(self._attachments, saved, weights_only=weights_only, force=force)
-        with torch.no_grad():
-            restoration = Restoration(shards, self.launch.rank)
-            restoration.plan(plan.prepare())
-            with ThreadPoolExecutor(_copy_threads(), "everstep-restore") as executor:
-                restoration.run(executor)
-            plan.finish()
-        if not weights_only:
-            states = values.decode(saved.values[_RNG_PATH], hook=decode_torch_value)
-            for left in rng.restore(states):
-                log.warning("not restored: %s", left)
+        self.rejected = restored.rejected
+        self.restored_from = restored.levels
+        return restored.step
 
     def rewind(self, to: int | None = None) -> int | None:
         """Go back to a snapshot that is still in memory, without a restart.
@@ -473,10 +417,6 @@ class Client:
                 log.warning("the last snapshot is not on NVMe: %s", reply.reason)
         detach = wire.DetachRequest(session=self._session.identity)
         self._channel.call("Detach", detach, self.limits.agent_start_s)
-
-
-def _copy_threads() -> int:
-    return max(1, min(8, len(os.sched_getaffinity(0))))
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         shards = read_shards(sys.stdin.buffer.read())
         state, by_name = rebuilt(shards, asked.rank, asked.part)
-        _WRITERS[asked.to](state, asked.output, asked.force)
+        write(asked.to, state, asked.output, force=asked.force)
     except EverstepError as error:
         failure = {"type": type(error).__name__, "message": str(error)}
         stdout.write(json.dumps({"error": failure}) + "\n")
@@ -195,14 +195,19 @@ def _loadable(thing: Any) -> Any:
     if isinstance(thing, slice):
         return (thing.start, thing.stop, thing.step)
     if isinstance(thing, np.generic):
-        return thing.item()
-    if isinstance(thing, np.ndarray):
-        native = thing.astype(thing.dtype.newbyteorder("="))
-        try:
-            return torch.from_numpy(np.ascontiguousarray(native).reshape(thing.shape))
-        except TypeError:
-            return native.tolist()
-    return thing
+        return _loadable(np.asarray(thing)).item()
+    return _from_numpy(thing) if isinstance(thing, np.ndarray) else thing
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """An array as a tensor: times as their counts, and long floats, which torch lacks, rounded."""
+    if array.dtype.kind in "mM":
+        array = array.astype(np.int64)
+    elif array.dtype.kind in "fc":
+        longest = np.float64 if array.dtype.kind == "f" else np.complex128
+        array = array.astype(min(array.dtype.newbyteorder("="), np.dtype(longest)))
+    native = array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
 
 
 def _leaves(thing: Any) -> Iterator[Any]:
@@ -216,6 +221,23 @@ def _leaves(thing: Any) -> Iterator[Any]:
         yield thing
 
 
+def write(form: str, state: dict[str, Any], output: Path, *, force: bool) -> None:
+    """Write a state.
+
+    Args:
+        form: "torch" or "dcp".
+        state: What `rebuilt` returned.
+        output: The file or directory; appears whole or not at all.
+        force: Replace what is there, if it is of the same kind.
+
+    Raises:
+        Refused: If it is there and not to be replaced. It is untouched.
+        OutOfSpace: If it does not fit. Nothing is left behind.
+        WriteFailed: If the device fails. Nothing is left behind.
+    """
+    _WRITERS[form](state, output, force)
+
+
 def _write_torch(state: dict[str, Any], output: Path, force: bool) -> None:
     if output.is_dir():
         raise Refused(f"{output} is a directory; name a file. Nothing was written.")
@@ -225,13 +247,24 @@ def _write_torch(state: dict[str, Any], output: Path, force: bool) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        torch.load(partial, map_location="cpu", mmap=True, weights_only=True)
+        _check_loadable(partial)
         _check_absent(output, force)
         partial.replace(output)
     except (OSError, RuntimeError) as error:
         raise _write_error(output, state, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _check_loadable(path: Path) -> None:
+    try:
+        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        # Whatever it is that torch's reader raises: the file must not be handed out.
+        raise Refused(
+            f"torch.load(weights_only=True) would refuse this state: {error} Nothing was written; "
+            "--part leaves out the part it is in."
+        ) from error
 
 
 def _write_dcp(state: dict[str, Any], output: Path, force: bool) -> None:

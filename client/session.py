@@ -63,6 +63,7 @@ class Session:
         self._in_flight = in_flight
         self._attached = threading.Event()
         self._closed = threading.Event()
+        self._renewing = threading.Event()
         self._changed = threading.Condition()
         self._last_error: EverstepError | None = None
         self._stream: object | None = None
@@ -131,6 +132,7 @@ class Session:
                 self._identity.process_id = uuid.uuid4().hex
             self.used = False
             self._attached.clear()
+        self._renewing.set()
         self._cancel()
         self.wait_attached(timeout_s)
 
@@ -168,6 +170,9 @@ class Session:
             if was_attached and not self._closed.is_set():
                 delay_s = _RETRY_FIRST_S
                 log.debug("the session ended: %s", self._last_error)
+            if self._renewing.is_set():
+                self._renewing.clear()
+                continue
             self._closed.wait(delay_s)
             delay_s = min(_RETRY_LAST_S, delay_s * 2)
 

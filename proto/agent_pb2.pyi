@@ -177,14 +177,16 @@ class AbandonReply(_message.Message):
     def __init__(self) -> None: ...
 
 class RestoreRequest(_message.Message):
-    __slots__ = ("session", "to_step", "levels")
+    __slots__ = ("session", "to_step", "levels", "rejected")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TO_STEP_FIELD_NUMBER: _ClassVar[int]
     LEVELS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
     session: Session
     to_step: int
     levels: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., to_step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ...) -> None: ...
+    rejected: _containers.RepeatedCompositeFieldContainer[RejectedCopy]
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., to_step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ..., rejected: _Optional[_Iterable[_Union[RejectedCopy, _Mapping]]] = ...) -> None: ...
 
 class ShardLocation(_message.Message):
     __slots__ = ("rank", "level", "path", "offset", "image_bytes", "record", "layout")
@@ -205,16 +207,18 @@ class ShardLocation(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., level: _Optional[str] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ..., image_bytes: _Optional[int] = ..., record: _Optional[bytes] = ..., layout: _Optional[bytes] = ...) -> None: ...
 
 class RejectedCopy(_message.Message):
-    __slots__ = ("step", "rank", "level", "reason")
+    __slots__ = ("step", "rank", "level", "reason", "incarnation")
     STEP_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     step: int
     rank: int
     level: str
     reason: str
-    def __init__(self, step: _Optional[int] = ..., rank: _Optional[int] = ..., level: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, step: _Optional[int] = ..., rank: _Optional[int] = ..., level: _Optional[str] = ..., reason: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class RestoreReply(_message.Message):
     __slots__ = ("found", "incarnation", "step", "shards", "rejected")

@@ -14,6 +14,7 @@
     │   ├── NotCapturable          a leaf cannot be expressed without pickle; names path and type
     │   ├── StateMismatch          model and snapshot differ; lists missing, unexpected, reshaped
     │   └── PermissionRefused      the peer's uid may not talk to this agent
+    ├── AgentFault                 the agent has a bug; report it
     └── Damaged                    these bytes cannot be used; take another copy
         ├── ShardCorrupt           a unit's digest does not match
         ├── FormatInvalid          not one of our files, truncated, or a version from the future
@@ -254,6 +255,23 @@ class PermissionRefused(Refused):
     def __init__(self, uid: int) -> None:
         self.uid = uid
         super().__init__(f"user id {uid} may not talk to this agent; see `allowed_uids`.")
+
+
+class AgentFault(EverstepError):
+    """The agent failed in a way that is not foreseen: a bug of ours.
+
+    Attributes:
+        address: The agent.
+        detail: What it said.
+    """
+
+    def __init__(self, address: str, detail: str) -> None:
+        self.address = address
+        self.detail = detail
+        super().__init__(
+            f"the agent at {address} failed unexpectedly: {detail}. Committed snapshots are as "
+            "they were. This is a bug: please report it with the agent's log."
+        )
 
 
 class Damaged(EverstepError):

@@ -11,7 +11,13 @@ from typing import Any
 import grpc
 
 from everstep.proto import errors
-from everstep.proto.errors import AgentUnavailable, DeadlineExceeded, EverstepError, Refused
+from everstep.proto.errors import (
+    AgentFault,
+    AgentUnavailable,
+    DeadlineExceeded,
+    EverstepError,
+    Refused,
+)
 
 METADATA_KEY = "everstep-error-bin"
 _MAXIMUM_BYTES = 6000
@@ -63,6 +69,8 @@ def decode(error: grpc.RpcError, address: str) -> EverstepError:
                 return rebuilt
     code = error.code() if hasattr(error, "code") else None
     detail = error.details() if hasattr(error, "details") else str(error)
+    if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNIMPLEMENTED):
+        return AgentFault(address, str(detail)[:500])
     name = code.name.lower().replace("_", " ") if code is not None else "no answer"
     return AgentUnavailable(address, f"{name}: {detail}"[:500])
 
