@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from everstep.agent import events
 from everstep.agent.actions import Place
 from everstep.proto.envelope import open_envelope
-from everstep.proto.errors import FormatInvalid
+from everstep.proto.errors import EverstepError, FormatInvalid
 from everstep.proto.ids import SnapshotId
 from everstep.proto.state_pb2 import Membership
 from everstep.storage.arena import MemoryLevel
@@ -24,13 +24,35 @@ log = logging.getLogger("everstep.agent")
 
 def adoptions(memory: MemoryLevel, nvme: NvmeLevel | None) -> Iterator[events.Adopt]:
     """One event for each job that left anything behind."""
-    durable_jobs = set(nvme.jobs()) if nvme is not None else set()
+    durable_jobs = _durable_jobs(nvme)
     for job in sorted(set(memory.jobs()) | durable_jobs):
+        # A half-written arena would hold its memory until the next boot.
+        for done in memory.sweep(job):
+            log.info("job %s: %s", job, done)
         if nvme is not None and job in durable_jobs:
-            nvme.sweep(job)
+            _sweep_durable(job, nvme)
         yield _adoption(job, memory, nvme if job in durable_jobs else None)
         for problem in memory.problems(job):
             log.warning("job %s: %s: %s", job, problem.where, problem.reason)
+
+
+def _durable_jobs(nvme: NvmeLevel | None) -> set[str]:
+    if nvme is None:
+        return set()
+    try:
+        return set(nvme.jobs())
+    except (EverstepError, OSError) as error:
+        # A disk that fails must not cost what is in memory.
+        log.error("nothing is read from %s: %s", nvme.root, error)
+        return set()
+
+
+def _sweep_durable(job: str, nvme: NvmeLevel) -> None:
+    try:
+        for done in nvme.sweep(job):
+            log.info("job %s: %s", job, done)
+    except EverstepError as error:
+        log.error("job %s: what interrupted flushes left behind stays: %s", job, error)
 
 
 def _adoption(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> events.Adopt:
@@ -41,7 +63,7 @@ def _adoption(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> events.A
     known = [shard.snapshot.incarnation for shard in shards] + [s.incarnation for s, _ in durable]
     return events.Adopt(
         job=job,
-        incarnation=membership.incarnation or max(known, default=0),
+        incarnation=max([membership.incarnation, *known]),
         world=membership.world or max((shard.world for shard in shards), default=1),
         launch_id=membership.launch_id,
         members=tuple(
@@ -74,12 +96,16 @@ def _shards(job: str, memory: MemoryLevel) -> Iterator[events.AdoptedShard]:
 
 
 def _membership(job: str, memory: MemoryLevel) -> Membership:
-    envelope = memory.membership(job)
-    if envelope is None:
-        return Membership()
+    where = f"membership of {job}"
     try:
-        return Membership.FromString(open_envelope("membership", envelope, f"membership of {job}"))
+        envelope = memory.membership(job)
+        if envelope is None:
+            return Membership()
+        membership = Membership.FromString(open_envelope("membership", envelope, where))
+        if membership.job != job:
+            raise FormatInvalid(where, f"it is of job {membership.job!r}")
     except (FormatInvalid, DecodeError) as error:
         # Without it the next trainers simply begin a new incarnation.
         log.warning("job %s: %s", job, error)
         return Membership()
+    return membership
