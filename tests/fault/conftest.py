@@ -1,6 +1,7 @@
 """Warm zygotes for the whole run, a fresh node for each test."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import Node, Zygote
+from harness import HERE, Node, Shim, Zygote
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +41,19 @@ def small_tmpfs(node: Node) -> Iterator[Path]:
         pytest.skip("mounting a tmpfs is not allowed here")
     yield path
     subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.fixture(scope="session")
+def shim_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("gcc") is None:
+        pytest.skip("the shim needs gcc")
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", str(library)]
+    subprocess.run([*command, str(HERE / "shim.c"), "-ldl", "-lpthread"], check=True)
+    return library
+
+
+@pytest.fixture
+def shim(node: Node, shim_library: Path) -> Shim:
+    """For an agent started with ``preload=shim.library, environ=shim.environ``."""
+    return Shim(shim_library, node.base / "switch")

@@ -4,6 +4,7 @@ Nothing here sleeps in the hope that something has happened: processes are waite
 everything else is looked at until a deadline.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -65,6 +66,14 @@ class Process:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def stacks(self) -> str:
+        """What it is doing, in its log: for the message about a process that hangs."""
+        before = len(self.text())
+        self.signal(signal.SIGUSR1)
+        with contextlib.suppress(TimeoutError):
+            until(lambda: "most recent call first" in self.text()[before:], "a dump", 2.0)
+        return self.text()[-6000:]
+
     def signal(self, number: int) -> None:
         if self.code is None:
             signal.pidfd_send_signal(self._descriptor, number)
@@ -92,7 +101,7 @@ class Process:
         if self.code is None:
             if not select.select([self._descriptor], [], [], within_s)[0]:
                 raise TimeoutError(f"process {self.pid} runs on after {within_s:g} s\n" +
-                                   self.text()[-3000:])
+                                   self.stacks())
             self.code = self._reap()
             os.close(self._descriptor)
         return self.code
@@ -188,7 +197,7 @@ class Trainer:
         except ConnectionResetError:
             line = ""
         except TimeoutError as error:
-            raise TimeoutError("no answer from the trainer\n" + self.process.text()) from error
+            raise TimeoutError("no answer from the trainer\n" + self.process.stacks()) from error
         if not line:
             raise TrainerDied(self.process.text()[-3000:])
         answer = json.loads(line)
@@ -361,6 +370,16 @@ class Node:
         assert all(shard.intact for shard in shards), shards
         return list(shards)
 
+    def assert_nothing_left_over(self) -> None:
+        """No half-written or superseded file waits for somebody to clear it away."""
+        left = [path for root in (self.memory, self.nvme) for path in root.rglob(".*")]
+        assert not [path for path in left if path.name != ".lock"], left
+
+    def wipe_memory(self) -> None:
+        """What a power cut does to a tmpfs."""
+        for path in self.memory.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def shards(self, step: int) -> list[Path]:
         return sorted(self.nvme.glob(f"*/step-{step:012d}/*.safetensors"))
 
@@ -377,6 +396,23 @@ class Node:
             trainer.close()
         shutil.rmtree(self.memory, ignore_errors=True)
         shutil.rmtree(self.base, ignore_errors=True)
+
+
+class Shim:
+    """System calls that fail on demand; see shim.c."""
+
+    def __init__(self, library: Path, switch: Path) -> None:
+        self.library = library
+        self._switch = switch
+        self.environ = {"SHIM_SWITCH": str(switch)}
+
+    def fail(self, call: str, number: int, nth: int, marker: str) -> None:
+        partial = self._switch.with_suffix(".new")
+        partial.write_text(f"{call} {number} {nth} {marker}\n")
+        partial.replace(self._switch)
+
+    def heal(self) -> None:
+        self._switch.unlink()
 
 
 def failpoints_in_source(*prefixes: str) -> list[str]:

@@ -76,6 +76,7 @@ class Life:
         self.deaths += 1
         agent = self.node.start_agent()
         assert "Traceback" not in agent.text(), agent.text()
+        self.node.assert_nothing_left_over()
         for level, newest in self.told.items():
             assert newest in self.node.committed(level), (level, newest, self.node.job())
         self.node.assert_all_intact()
@@ -123,3 +124,102 @@ def test_agent_killed(node: Node, begun: Node, point: str) -> None:
         trainer = node.trainer(grown=True)
         node.assert_restored(trainer.do("restore", levels=[level]), step=step)
         trainer.kill()
+
+
+def assert_goes_on(node: Node, told: tuple[int, int], **options: Any) -> Trainer:
+    """A new trainer finds what the one before it was told, or one step more, and trains on."""
+    trainer = node.trainer(**options)
+    answer = trainer.do("restore")
+    node.assert_restored(answer)
+    assert answer["step"] in (told[1], told[1] + 1)
+    assert told <= node.committed("memory")[-1]
+    node.assert_all_intact()
+    lines = [node.note(trainer.run(1, "nvme"))[0] for _ in range(2)]
+    assert [line["state"] for line in lines] == ["nvme", "nvme"], lines
+    return trainer
+
+
+@pytest.mark.parametrize("point", CLIENT_POINTS)
+def test_trainer_killed(node: Node, point: str) -> None:
+    node.start_agent()
+    trainer = node.trainer()
+    last = [node.note(trainer.run(1, "nvme"))[0] for _ in range(3)][-1]
+    assert last["state"] == "nvme"
+    # What would have come next, to compare with what comes after the restart.
+    trainer.do("arm", failpoints=armed(node, point))
+    with pytest.raises(TrainerDied):
+        while True:
+            trainer.do("run", level="")
+            trainer.do("rewind" if point.startswith("client.restore") else "stats")
+    assert trainer.dies() == -9
+    node.digests.setdefault(4, set())
+    node.digests[4] |= {line["digest"] for line in reference(node)}
+    assert_goes_on(node, (last["incarnation"], last["step"]))
+    assert len(node.arenas()) == 1
+    assert node.agent.alive
+
+
+def armed(node: Node, point: str) -> str:
+    """The failpoints that kill a trainer at this one."""
+    if point == "client.fence.begun":
+        # There is a fence only while something is being copied.
+        return f"client.capture.block=hold:{node.base}/block@1;{point}=kill"
+    return f"{point}=kill"
+
+
+def reference(node: Node, steps: int = 4) -> list[dict[str, Any]]:
+    """The same training without any snapshot: every step must come out the same."""
+    trainer = node.trainer(job="reference")
+    lines = trainer.run(steps, "", snapshot=False)
+    trainer.kill()
+    assert {line["digest"] for line in lines[:3]} <= set().union(*node.digests.values())
+    return lines[3:4]
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "agent.offer.decided",
+        "agent.seal.before_record",
+        "agent.seal.after_record",
+        "storage.publish.before_rename",
+        "storage.shard.before_chunk",
+        "storage.commit.before_rename",
+    ],
+)
+def test_both_killed(node: Node, begun: Node, point: str) -> None:
+    again(node, begun)
+    agent = node.start_agent(f"{point}=hold:{node.base}/held@1")
+    trainer = node.trainer()
+    node.assert_restored(trainer.do("restore"), step=3)
+    trainer.begin("run", steps=2, level="nvme")
+    until((node.base / "held.reached").exists, point)
+    trainer.process.signal(9)
+    agent.kill()
+    trainer.dies()
+    node.start_agent()
+    node.assert_nothing_left_over()
+    node.digests[4] = {line["digest"] for line in reference(node)}
+    assert_goes_on(node, (1, 3))
+
+
+def test_torn_write(node: Node, begun: Node, shim: Any) -> None:
+    """Half a chunk reaches the disk, then the agent is gone, with all memory: power loss."""
+    again(node, begun)
+    agent = node.start_agent(preload=shim.library, environ=shim.environ)
+    shim.fail("pwrite", 0, 1, "rank-00000.safetensors")
+    trainer = node.trainer()
+    node.assert_restored(trainer.do("restore"), step=3)
+    (line,) = trainer.run(1, "nvme")
+    assert line["state"] == "memory", line
+    assert agent.ended() == -9
+    assert all(line["skipped"] for line in trainer.run(2))
+    trainer.kill()
+    (torn,) = node.nvme.glob("job/step-000000000004/.rank-00000*.partial")
+    assert torn.stat().st_size > 0
+    node.wipe_memory()
+    node.start_agent()
+    node.assert_nothing_left_over()
+    trainer = node.trainer()
+    node.assert_restored(trainer.do("restore"), step=3)
+    assert node.note(trainer.run(1, "nvme"))[0]["state"] == "nvme"

@@ -5,6 +5,7 @@ is as real as any: its own pid, session, memory and descriptors. Run as
 ``zygote.py KIND DESCRIPTOR``, where the descriptor is a socket on which `harness.Zygote` asks.
 """
 
+import faulthandler
 import inspect
 import json
 import os
@@ -38,6 +39,7 @@ def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
         os.dup2(source, target)
     for descriptor in (null, log):
         os.close(descriptor)
+    faulthandler.register(signal.SIGUSR1)
     os.environ.update(request["environ"])
     if "nofile" in request:
         resource.setrlimit(resource.RLIMIT_NOFILE, (request["nofile"], request["nofile"]))
