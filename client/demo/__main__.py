@@ -21,8 +21,10 @@ from everstep.client.demo.report import Shown, Silent, as_document, as_table
 from everstep.client.demo.scenario import Outcome, Plan, play
 from everstep.proto.errors import EverstepError
 
-_STEPS, _SHORT_STEPS, _FEWEST_STEPS = 300, 60, 20
+_STEPS, _SHORT_STEPS, _FEWEST_STEPS = 400, 60, 40
 _INTERVAL = 4
+_INTERRUPTED = 130
+"""What shells report for Ctrl-C."""
 
 
 def _steps(text: str) -> int:
@@ -56,25 +58,26 @@ def main() -> int:
     # As Ctrl-C: so that no agent and no trainer stays behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     home = Path(tempfile.mkdtemp(prefix="everstep-demo-"))
-    equal = False
+    keep = True
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         outcome = _play(plan, home, quiet=options.json)
         _show(outcome, options.output / FILE_NAME, as_json=options.json)
-        equal = outcome.equal
+        keep = not outcome.equal
+        return 0 if outcome.equal else 1
     except (EverstepError, OSError) as error:
         Console(stderr=True).print(f"The demo failed: {error}", style="red", markup=False)
+        return 1
     except KeyboardInterrupt:
-        equal = True
-        return 130
+        keep = False
+        return _INTERRUPTED
     finally:
         end_agent(home)
-        if equal:
-            shutil.rmtree(home)
-        else:
+        if keep:
             text = f"Logs, diaries and the agent's files are kept in {home}; delete it when done."
             Console(stderr=True).print(text, markup=False, soft_wrap=True)
-    return 0 if equal else 1
+        else:
+            shutil.rmtree(home)
 
 
 def _play(plan: Plan, home: Path, *, quiet: bool) -> Outcome:

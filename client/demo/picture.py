@@ -36,7 +36,7 @@ def draw(outcome: Outcome, path: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a byte)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
@@ -61,20 +61,24 @@ def _lives(losses: list[tuple[int, float]]) -> list[list[tuple[int, float]]]:
 
 
 def _kills(axes: "Axes", outcome: Outcome) -> None:
-    top = axes.get_ylim()[1]
-    for recovery in outcome.recoveries:
+    for number, recovery in enumerate(outcome.recoveries):
         axes.axvline(recovery.step, color=_RED, linestyle="--", linewidth=1)
         axes.axvspan(recovery.restored_step, recovery.step, color=_RED, alpha=0.15, linewidth=0)
         text = (
-            f"kill -9 {recovery.killed}, step {recovery.step}\n"
-            f"back from {recovery.level}, step {recovery.restored_step}, "
-            f"in {recovery.total_s:.1f} s"
+            f"kill -9 {recovery.killed} after step {recovery.step}\n"
+            f"back from {recovery.level} at step {recovery.restored_step}, "
+            f"{recovery.total_s:.1f} s later"
         )
+        late = recovery.step > outcome.plan.steps / 2
         axes.annotate(
             text,
-            (recovery.step, top),
-            xytext=(5, -24),
+            # One below the other, and inwards, so that they meet neither each other nor an edge.
+            (recovery.step, 0.97 - 0.12 * number),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(-5 if late else 5, 0),
             textcoords="offset points",
+            horizontalalignment="right" if late else "left",
+            verticalalignment="top",
             color=_RED,
             fontsize=8,
         )

@@ -6,6 +6,7 @@ and that `end_agent` leaves nothing in memory. Does not know what the trainer co
 """
 
 import shutil
+import signal
 import socket as sockets
 import struct
 import subprocess
@@ -91,7 +92,8 @@ class Trainer:
             elif status is not None:
                 break
             elif time.monotonic() > deadline:
-                raise DeadlineExceeded("progress in training", _SILENCE_S, (str(self._log),))
+                late = f"the trainer (see trainer.log and agent.log in {self._log.parent})"
+                raise DeadlineExceeded("progress in training", _SILENCE_S, (late,))
             else:
                 time.sleep(_POLL_S)
         if status:
@@ -101,10 +103,11 @@ class Trainer:
         """SIGKILL, without waiting."""
         self._process.kill()
 
-    def wait(self) -> list[Entry]:
-        """After `kill`: wait for the end, and return what was noted until then."""
-        self._process.wait(_END_S)
-        return self._follower.poll()
+    def wait(self) -> bool:
+        """After `kill`: wait for the end, read the last entries, and say if the kill did it."""
+        status = self._process.wait(_END_S)
+        self._follower.poll()
+        return status == -signal.SIGKILL
 
 
 def agent_of(home: Path) -> psutil.Process | None:

@@ -82,15 +82,15 @@ def as_document(outcome: Outcome, image: str | None) -> dict[str, Any]:
         "weights_equal": outcome.weights_equal,
         "weights_sha256": killed.digest,
         "final_loss": killed.losses()[-1][1],
-        "parameters": killed.of_kind("built")[0].facts["parameters"],
+        "parameters": outcome.parameters,
         "steps": plan.steps,
         "seed": plan.seed,
         "snapshot_interval_steps": plan.interval,
         "snapshot_interval_s": plan.interval * killed.step_s,
         "snapshots_taken_since_last_kill": counts["taken"],
         "snapshots_skipped_since_last_kill": sum(counts["skipped"].values()),
-        "stall_median_s": statistics.median(outcome.stalls_s),
-        "stall_max_s": max(outcome.stalls_s),
+        "stall_median_s": _median(outcome.stalls_s),
+        "stall_max_s": max(outcome.stalls_s, default=None),
         "step_median_s": killed.step_s,
         "step_median_left_alone_s": outcome.reference.step_s,
         "kills": [
@@ -125,10 +125,8 @@ def as_table(outcome: Outcome) -> Table:
 
 def _rows(outcome: Outcome) -> list[tuple[str, ...]]:
     plan, killed = outcome.plan, outcome.killed
-    stalls_s = outcome.stalls_s
-    parameters = killed.of_kind("built")[0].facts["parameters"]
     rows: list[tuple[str, ...]] = [
-        ("model", f"byte-level GPT, {parameters / 1e6:.2f} M parameters, AdamW"),
+        ("model", f"byte-level GPT, {outcome.parameters / 1e6:.2f} M"),
         ("steps", f"{plan.steps} of {_duration(killed.step_s)}"),
         (
             "a snapshot every",
@@ -136,7 +134,7 @@ def _rows(outcome: Outcome) -> list[tuple[str, ...]]:
         ),
         (
             "stall of a snapshot",
-            f"{_duration(statistics.median(stalls_s))} median of {len(stalls_s)}",
+            f"{_duration(_median(outcome.stalls_s))} median of {len(outcome.stalls_s)}",
             "",
         ),
     ]
@@ -165,5 +163,11 @@ def _verdict(equal: bool) -> str:
     return "[green]yes, bit for bit[/green]" if equal else "[bold red]NO[/bold red]"
 
 
-def _duration(seconds: float) -> str:
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

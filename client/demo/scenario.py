@@ -16,6 +16,7 @@ from typing import Protocol
 
 from everstep.client.demo.diary import Entry, Follower
 from everstep.client.demo.processes import Trainer, agent_of, wait_for_end
+from everstep.proto.errors import Refused
 
 LEFT_ALONE = "left alone"
 KILLED = "killed twice"
@@ -44,7 +45,7 @@ class Plan:
         """One of the trainer, later one of trainer and agent."""
         chance = random.Random(self.seed)
         early = chance.randint(self.steps * 25 // 100, self.steps * 45 // 100)
-        late = chance.randint(self.steps * 60 // 100, self.steps * 85 // 100)
+        late = chance.randint(self.steps * 60 // 100, self.steps * 80 // 100)
         return [
             PlannedKill(early, chance.random(), with_agent=False),
             PlannedKill(late, chance.random(), with_agent=True),
@@ -155,6 +156,11 @@ class Outcome:
         return self.losses_equal and self.weights_equal
 
     @property
+    def parameters(self) -> int:
+        """How many the model has."""
+        return int(self.killed.of_kind("built")[0].facts["parameters"])
+
+    @property
     def stalls_s(self) -> list[float]:
         """What each snapshot kept training waiting for."""
         return [entry.facts["stall_s"] for entry in self.killed.of_kind("stall")]
@@ -249,7 +255,8 @@ def _carry_out(kill: PlannedKill, trainer: Trainer, run: Run, home: Path) -> _De
     if agent is not None:
         agent.kill()
         wait_for_end(agent)
-    trainer.wait()
+    if not trainer.wait():
+        raise Refused("the trainer had ended before it was killed. Give the demo more --steps.")
     whom = "trainer and agent" if agent is not None else "trainer"
     return _Death(whom, at_s, run.losses()[-1][0], len(run.entries))
 

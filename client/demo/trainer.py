@@ -23,7 +23,7 @@ from everstep.client.demo.model import ByteGPT, Shape
 JOB = "demo"
 THREADS = 2
 _BATCH = 8
-_LEARNING_RATE = 2e-3
+_LEARNING_RATE = 1e-3
 
 
 class Training:
