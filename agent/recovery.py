@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from everstep.agent import events
 from everstep.agent.job import Job, Stage
-from everstep.agent.pipeline import Pipeline
+from everstep.agent.pipeline import Pipeline, nvme_intact
 from everstep.proto.agent_pb2 import RejectedCopy, RestoreReply, ShardLocation
 from everstep.proto.errors import (
     Damaged,
@@ -28,7 +28,6 @@ from everstep.proto.errors import (
 )
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import SnapshotId
-from everstep.snapshot.digest import check_image
 from everstep.snapshot.record import open_record
 
 log = logging.getLogger("everstep.agent")
@@ -225,7 +224,7 @@ class Recovery:
         with nvme.open_shard(job.name, snapshot, rank) as shard:
             record = open_record(shard.record, f"record of rank {rank}")
             if checking:
-                check_image(shard.image, record, str(shard.path), self._pipeline.digesters)
+                nvme_intact(nvme, job.name, snapshot, rank, str(shard.path))
             return ShardLocation(
                 rank=rank,
                 level="nvme",

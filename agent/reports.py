@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from everstep.agent import events
 from everstep.agent.config import Config
 from everstep.agent.job import Job, Stage
-from everstep.agent.pipeline import Pipeline
+from everstep.agent.pipeline import Pipeline, nvme_intact
 from everstep.agent.state import State
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import EverstepError, Refused
 from everstep.proto.ids import SnapshotId
-from everstep.snapshot.digest import check_image
 from everstep.snapshot.record import open_record
 from everstep.storage.retention import Rule, expired
 
@@ -163,7 +162,7 @@ def _verify_one(
             with pipeline.nvme.open_shard(job.name, snapshot, rank) as shard:
                 record = open_record(shard.record, f"record of rank {rank}")
                 result.bytes = record.image_bytes
-                check_image(shard.image, record, str(shard.path), pipeline.digesters)
+                nvme_intact(pipeline.nvme, job.name, snapshot, rank, str(shard.path))
         result.intact = True
     except (EverstepError, OSError, KeyError) as error:
         result.problem = str(error)

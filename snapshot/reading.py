@@ -1,19 +1,23 @@
 """Reading one located shard: mapped once, every wanted unit checked, then copied out.
 
-Owns the mapping of a shard's file and the spread of the work over threads. Promises that `verify`
-looks at every unit that holds a wanted byte, and that `copy` checks each unit again right before
-its bytes go out (the memory is shared, and another process could have written to it meanwhile).
-Does not know which bytes are wanted by whom: see `snapshot/restore.py`.
+Owns how a shard's file is read, and the spread of the work over threads. An arena is mapped, which
+is three times as fast as reading tmpfs; a file on a disk is read, because a bad sector is then an
+error and not a SIGBUS. Promises that `verify` looks at every unit that holds a wanted byte, and
+that `copy` checks each unit again right before its bytes go out (memory is shared, and another
+process could have written to it meanwhile). Does not know which bytes are wanted by whom: see
+`snapshot/restore.py`.
 """
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
-import torch
+import numpy
 
 from everstep.kernels.capture import Pieces, restore_units
 from everstep.proto.errors import FormatInvalid, ShardCorrupt
@@ -59,8 +63,7 @@ class ShardReader:
         if shard.record.unit_bytes != UNIT_BYTES or len(digests) != self._units * DIGEST_BYTES:
             raise FormatInvalid(shard.path, "its record does not have one digest a unit")
         self._digests = digests
-        self._memory = _map(shard)
-        self._image = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._source: _Mapped | _File = _Mapped(shard) if shard.level == "memory" else _File(shard)
 
     def __enter__(self) -> "ShardReader":
         return self
@@ -71,8 +74,7 @@ class ShardReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        del self._image
-        self._memory.close()
+        self._source.close()
 
     def verify(self, ranges: Iterable[Range]) -> None:
         """Return only if every unit with a byte of these ranges matches its digest.
@@ -97,13 +99,13 @@ class ShardReader:
 
     def _restore(self, pieces: Pieces, blocks: list[int]) -> None:
         shard = self._shard
-        address = self._image.data_ptr() + shard.offset % mmap.ALLOCATIONGRANULARITY
+        size = shard.record.image_bytes
 
         def restore(block: int) -> list[int]:
             first = block * _BLOCK_UNITS
             count = min(_BLOCK_UNITS, self._units - first)
-            size = shard.record.image_bytes
-            return restore_units(pieces, address, size, UNIT_BYTES, first, count, self._digests)
+            with self._source.address(first * UNIT_BYTES, count * UNIT_BYTES) as address:
+                return restore_units(pieces, address, size, UNIT_BYTES, first, count, self._digests)
 
         apply: Callable[..., Iterable[list[int]]] = self._executor.map if self._executor else map
         bad = [unit for part in apply(restore, blocks) for unit in part]
@@ -127,19 +129,70 @@ def _blocks(ranges: Iterable[Range]) -> list[int]:
     )
 
 
-def _map(shard: Shard) -> mmap.mmap:
-    begin = shard.offset - shard.offset % mmap.ALLOCATIONGRANULARITY
+class _Mapped:
+    """An arena's slot in this process's memory."""
+
+    def __init__(self, shard: Shard) -> None:
+        begin = shard.offset - shard.offset % mmap.ALLOCATIONGRANULARITY
+        descriptor = _open(shard)
+        try:
+            # MAP_PRIVATE for a writable buffer, which frombuffer wants; nothing is written.
+            self._memory = mmap.mmap(
+                descriptor,
+                shard.offset - begin + shard.record.image_bytes,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=begin,
+            )
+        finally:
+            os.close(descriptor)
+        self._bytes = numpy.frombuffer(self._memory, dtype=numpy.uint8)
+        self._address = int(self._bytes.ctypes.data) + shard.offset - begin
+
+    @contextmanager
+    def address(self, begin: int, size: int) -> Iterator[int]:
+        yield self._address
+
+    def close(self) -> None:
+        del self._bytes
+        self._memory.close()
+
+
+class _File:
+    """A shard's file on a disk, read block by block into buffers that are used again."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._descriptor = _open(shard)
+        self._shard = shard
+        self._buffers: list[Any] = []
+
+    @contextmanager
+    def address(self, begin: int, size: int) -> Iterator[int]:
+        """An address at which the image would begin, good for this range only."""
+        buffer = self._buffers.pop() if self._buffers else _buffer()
+        size = min(size, self._shard.record.image_bytes - begin)
+        done = 0
+        while done < size:
+            count = os.preadv(
+                self._descriptor, [buffer[done:size]], self._shard.offset + begin + done
+            )
+            if not count:
+                raise FormatInvalid(self._shard.path, "became shorter while it was read")
+            done += count
+        yield int(buffer.ctypes.data) - begin
+        self._buffers.append(buffer)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _buffer() -> Any:
+    return numpy.empty(_BLOCK_UNITS * UNIT_BYTES, dtype=numpy.uint8)
+
+
+def _open(shard: Shard) -> int:
     descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if os.fstat(descriptor).st_size < shard.offset + shard.record.image_bytes:
-            raise FormatInvalid(shard.path, "is shorter than the image it should hold")
-        # MAP_PRIVATE for a writable buffer, which torch.frombuffer wants; nothing is written.
-        return mmap.mmap(
-            descriptor,
-            shard.offset - begin + shard.record.image_bytes,
-            flags=mmap.MAP_PRIVATE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            offset=begin,
-        )
-    finally:
+    if os.fstat(descriptor).st_size < shard.offset + shard.record.image_bytes:
         os.close(descriptor)
+        raise FormatInvalid(shard.path, "is shorter than the image it should hold")
+    return descriptor
