@@ -29,9 +29,11 @@ class DropRecord:
 
 @dataclass(frozen=True, slots=True)
 class PublishRecord:
-    """Make a sealed shard's record visible beside its slot (before the reply)."""
+    """Make a sealed shard's record visible beside its slot (before the reply); answered by
+    `Recorded` once it is."""
 
     job: str
+    snapshot: SnapshotId
     rank: int
     place: Place
     envelope: bytes

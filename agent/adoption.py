@@ -76,6 +76,10 @@ def _adoption(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> events.A
         ),
         shards=shards,
         durable=durable,
+        restored=SnapshotId(membership.restored_incarnation, membership.restored_step)
+        if membership.restored_incarnation
+        else None,
+        restore_decided=membership.restore_decided,
     )
 
 

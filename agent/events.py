@@ -91,7 +91,8 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """A rank's shard is complete in its slot. Replied to with None, or why it was refused."""
+    """A rank's shard is complete in its slot. Replied to with None, or why it was refused. It
+    counts once its record is visible: see `Recorded`."""
 
     caller: Caller
     step: int
@@ -101,6 +102,15 @@ class Seal:
     replica_samples: bytes
     captured_unix_s: float
     envelope: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A sealed shard's record is visible, so that it survives this agent."""
+
+    job: str
+    snapshot: SnapshotId
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +160,9 @@ class Adopt:
     shards: Sequence[AdoptedShard]
     durable: Sequence[tuple[SnapshotId, int]]
     """Snapshots committed on NVMe, each with its number of ranks."""
+    restored: SnapshotId | None = None
+    """See `Job.restored`."""
+    restore_decided: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +239,7 @@ Event = (
     | Declare
     | Offer
     | Seal
+    | Recorded
     | Abandon
     | Adopt
     | AdoptedVerified

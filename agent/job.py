@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from everstep.agent.actions import Place
+from everstep.agent.events import Adopt, AdoptedShard, ArenaReserved, Seal
 from everstep.proto.ids import SnapshotId
 
 REMEMBERED_REFUSALS = 64
@@ -35,6 +36,18 @@ class SealedShard:
     captured_unix_s: float
     envelope: bytes = field(repr=False)
 
+    @classmethod
+    def of(cls, event: Seal | AdoptedShard) -> "SealedShard":
+        """The shard that an event tells of."""
+        return cls(
+            event.place,
+            event.layout_id,
+            event.image_bytes,
+            event.replica_samples,
+            event.captured_unix_s,
+            event.envelope,
+        )
+
 
 @dataclass(slots=True)
 class Snapshot:
@@ -44,6 +57,10 @@ class Snapshot:
     world: int
     stage: Stage = Stage.OPEN
     granted: dict[int, Place] = field(default_factory=dict)
+    copying: set[int] = field(default_factory=set)
+    """Ranks that were granted a slot and, as far as is known, still write into it."""
+    sealing: dict[int, SealedShard] = field(default_factory=dict)
+    """Sealed as their trainers say; their records are not known to be visible yet."""
     sealed: dict[int, SealedShard] = field(default_factory=dict)
     pins: int = 0
     verified: bool = True
@@ -121,6 +138,8 @@ class Job:
     restoring: set[int] = field(default_factory=set)
     """Ranks that may still be reading the snapshot that was restored."""
     restored: SnapshotId | None = None
+    """What this incarnation goes on from or, until that is decided and as long as nothing newer
+    was committed, what the one before it went on from."""
     restore_decided: bool = False
     declarations: dict[int, Declaration] = field(default_factory=dict)
     flushing: SnapshotId | None = None
@@ -134,44 +153,104 @@ class Job:
         """Add one to a counter that `everstep status` shows."""
         self.counters[name] = self.counters.get(name, 0) + 1
 
+    def left_behind(self, snapshot: SnapshotId) -> bool:
+        """Whether the job has gone back to a step before this snapshot, and on from there."""
+        return (
+            self.restored is not None
+            and self.restored < snapshot
+            and snapshot.incarnation < self.incarnation
+        )
+
+    def preference(self, snapshot: SnapshotId) -> tuple[bool, SnapshotId]:
+        """Orders snapshots by how much a restore wants them: newest last."""
+        return not self.left_behind(snapshot), snapshot
+
     def newest_committed(self) -> Snapshot | None:
-        """The newest snapshot that is committed in memory."""
+        """The newest snapshot that is committed in memory, as `preference` has it."""
         committed = [s for s in self.snapshots.values() if s.stage is Stage.COMMITTED]
-        return max(committed, key=lambda snapshot: snapshot.id, default=None)
+        return max(committed, key=lambda snapshot: self.preference(snapshot.id), default=None)
+
+    def newest_durable(self) -> SnapshotId | None:
+        """The newest snapshot that is committed on NVMe, as `preference` has it."""
+        return max(self.durable, key=self.preference, default=None)
+
+    def last_flushed_step(self) -> int:
+        """The step of this incarnation that NVMe has or gets, else the one that it began with."""
+        flushed = [*self.durable, *([self.flushing] if self.flushing else [])]
+        mine = [s.step for s in flushed if s.incarnation == self.incarnation]
+        return max(mine, default=self.restored.step if self.restored else 0)
 
     def must_stay(self, snapshot: Snapshot) -> bool:
         """Whether overwriting this snapshot would break a promise."""
+        if snapshot.pins > 0 or (self.restoring and snapshot.id == self.restored):
+            # Somebody reads it, be it dropped since: other ranks' shards of it may be sound.
+            return True
         if snapshot.stage is Stage.DROPPED:
             return False
-        being_restored = bool(self.restoring) and snapshot.id == self.restored
         newest = self.newest_committed()
-        return (
-            snapshot.stage is Stage.OPEN
-            or snapshot.pins > 0
-            or being_restored
-            or (newest is not None and snapshot.id == newest.id)
-        )
+        return snapshot.stage is Stage.OPEN or (newest is not None and snapshot.id == newest.id)
 
     def open_snapshots(self) -> list[Snapshot]:
         """Snapshots that some rank is still copying."""
         return [s for s in self.snapshots.values() if s.stage is Stage.OPEN]
 
     def evictable(self) -> list[Snapshot]:
-        """Snapshots that may be overwritten, oldest first."""
+        """Snapshots that may be overwritten: first those that will never commit, then by age."""
         return sorted(
             (s for s in self.snapshots.values() if not self.must_stay(s)),
-            key=lambda snapshot: snapshot.id,
+            key=lambda s: (s.stage is not Stage.DROPPED, self.preference(s.id)),
         )
+
+    def why_busy(self) -> str:
+        """Why no other step can be begun; empty if one can.
+
+        While any rank copies, none begins another step: that rank would miss it, and with every
+        rank busy at another time no step would ever be sealed by all.
+        """
+        at_work = [s for s in self.snapshots.values() if s.stage is Stage.OPEN or s.copying]
+        slots = min(arenas[-1].slot_count for arenas in self.arenas.values())
+        # Snapshots in a replaced arena take no slot of the present one.
+        staying = [
+            s for s in self.snapshots.values() if self.must_stay(s) and self.in_present_arenas(s)
+        ]
+        if len(staying) >= slots:
+            newest = self.newest_committed()
+            at_work += [s for s in staying if s is not newest and s not in at_work]
+        return "busy: " + "; ".join(map(self._why_busy_with, at_work)) if at_work else ""
+
+    def in_present_arenas(self, snapshot: Snapshot) -> bool:
+        """Whether a snapshot takes a slot of the arenas that are written now."""
+        return any(
+            place.generation == self.arenas[rank][-1].generation
+            for rank, place in snapshot.granted.items()
+            if rank in self.arenas
+        )
+
+    def _why_busy_with(self, snapshot: Snapshot) -> str:
+        step = snapshot.id.step
+        if snapshot.stage is Stage.OPEN or snapshot.copying:
+            late = snapshot.missing_ranks() if snapshot.stage is Stage.OPEN else snapshot.copying
+            return f"step {step} is still being copied by rank(s) {', '.join(map(str, late))}"
+        if snapshot.id == self.flushing:
+            return f"step {step} is being flushed to NVMe"
+        return f"step {step} is being read"
+
+    def add_arena(self, found: ArenaReserved) -> None:
+        """Take note of a rank's arena; of the same one again, if a call was tried again."""
+        arenas = {arena.generation: arena for arena in self.arenas.get(found.rank, [])}
+        arenas[found.generation] = Arena(found.generation, found.slot_count, found.slot_bytes)
+        self.arenas[found.rank] = [arenas[generation] for generation in sorted(arenas)]
+
+    def refuse(self, step: int, reason: str) -> None:
+        """Remember why a step was refused, for the ranks that have not asked yet."""
+        self.refused[step] = reason
+        while len(self.refused) > REMEMBERED_REFUSALS:
+            del self.refused[next(iter(self.refused))]
 
     def free_place(self, rank: int) -> Place | None:
         """A slot of the rank's present arena that no snapshot holds."""
         arena = self.arenas[rank][-1]
-        held = {
-            place
-            for snapshot in self.snapshots.values()
-            for place in (snapshot.granted.get(rank),)
-            if place is not None
-        }
+        held = {snapshot.granted.get(rank) for snapshot in self.snapshots.values()}
         for slot in range(arena.slot_count):
             place = Place(arena.generation, slot)
             if place not in held:
@@ -191,3 +270,34 @@ class Job:
             for arena in arenas[:-1]
             if (rank, arena.generation) not in held
         ]
+
+    def problem_of_adopted(self, snapshot: Snapshot) -> str:
+        """Why a snapshot found at the start will never commit; empty if it has, or still may."""
+        newest = self.newest_committed()
+        if snapshot.missing_ranks():
+            superseded = newest is not None and snapshot.id < newest.id
+            ended = superseded or snapshot.id.incarnation != self.incarnation
+            return "not all ranks had sealed it" if ended else ""
+        # The last agent may have died between the last record and the decision on the whole.
+        return "the ranks' replicas differ" if snapshot.drifted_replicas() != () else ""
+
+
+def adopted(event: Adopt) -> Job:
+    """A job as it was found at the agent's start; nothing in it is judged yet."""
+    job = Job(event.job, event.world, event.incarnation, event.launch_id)
+    job.members = {
+        m.rank: Member(m.process_id, m.pid, m.pid_started_s, attached=False) for m in event.members
+    }
+    for arena in event.arenas:
+        job.add_arena(arena)
+    job.durable = dict(event.durable)
+    job.restored = event.restored
+    job.restore_decided = event.restore_decided
+    if event.restored is not None and event.restore_decided:
+        job.restoring = set(range(event.world))
+    for found in event.shards:
+        new = Snapshot(found.snapshot, found.world)
+        snapshot = job.snapshots.setdefault(found.snapshot, new)
+        snapshot.granted[found.rank] = found.place
+        snapshot.sealed[found.rank] = SealedShard.of(found)
+    return job

@@ -18,7 +18,7 @@ from everstep.agent.job import Job, Snapshot
 from everstep.agent.notices import Notices
 from everstep.agent.state import State
 from everstep.proto.envelope import seal
-from everstep.proto.errors import EverstepError
+from everstep.proto.errors import EverstepError, ShardCorrupt
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import SnapshotId
 from everstep.proto.state_pb2 import Commit, CommittedShard, Member, Membership
@@ -124,6 +124,7 @@ class Pipeline:
         place = action.place
         self.memory.publish(action.job, action.rank, place.generation, place.slot, action.envelope)
         failpoint("agent.seal.after_record")
+        self.submit(events.Recorded(action.job, action.snapshot, action.rank))
 
     def _write_membership(self, action: actions.WriteMembership) -> None:
         job = self.state.jobs[action.job]
@@ -233,6 +234,17 @@ class Pipeline:
         with self.open_memory(job, snapshot, rank) as image:
             where = f"memory, rank {rank} of {snapshot.id}"
             check_image(image.image, record, where, self.digesters)
+
+
+def nvme_intact(nvme: NvmeLevel, job: str, snapshot: SnapshotId, rank: int, where: str) -> None:
+    """Return only if a shard on NVMe matches its digests; it is read, not mapped.
+
+    Raises:
+        ShardCorrupt: With the units that differ.
+    """
+    bad = nvme.verify(job, snapshot, rank)
+    if bad:
+        raise ShardCorrupt(where, tuple(bad))
 
 
 def membership_of(job: Job) -> Membership:

@@ -14,14 +14,13 @@ from typing import Any
 from everstep.agent import actions, events
 from everstep.agent.actions import Action, Place
 from everstep.agent.job import (
-    REMEMBERED_REFUSALS,
-    Arena,
     Declaration,
     Job,
     Member,
     SealedShard,
     Snapshot,
     Stage,
+    adopted,
 )
 from everstep.proto.errors import OutOfSpace, RankClaimed, Refused, StaleIncarnation
 from everstep.proto.ids import SnapshotId, checked_name
@@ -92,41 +91,63 @@ class State:
         if job is None:
             if len(self.jobs) >= self.rules.max_jobs:
                 raise Refused(f"this agent holds {self.rules.max_jobs} jobs (max_jobs) already.")
-            # A trainer that outlived an agent with all its memory keeps its incarnation.
             job = Job(caller.job, caller.world, caller.incarnation, event.launch_id)
-            self.jobs[caller.job] = job
-        holder = job.members.get(caller.rank)
-        new_process = holder is not None and holder.process_id != caller.process_id
-        if new_process and event.holder_alive:
-            assert holder is not None
-            raise RankClaimed(caller.job, caller.rank, holder.pid)
-        launched_anew = bool(event.launch_id) and event.launch_id != job.launch_id
-        if job.incarnation == 0 or new_process or job.world != caller.world or launched_anew:
-            if holder is not None and not new_process and caller.incarnation:
-                raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
-            self._begin_incarnation(job, caller.world, event.launch_id)
-        elif caller.incarnation and caller.incarnation != job.incarnation:
-            raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
+        if caller.incarnation:
+            self._rejoin(job, event)
+        else:
+            self._join(job, event)
+        self.jobs[caller.job] = job
         job.members[caller.rank] = Member(caller.process_id, event.pid, event.pid_started_s)
         if event.nvme_interval_steps is not None:
             job.nvme_interval_steps = event.nvme_interval_steps
+        for snapshot in job.snapshots.values():
+            snapshot.copying.discard(caller.rank)
         if event.in_flight is not None:
             self._readmit(job, caller.rank, event.in_flight)
         self._actions.append(actions.WriteMembership(job.name))
         return job.incarnation
 
+    def _join(self, job: Job, event: events.Attach) -> None:
+        """A process that belongs to no incarnation yet: the present one is its, or a new one."""
+        caller = event.caller
+        holder = job.members.get(caller.rank)
+        replaces = holder is not None and holder.process_id != caller.process_id
+        if holder is not None and replaces and event.holder_alive:
+            raise RankClaimed(caller.job, caller.rank, holder.pid)
+        launched_anew = bool(event.launch_id) and event.launch_id != job.launch_id
+        if job.incarnation == 0 or replaces or job.world != caller.world or launched_anew:
+            self._begin_incarnation(job, caller.world, event.launch_id)
+
+    def _rejoin(self, job: Job, event: events.Attach) -> None:
+        """A process that knows its incarnation: it never ends another one, however late it is."""
+        caller = event.caller
+        if not job.members and caller.incarnation >= job.incarnation:
+            # The trainers have outlived an agent that lost its memory of them.
+            job.incarnation = caller.incarnation
+            job.world = caller.world
+            job.launch_id = event.launch_id
+            return
+        holder = job.members.get(caller.rank)
+        replaced = holder is not None and holder.process_id != caller.process_id
+        if replaced or (caller.incarnation, caller.world) != (job.incarnation, job.world):
+            raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
+
     def _begin_incarnation(self, job: Job, world: int, launch_id: str) -> None:
-        newest = max([0, job.incarnation, *(s.incarnation for s in [*job.snapshots, *job.durable])])
+        known = [*job.snapshots, *job.durable]
+        for snapshot in job.snapshots.values():
+            snapshot.copying.clear()
         for snapshot in job.open_snapshots():
             self._drop(job, snapshot, "the job was restarted before all ranks had sealed it")
-        job.incarnation = newest + 1
+        committed = [s.id for s in job.snapshots.values() if s.stage is Stage.COMMITTED]
+        if any(s.incarnation == job.incarnation for s in [*committed, *job.durable]):
+            job.restored = None
+        job.incarnation = max([0, job.incarnation, *(s.incarnation for s in known)]) + 1
         job.world = world
         job.launch_id = launch_id
         job.members.clear()
         job.refused.clear()
         job.declarations.clear()
         job.restoring.clear()
-        job.restored = None
         job.restore_decided = False
 
     def _readmit(self, job: Job, rank: int, in_flight: events.InFlight) -> None:
@@ -135,6 +156,9 @@ class State:
         if not arenas or arenas[-1].generation != in_flight.place.generation:
             return
         snapshot_id = SnapshotId(job.incarnation, in_flight.step)
+        newest = job.newest_committed()
+        if newest is not None and newest.id > snapshot_id:
+            return
         taken = any(
             other.granted.get(rank) == in_flight.place
             for other in job.snapshots.values()
@@ -145,6 +169,8 @@ class State:
         snapshot = job.snapshots.setdefault(snapshot_id, Snapshot(snapshot_id, job.world))
         if snapshot.stage is Stage.OPEN:
             snapshot.granted.setdefault(rank, in_flight.place)
+        if snapshot.granted.get(rank) == in_flight.place and rank not in snapshot.sealed:
+            snapshot.copying.add(rank)
 
     def _session_lost(self, event: events.SessionLost) -> None:
         job = self.jobs.get(event.job)
@@ -154,7 +180,6 @@ class State:
         if not member.attached:  # it had detached in good order
             return
         member.attached = False
-        job.restoring.discard(event.rank)
         for snapshot in job.open_snapshots():
             if event.rank not in snapshot.sealed:
                 self._drop(job, snapshot, f"the trainer of rank {event.rank} is gone")
@@ -170,14 +195,19 @@ class State:
                 self._drop(job, snapshot, f"rank {event.caller.rank} closed its client")
 
     def _arena_reserved(self, event: events.ArenaReserved) -> None:
-        arenas = self.jobs[event.job].arenas.setdefault(event.rank, [])
-        arenas.append(Arena(event.generation, event.slot_count, event.slot_bytes))
-        arenas.sort(key=lambda arena: arena.generation)
+        job = self.jobs.get(event.job)
+        if job is None:  # removed meanwhile
+            release = actions.ReleaseArena(event.job, event.rank, event.generation)
+            self._actions.append(release)
+            return
+        job.add_arena(event)
 
     def _declare(self, event: events.Declare) -> None:
         job = self._job(event.caller)
-        for stale in [known for known in job.declarations if known != event.round]:
-            del job.declarations[stale]
+        if any(known > event.round for known in job.declarations):
+            return  # it comes late: the ranks are past this round
+        if event.round not in job.declarations:
+            job.declarations.clear()
         declaration = job.declarations.setdefault(event.round, Declaration())
         declaration.candidates[event.caller.rank] = event.candidates
         declaration.digests[event.caller.rank] = event.digests
@@ -188,9 +218,10 @@ class State:
     def _offer(self, event: events.Offer) -> Place | str:
         job = self._job(event.caller)
         rank = event.caller.rank
-        job.restoring.discard(rank)
         if rank not in job.arenas:
             raise Refused(f"rank {rank} has no arena yet: declare a layout first.")
+        job.restoring.discard(rank)
+        self._give_up_older(job, rank, event.step)
         if event.step in job.refused:
             return job.refused[event.step]
         snapshot_id = SnapshotId(job.incarnation, event.step)
@@ -198,7 +229,9 @@ class State:
         if snapshot is None:
             refusal = self._refusal(job, snapshot_id)
             if refusal:
-                return self._refuse(job, event.step, refusal)
+                job.count("skipped")
+                job.refuse(event.step, refusal)
+                return refusal
             snapshot = job.snapshots[snapshot_id] = Snapshot(snapshot_id, job.world)
         if snapshot.stage is Stage.DROPPED:
             return snapshot.reason
@@ -214,27 +247,16 @@ class State:
         gone = [r for r in range(job.world) if r in job.members and not job.members[r].attached]
         if gone:
             return f"rank {gone[0]} is not attached any more"
-        slots = min(job.arenas[rank][-1].slot_count for rank in job.arenas)
-        staying = [s for s in job.snapshots.values() if job.must_stay(s)]
-        # Snapshots in a replaced arena take no slot of the present one.
-        staying = [s for s in staying if self._in_present_arenas(job, s)]
-        if len(staying) < slots:
-            return ""
-        return "busy: " + "; ".join(_why_staying(job, s) for s in staying if _is_busy(job, s))
+        return job.why_busy()
 
-    def _in_present_arenas(self, job: Job, snapshot: Snapshot) -> bool:
-        return any(
-            place.generation == job.arenas[rank][-1].generation
-            for rank, place in snapshot.granted.items()
-            if rank in job.arenas
-        )
-
-    def _refuse(self, job: Job, step: int, reason: str) -> str:
-        job.count("skipped")
-        job.refused[step] = reason
-        while len(job.refused) > REMEMBERED_REFUSALS:
-            del job.refused[next(iter(job.refused))]
-        return reason
+    def _give_up_older(self, job: Job, rank: int, step: int) -> None:
+        """A rank copies one step at a time: with a newer one it will never seal an older one."""
+        for snapshot in list(job.snapshots.values()):
+            if snapshot.id.step >= step:
+                continue
+            snapshot.copying.discard(rank)
+            if snapshot.stage is Stage.OPEN and rank not in snapshot.sealed:
+                self._drop(job, snapshot, f"rank {rank} went on to step {step} without sealing it")
 
     def _grant(self, job: Job, snapshot: Snapshot, rank: int) -> Place | str:
         if rank in snapshot.granted:
@@ -250,6 +272,7 @@ class State:
             self._drop(job, snapshot, f"rank {rank} has no free slot")
             return snapshot.reason
         snapshot.granted[rank] = place
+        snapshot.copying.add(rank)
         return place
 
     def _seal(self, event: events.Seal) -> str | None:
@@ -258,22 +281,23 @@ class State:
         snapshot = job.snapshots.get(SnapshotId(job.incarnation, event.step))
         if snapshot is None or snapshot.granted.get(rank) != event.place:
             return f"step {event.step} was not granted that slot"
+        snapshot.copying.discard(rank)
         if snapshot.stage is Stage.DROPPED:
             return snapshot.reason
         if event.image_bytes > job.arenas[rank][-1].slot_bytes:
             raise OutOfSpace("the slot", event.image_bytes, job.arenas[rank][-1].slot_bytes)
-        snapshot.sealed[rank] = SealedShard(
-            event.place,
-            event.layout_id,
-            event.image_bytes,
-            event.replica_samples,
-            event.captured_unix_s,
-            event.envelope,
+        snapshot.sealing[rank] = SealedShard.of(event)
+        self._actions.append(
+            actions.PublishRecord(job.name, snapshot.id, rank, event.place, event.envelope)
         )
-        self._actions.append(actions.PublishRecord(job.name, rank, event.place, event.envelope))
+        return None
+
+    def _recorded(self, event: events.Recorded) -> None:
+        job = self.jobs[event.job]
+        snapshot = job.snapshots[event.snapshot]
+        snapshot.sealed[event.rank] = snapshot.sealing.pop(event.rank)
         if not snapshot.missing_ranks() and snapshot.stage is Stage.OPEN:
             self._commit(job, snapshot)
-        return snapshot.reason or None
 
     def _commit(self, job: Job, snapshot: Snapshot) -> None:
         drifted = snapshot.drifted_replicas()
@@ -283,6 +307,9 @@ class State:
             return
         snapshot.stage = Stage.COMMITTED
         job.count("committed")
+        for old in job.open_snapshots():
+            if old.id < snapshot.id:
+                self._drop(job, old, f"{snapshot.id} was committed before it")
         self._actions.append(actions.NotifyCommitted(job.name, snapshot.id, "memory"))
         self._tidy(job, snapshot)
         if self._flush_due(job, snapshot.id):
@@ -292,7 +319,7 @@ class State:
         """Forget what the new commit has made useless, and arenas that hold nothing else."""
         for old in job.evictable():
             dropped = old.stage is Stage.DROPPED and old.id < committed.id
-            if dropped or not self._in_present_arenas(job, old):
+            if dropped or not job.in_present_arenas(old):
                 self._forget(job, old)
         for rank, generation in job.idle_generations():
             job.arenas[rank] = [a for a in job.arenas[rank] if a.generation != generation]
@@ -301,7 +328,10 @@ class State:
     def _abandon(self, event: events.Abandon) -> None:
         job = self._job(event.caller)
         snapshot = job.snapshots.get(SnapshotId(job.incarnation, event.step))
-        if snapshot is not None and snapshot.stage is Stage.OPEN:
+        if snapshot is None:
+            return
+        snapshot.copying.discard(event.caller.rank)
+        if snapshot.stage is Stage.OPEN:
             self._drop(job, snapshot, f"rank {event.caller.rank}: {event.reason}")
 
     def _drop(
@@ -323,7 +353,7 @@ class State:
                 self._actions.append(actions.DropRecord(job.name, rank, shard.place))
         del job.snapshots[snapshot.id]
         if snapshot.id.incarnation == job.incarnation:
-            job.refused.setdefault(snapshot.id.step, snapshot.reason or "superseded")
+            job.refuse(snapshot.id.step, snapshot.reason or "superseded")
 
     def _flush_due(self, job: Job, committed: SnapshotId) -> bool:
         if not self.rules.nvme:
@@ -332,9 +362,7 @@ class State:
             return True
         interval = job.nvme_interval_steps or self.rules.nvme_interval_steps
         if interval:
-            mine = [s.step for s in job.durable if s.incarnation == job.incarnation]
-            before = max(mine, default=job.restored.step if job.restored else 0)
-            return committed.step // interval > before // interval
+            return committed.step // interval > job.last_flushed_step() // interval
         interval_s = self.rules.nvme_interval_s
         if interval_s is None:
             return False
@@ -352,14 +380,18 @@ class State:
         self._actions.append(actions.Flush(job.name, snapshot.id))
 
     def _flush_newest(self, job: Job) -> SnapshotId | None:
+        """Flush the newest commit now or, while another flush is under way, right after it."""
         newest = job.newest_committed()
         if newest is None or not self.rules.nvme:
             return None
-        if newest.id not in job.durable and job.flushing != newest.id:
-            if job.flushing is None:
-                self._start_flush(job, newest)
-            else:
-                job.flush_wanted = True
+        durable = job.newest_durable()
+        if durable is not None and job.preference(durable) >= job.preference(newest.id):
+            job.flush_wanted = False
+            return durable
+        if job.flushing is None:
+            self._start_flush(job, newest)
+        elif job.flushing != newest.id:
+            job.flush_wanted = True
         return newest.id
 
     def _persist_wanted(self, event: events.PersistWanted) -> SnapshotId | None:
@@ -368,17 +400,17 @@ class State:
 
     def _flush_ended(self, event: events.FlushEnded) -> None:
         job = self.jobs[event.job]
-        snapshot = job.snapshots.get(event.snapshot)
+        snapshot = job.snapshots[event.snapshot]  # pinned by the flush
         job.flushing = None
-        if snapshot is not None:
-            snapshot.pins -= 1
+        snapshot.pins -= 1
         if event.problem:
             job.count("flushes_failed")
             job.last_error = f"flush of {event.snapshot}: {event.problem}"
         else:
             job.count("flushed")
-            self._now_durable(job, event.snapshot, snapshot.world if snapshot else job.world)
-        if job.flush_wanted and not event.problem:
+            self._now_durable(job, event.snapshot, snapshot.world)
+        if job.flush_wanted:
+            # Somebody waits for a newer one. Tried once, and given up if it fails too.
             self._flush_newest(job)
 
     def _now_durable(self, job: Job, snapshot: SnapshotId, world: int) -> None:
@@ -387,43 +419,23 @@ class State:
         job.durable[snapshot] = world
         self._actions.append(actions.NotifyCommitted(job.name, snapshot, "nvme"))
         for old, reason in self._expired(sorted(job.durable)):
-            if old == job.restored and job.restoring:
+            being_restored = bool(job.restoring) and old == job.restored
+            if being_restored or old == job.newest_durable():
                 continue
             del job.durable[old]
             self._actions.append(actions.DeleteDurable(job.name, old, reason))
 
     def _adopt(self, event: events.Adopt) -> None:
-        job = Job(event.job, event.world, event.incarnation, event.launch_id)
-        job.members = {
-            m.rank: Member(m.process_id, m.pid, m.pid_started_s, attached=False)
-            for m in event.members
-        }
-        job.durable = dict(event.durable)
-        self.jobs[event.job] = job
-        for arena in event.arenas:
-            self._arena_reserved(arena)
-        for shard in event.shards:
-            self._adopt_shard(job, shard)
+        job = self.jobs[event.job] = adopted(event)
         for snapshot in sorted(job.snapshots.values(), key=lambda s: s.id, reverse=True):
-            if not snapshot.missing_ranks():
+            problem = job.problem_of_adopted(snapshot)
+            if problem:
+                self._drop(job, snapshot, problem)
+            elif not snapshot.missing_ranks():
                 snapshot.stage = Stage.COMMITTED
                 snapshot.verified = False
                 snapshot.pins += 1
                 self._actions.append(actions.VerifyAdopted(job.name, snapshot.id))
-            elif snapshot.id.incarnation != job.incarnation:
-                self._drop(job, snapshot, "not all ranks had sealed it")
-
-    def _adopt_shard(self, job: Job, found: events.AdoptedShard) -> None:
-        snapshot = job.snapshots.setdefault(found.snapshot, Snapshot(found.snapshot, found.world))
-        snapshot.granted[found.rank] = found.place
-        snapshot.sealed[found.rank] = SealedShard(
-            found.place,
-            found.layout_id,
-            found.image_bytes,
-            found.replica_samples,
-            found.captured_unix_s,
-            found.envelope,
-        )
 
     def _adopted_verified(self, event: events.AdoptedVerified) -> None:
         job = self.jobs.get(event.job)
@@ -467,27 +479,13 @@ class State:
             self._drop(job, snapshot, event.reason)
 
     def _restore_decided(self, event: events.RestoreDecided) -> None:
-        job = self.jobs[event.job]
-        if job.incarnation != event.incarnation:
+        job = self.jobs.get(event.job)
+        if job is None or job.incarnation != event.incarnation:
             return
         job.restored = event.snapshot
         job.restore_decided = True
         job.restoring = set(range(job.world)) if event.snapshot is not None else set()
         self._actions.append(actions.WriteMembership(job.name))
-
-
-def _is_busy(job: Job, snapshot: Snapshot) -> bool:
-    newest = job.newest_committed()
-    return snapshot.stage is Stage.OPEN or newest is None or snapshot.id != newest.id
-
-
-def _why_staying(job: Job, snapshot: Snapshot) -> str:
-    if snapshot.stage is Stage.OPEN:
-        ranks = ", ".join(map(str, snapshot.missing_ranks()))
-        return f"step {snapshot.id.step} is still being copied by rank(s) {ranks}"
-    if snapshot.id == job.flushing:
-        return f"step {snapshot.id.step} is being flushed to NVMe"
-    return f"step {snapshot.id.step} is being read"
 
 
 _HANDLERS: dict[type, Callable[[State, Any], Any]] = {
@@ -498,6 +496,7 @@ _HANDLERS: dict[type, Callable[[State, Any], Any]] = {
     events.Declare: State._declare,
     events.Offer: State._offer,
     events.Seal: State._seal,
+    events.Recorded: State._recorded,
     events.Abandon: State._abandon,
     events.Adopt: State._adopt,
     events.AdoptedVerified: State._adopted_verified,
