@@ -63,6 +63,11 @@ class Capturing:
         self._closed = False
         self._worker = ThreadPoolExecutor(1, "everstep-capture")
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was captured in this incarnation."""
+        return bool(self._handles)
+
     def under_way(self) -> Snapshot | None:
         """The handle of the capture that has not ended yet."""
         work = self._work

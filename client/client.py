@@ -362,7 +362,14 @@ class Client:
             StateMismatch: If what is attached does not fit; lists missing, unexpected and
                 reshaped leaves. Nothing was loaded.
             NothingRecoverable: If there are snapshots but none is whole. Nothing was loaded.
+            Refused: If this process has captured snapshots already: that is what `rewind` is for.
         """
+        if self._capturing.begun:
+            # What was decided at the start may have been overwritten since.
+            raise Refused(
+                "restore() belongs before the first snapshot(): this process has captured "
+                "snapshots already. Go back to one of them with rewind(). Nothing was loaded."
+            )
         restored = self._restoring.restore(
             self._attachments, to=to, weights_only=weights_only, force=force, levels=levels
         )
@@ -383,6 +390,12 @@ class Client:
             The step, or None if there is none.
         """
         self._capturing.settle()
+        try:
+            # In good order, or the agent would flush what is about to be abandoned.
+            self._detach()
+        except EverstepError as error:
+            # Another rank's rewind may have ended this incarnation already.
+            log.debug("detaching before the rewind: %s", error)
         self._capturing.forget()
         self._arranger.forget()
         self._session.renew(as_new_process=True, timeout_s=self.limits.agent_start_s)
@@ -415,6 +428,9 @@ class Client:
             reply = self._capturing.persist(wait_s)
             if not reply.durable:
                 log.warning("the last snapshot is not on NVMe: %s", reply.reason)
+        self._detach()
+
+    def _detach(self) -> None:
         detach = wire.DetachRequest(session=self._session.identity)
         self._channel.call("Detach", detach, self.limits.agent_start_s)
 
