@@ -66,7 +66,9 @@ def main() -> int:
         keep = not outcome.equal
         return 0 if outcome.equal else 1
     except (EverstepError, OSError) as error:
-        Console(stderr=True).print(f"The demo failed: {error}", style="red", markup=False)
+        Console(stderr=True).print(
+            f"The demo failed: {error}", style="red", markup=False, soft_wrap=True
+        )
         return 1
     except KeyboardInterrupt:
         keep = False
