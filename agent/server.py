@@ -89,8 +89,10 @@ class Service(AgentServicer):
             while True:
                 yield await queue.get()
         finally:
-            self._pipeline.notices.unsubscribe(caller.job, caller.rank, queue)
-            self._pipeline.submit(events.SessionLost(caller.job, caller.rank, caller.process_id))
+            # A process that attached again has a newer stream: the end of this one means nothing.
+            if self._pipeline.notices.unsubscribe(caller.job, caller.rank, queue):
+                lost = events.SessionLost(caller.job, caller.rank, caller.process_id)
+                self._pipeline.submit(lost)
 
     def _attach(self, request: wire.AttachRequest) -> int:
         caller = _caller(request.session)
