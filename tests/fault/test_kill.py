@@ -13,19 +13,29 @@ from harness import Node, Trainer, TrainerDied, Zygote, failpoints_in_source, un
 
 AGENT_POINTS = failpoints_in_source("agent.", "storage.")
 CLIENT_POINTS = failpoints_in_source("client.")
-# Points whose second passage is at another moment in the life of a job than the first.
-TWICE = [
-    "agent.offer.decided",
-    "agent.seal.before_record",
-    "agent.seal.before_reply",
-    "storage.delete.after_commit",
-    "storage.drop.after_unlink",
-    "storage.layout.after_rename",
-    "storage.membership.before_rename",
-    "storage.publish.after_rename",
-    "storage.publish.before_rename",
-    "storage.reserve.after_allocate",
+RARE = [
+    point
+    for point in AGENT_POINTS
+    if point.startswith(
+        (
+            "agent.declare.",
+            "agent.restore.",
+            "storage.begin.after_aside",
+            "storage.begin.before_aside",
+            "storage.begin.before_clear",
+            "storage.layout.",
+            "storage.membership.",
+            "storage.release.",
+            "storage.reserve.",
+            "storage.supersede.",
+        )
+    )
 ]
+"""Passed at certain times of a job's life; all others at each step."""
+# Points whose second passage is at another such time than the first.
+TWICE = ["storage.layout.after_rename@2", "storage.membership.before_rename@2"]
+STEADY = [point for point in AGENT_POINTS if point not in RARE]
+CHAINS = [STEADY[first::5] for first in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +68,7 @@ class Life:
         self.trainer = trainer
         self.told: dict[str, tuple[int, int]] = {"memory": (1, 3), "nvme": (1, 3)}
         self.deaths = 0
+        self.point = ""
 
     def do(self, command: str, **options: Any) -> Any:
         """A command that waits for the agent: whoever supervises it starts it again."""
@@ -72,27 +83,38 @@ class Life:
         assert agent is not None
         if agent.alive:
             return
-        assert agent.ended() == -9, agent.text()
+        assert agent.ended() == -9
         self.deaths += 1
         agent = self.node.start_agent()
         assert "Traceback" not in agent.text(), agent.text()
         self.node.assert_nothing_left_over()
         for level, newest in self.told.items():
-            assert newest in self.node.committed(level), (level, newest, self.node.job())
+            found = self.node.committed(level)
+            assert found and newest <= found[-1], (self.point, level, newest, found)
         self.node.assert_all_intact()
 
     def train(self, steps: int) -> None:
         """Steps, each flushed; while the agent is dead, training goes on without it."""
         for _ in range(steps):
             (line,) = self.hear(self.trainer.run(1, "nvme"))
-            if self.node.agent.alive:
-                assert line["state"] == "nvme", (line, self.node.agent.text())
+            if line["state"] == "nvme" and self.node.agent.alive:
                 continue
+            assert self.node.agent.ended(5) == -9, line
             for lost in self.hear(self.trainer.run(2)):
                 assert lost["skipped"] or lost["dropped"], lost
             self.revive()
             lines = self.hear(self.trainer.do("until_committed", level="nvme"))
             assert lines[-1]["state"] == "nvme"
+
+    def assert_kept(self, **options: Any) -> None:
+        """New trainers get, from each level, the step that the last one was told of."""
+        warnings = self.trainer.do("warned")
+        assert len(warnings) <= 3, warnings
+        self.trainer.kill()
+        for level, (_, step) in self.told.items():
+            trainer = self.node.trainer(**options)
+            self.node.assert_restored(trainer.do("restore", levels=[level]), step=step)
+            trainer.kill()
 
     def hear(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for line in self.node.note(lines):
@@ -101,7 +123,7 @@ class Life:
         return lines
 
 
-@pytest.mark.parametrize("point", [*AGENT_POINTS, *(f"{point}@2" for point in TWICE)])
+@pytest.mark.parametrize("point", [*RARE, *TWICE])
 def test_agent_killed(node: Node, begun: Node, point: str) -> None:
     again(node, begun)
     name, _, nth = point.partition("@")
@@ -117,13 +139,26 @@ def test_agent_killed(node: Node, begun: Node, point: str) -> None:
     life.train(2)
     assert first.code == -9, f"{point} was never passed: let `Life` do what passes it"
     assert life.deaths == 1
-    warnings = life.trainer.do("warned")
-    assert len(warnings) == len({warning.partition(" was ")[2][:12] for warning in warnings})
-    life.trainer.kill()
-    for level, (_, step) in life.told.items():
-        trainer = node.trainer(grown=True)
-        node.assert_restored(trainer.do("restore", levels=[level]), step=step)
-        trainer.kill()
+    life.assert_kept(grown=True)
+
+
+@pytest.mark.parametrize("points", CHAINS, ids=range(len(CHAINS)))
+def test_agent_killed_again_and_again(node: Node, begun: Node, points: list[str]) -> None:
+    again(node, begun)
+    life = Life(node, node.start_trainer())
+    node.start_agent()
+    life.do("connect", address=node.address)
+    node.assert_restored(life.do("restore"), step=3)
+    for deaths, point in enumerate(points, 1):
+        life.point = point
+        node.agent.kill()
+        node.start_agent(f"{point}=kill@1")
+        life.hear(life.trainer.do("until_attached"))
+        for _ in range(3):
+            if life.deaths < deaths:
+                life.train(1)
+        assert life.deaths == deaths, f"{point} is not passed at each step: it belongs to RARE"
+    life.assert_kept()
 
 
 def assert_goes_on(node: Node, told: tuple[int, int], **options: Any) -> Trainer:

@@ -196,6 +196,15 @@ class Trainer:
             time.sleep(0.02)
         raise TimeoutError(f"nothing was committed any more: {lines[-3:]}")
 
+    def until_attached(self, within_s: float = 20.0) -> list[Any]:
+        """Train without snapshots until the agent is back."""
+        deadline = time.monotonic() + within_s
+        lines = []
+        while not self._client._session.attached and time.monotonic() < deadline:
+            lines += self.run(1, snapshot=False)
+            time.sleep(0.02)
+        return [{**line, "state": ""} for line in lines]
+
     def loader(self) -> dict[str, Any]:
         """Items from forked workers, one epoch."""
         loader = torch.utils.data.DataLoader(
