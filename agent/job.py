@@ -133,6 +133,9 @@ class Job:
     """Per rank, oldest generation first; the last one is written, the others only hold."""
     durable: dict[SnapshotId, int] = field(default_factory=dict)
     """On NVMe, each with its world."""
+    damaged: dict[SnapshotId, str] = field(default_factory=dict)
+    """What was lost to damage since the last commit, and how: with nothing else left, the job
+    must not look like a new one."""
     refused: dict[int, str] = field(default_factory=dict)
     """Steps of this incarnation that were refused, so that all ranks hear the same."""
     restoring: set[int] = field(default_factory=set)

@@ -136,13 +136,15 @@ class Recovery:
                 shards=locations,
                 rejected=search.rejected,
             )
-        if found or (wanted.to_step is not None):
+        if found or job.damaged or wanted.to_step is not None:
             reasons = [
                 f"step {r.step}, rank {r.rank}, {r.level}: {r.reason}" for r in search.rejected
             ]
             if not reasons and found:
                 reasons = [f"{found[0]} is at no level any more"]
-            if not found:
+            if not reasons:
+                reasons = [f"{lost}, memory: {reason}" for lost, reason in job.damaged.items()]
+            if not found and wanted.to_step is not None:
                 reasons = [f"step {wanted.to_step} is at no level; `everstep list` shows what is"]
             raise NothingRecoverable(job.name, tuple(reasons))
         self._pipeline.submit(events.RestoreDecided(job.name, job.incarnation, None))

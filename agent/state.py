@@ -123,6 +123,9 @@ class State:
         caller = event.caller
         if not job.members and caller.incarnation >= job.incarnation:
             # The trainers have outlived an agent that lost its memory of them.
+            for snapshot in job.open_snapshots():
+                if snapshot.id.incarnation != caller.incarnation:
+                    self._drop(job, snapshot, "the job was restarted since")
             job.incarnation = caller.incarnation
             job.world = caller.world
             job.launch_id = event.launch_id
@@ -307,6 +310,7 @@ class State:
             return
         snapshot.stage = Stage.COMMITTED
         job.count("committed")
+        job.damaged.clear()
         for old in job.open_snapshots():
             if old.id < snapshot.id:
                 self._drop(job, old, f"{snapshot.id} was committed before it")
@@ -476,6 +480,7 @@ class State:
         snapshot = job.snapshots.get(event.snapshot) if job else None
         if job is not None and snapshot is not None and snapshot.stage is Stage.COMMITTED:
             job.count("damaged")
+            job.damaged[snapshot.id] = event.reason
             self._drop(job, snapshot, event.reason)
 
     def _restore_decided(self, event: events.RestoreDecided) -> None:
