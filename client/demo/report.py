@@ -144,7 +144,7 @@ def _rows(outcome: Outcome) -> list[tuple[str, ...]]:
             (
                 "restored",
                 f"step {recovery.restored_step} from {recovery.level}; "
-                f"{recovery.lost_steps} steps lost",
+                f"steps lost: {recovery.lost_steps}",
             ),
             ("from the kill to the first new step", _duration(recovery.total_s)),
             ("    new process, import torch, model", _duration(recovery.start_s)),
