@@ -20,6 +20,7 @@ from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
 
 log = logging.getLogger("everstep.agent")
+_REPORTED_PROBLEMS = 20
 
 
 def adoptions(memory: MemoryLevel, nvme: NvmeLevel | None) -> Iterator[events.Adopt]:
@@ -32,8 +33,6 @@ def adoptions(memory: MemoryLevel, nvme: NvmeLevel | None) -> Iterator[events.Ad
         if nvme is not None and job in durable_jobs:
             _sweep_durable(job, nvme)
         yield _adoption(job, memory, nvme if job in durable_jobs else None)
-        for problem in memory.problems(job):
-            log.warning("job %s: %s: %s", job, problem.where, problem.reason)
 
 
 def _durable_jobs(nvme: NvmeLevel | None) -> set[str]:
@@ -80,7 +79,15 @@ def _adoption(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> events.A
         if membership.restored_incarnation
         else None,
         restore_decided=membership.restore_decided,
+        problems=_problems(job, memory, nvme),
     )
+
+
+def _problems(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> tuple[str, ...]:
+    found = [*memory.problems(job), *(nvme.problems(job) if nvme is not None else [])]
+    for problem in found:
+        log.warning("job %s: %s: %s", job, problem.where, problem.reason)
+    return tuple(f"{problem.where}: {problem.reason}" for problem in found[:_REPORTED_PROBLEMS])
 
 
 def _shards(job: str, memory: MemoryLevel) -> Iterator[events.AdoptedShard]:

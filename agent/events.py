@@ -163,6 +163,8 @@ class Adopt:
     restored: SnapshotId | None = None
     """See `Job.restored`."""
     restore_decided: bool = False
+    problems: Sequence[str] = ()
+    """What was found of the job and cannot be used, and why."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,8 @@ class Snapshot:
     pins: int = 0
     verified: bool = True
     """False for an adopted snapshot whose digests have not been checked yet."""
+    withdrawn: bool = False
+    """Whether its records were dropped."""
     reason: str = ""
 
     def missing_ranks(self) -> list[int]:
@@ -136,6 +138,8 @@ class Job:
     damaged: dict[SnapshotId, str] = field(default_factory=dict)
     """What was lost to damage since the last commit, and how: with nothing else left, the job
     must not look like a new one."""
+    problems: tuple[str, ...] = ()
+    """What the agent found at its start and could not read; as with `damaged`."""
     refused: dict[int, str] = field(default_factory=dict)
     """Steps of this incarnation that were refused, so that all ranks hear the same."""
     restoring: set[int] = field(default_factory=set)
@@ -296,6 +300,7 @@ def adopted(event: Adopt) -> Job:
     job.durable = dict(event.durable)
     job.restored = event.restored
     job.restore_decided = event.restore_decided
+    job.problems = tuple(event.problems)
     if event.restored is not None and event.restore_decided:
         job.restoring = set(range(event.world))
     for found in event.shards:

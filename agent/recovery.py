@@ -112,6 +112,10 @@ class Recovery:
 
     async def _search(self, job: Job, wanted: Wanted) -> RestoreReply:
         search = Search(checking=job.world > 1)
+        if job.world == 1:
+            # Found by the agent itself, at its start.
+            for lost, reason in job.damaged.items():
+                search.reject(lost, 0, "memory", reason)
         for copy in wanted.rejected if job.world == 1 else ():
             damaged = SnapshotId(copy.incarnation, copy.step)
             search.reject(damaged, copy.rank, copy.level, copy.reason)
@@ -136,7 +140,7 @@ class Recovery:
                 shards=locations,
                 rejected=search.rejected,
             )
-        if found or job.damaged or wanted.to_step is not None:
+        if found or job.damaged or job.problems or wanted.to_step is not None:
             reasons = [
                 f"step {r.step}, rank {r.rank}, {r.level}: {r.reason}" for r in search.rejected
             ]
@@ -144,6 +148,7 @@ class Recovery:
                 reasons = [f"{found[0]} is at no level any more"]
             if not reasons:
                 reasons = [f"{lost}, memory: {reason}" for lost, reason in job.damaged.items()]
+                reasons += job.problems
             if not found and wanted.to_step is not None:
                 reasons = [f"step {wanted.to_step} is at no level; `everstep list` shows what is"]
             raise NothingRecoverable(job.name, tuple(reasons))

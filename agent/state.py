@@ -311,6 +311,7 @@ class State:
         snapshot.stage = Stage.COMMITTED
         job.count("committed")
         job.damaged.clear()
+        job.problems = ()
         for old in job.open_snapshots():
             if old.id < snapshot.id:
                 self._drop(job, old, f"{snapshot.id} was committed before it")
@@ -345,16 +346,21 @@ class State:
         snapshot.reason = reason
         job.count("dropped")
         job.last_error = f"{snapshot.id} was dropped: {reason}"
-        for rank, shard in snapshot.sealed.items():
-            self._actions.append(actions.DropRecord(job.name, rank, shard.place))
+        if snapshot.id not in job.damaged:
+            self._withdraw(job, snapshot)
+        # The record of a damaged one stays until its slot is needed: the next agent must know too.
         self._actions.append(actions.NotifyDropped(job.name, snapshot.id, reason, drifted))
+
+    def _withdraw(self, job: Job, snapshot: Snapshot) -> None:
+        if not snapshot.withdrawn:
+            snapshot.withdrawn = True
+            for rank, shard in snapshot.sealed.items():
+                self._actions.append(actions.DropRecord(job.name, rank, shard.place))
 
     def _forget(self, job: Job, snapshot: Snapshot) -> None:
         """Withdraw a snapshot so that its slots can be written."""
         assert not job.must_stay(snapshot)
-        if snapshot.stage is not Stage.DROPPED:
-            for rank, shard in snapshot.sealed.items():
-                self._actions.append(actions.DropRecord(job.name, rank, shard.place))
+        self._withdraw(job, snapshot)
         del job.snapshots[snapshot.id]
         if snapshot.id.incarnation == job.incarnation:
             job.refuse(snapshot.id.step, snapshot.reason or "superseded")

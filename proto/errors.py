@@ -324,5 +324,6 @@ class NothingRecoverable(Damaged):
         super().__init__(
             f"job {job!r} has snapshots, but none can be restored whole:{detail}\n"
             "Nothing was loaded. `everstep verify` lists the damage; `restore()` never falls back "
-            "to part of a state."
+            "to part of a state. To start from nothing on purpose, use another job name, or free "
+            f"this one with `everstep gc --job {job} --all`."
         )
