@@ -87,6 +87,8 @@ class Offer:
 
     caller: Caller
     step: int
+    patient: bool = False
+    """Whether it asks again while the slots are busy, as then all ranks do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,9 @@ class Service(AgentServicer):
     @_answered
     async def Offer(self, request: wire.OfferRequest, context: Any) -> wire.OfferReply:
         """Grant a slot for a step, or say why not."""
-        reply = self._pipeline.submit(events.Offer(_caller(request.session), request.step))
+        reply = self._pipeline.submit(
+            events.Offer(_caller(request.session), request.step, request.patient)
+        )
         failpoint("agent.offer.decided")
         if isinstance(reply, Place):
             return wire.OfferReply(granted=True, slot=reply.slot, generation=reply.generation)

@@ -231,6 +231,8 @@ class State:
         snapshot = job.snapshots.get(snapshot_id)
         if snapshot is None:
             refusal = self._refusal(job, snapshot_id)
+            if refusal and event.patient and refusal.startswith("busy"):
+                return refusal
             if refusal:
                 job.count("skipped")
                 job.refuse(event.step, refusal)

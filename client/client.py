@@ -47,6 +47,7 @@ from everstep.proto.state_pb2 import Record, Value
 from everstep.snapshot import values
 
 log = logging.getLogger("everstep")
+_ASK_AGAIN_S = 0.005
 
 
 def connect(
@@ -295,15 +296,16 @@ class Client:
         return arrangement
 
     def _offer(self, step: int) -> wire.OfferReply:
-        deadline = time.monotonic() + (self.limits.seal_s if self._on_busy == "wait" else 0.0)
+        patient = self._on_busy == "wait"
+        deadline = time.monotonic() + (self.limits.seal_s if patient else 0.0)
+        session = self._session.identity
         while True:
-            request = wire.OfferRequest(session=self._session.identity, step=step)
+            request = wire.OfferRequest(session=session, step=step, patient=patient)
             reply: wire.OfferReply = self._channel.call("Offer", request, self.limits.offer_s)
             busy = not reply.granted and reply.reason.startswith("busy")
             if not busy or time.monotonic() >= deadline:
                 return reply
-            # The agent refuses a step to all ranks alike; waiting for it needs another question.
-            time.sleep(0.01)
+            time.sleep(_ASK_AGAIN_S)
 
     def _record(self, step: int, arrangement: Arrangement) -> Record:
         return Record(

@@ -121,12 +121,14 @@ class DeclareReply(_message.Message):
     def __init__(self, agreed: _Optional[_Iterable[int]] = ..., arena_path: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., slot_count: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("session", "step")
+    __slots__ = ("session", "step", "patient")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    PATIENT_FIELD_NUMBER: _ClassVar[int]
     session: Session
     step: int
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., step: _Optional[int] = ...) -> None: ...
+    patient: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., step: _Optional[int] = ..., patient: _Optional[bool] = ...) -> None: ...
 
 class OfferReply(_message.Message):
     __slots__ = ("granted", "slot", "generation", "reason")
