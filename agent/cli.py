@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from everstep.agent.exits import FAILED, FINE, Verbs
+from everstep.agent.version import installed_version
 from everstep.proto.errors import AgentUnavailable, Refused
 
 _KEEP_NEWEST = 2
@@ -64,13 +65,7 @@ def _examples(*lines: str) -> str:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            found = version("everstep")
-        except PackageNotFoundError:
-            found = "source"
-        typer.echo(f"everstep {found}")
+        typer.echo(f"everstep {installed_version()}")
         raise typer.Exit
 
 
@@ -486,7 +481,7 @@ def demo(
     """
     import subprocess
 
-    command = [sys.executable, "-m", "everstep.client.demo"]
+    command = [sys.executable, "-P", "-m", "everstep.client.demo"]
     command += ["--short"] if short else []
     command += ["--json"] if as_json else []
     for flag, value in (("--steps", steps), ("--output", output), ("--seed", seed)):

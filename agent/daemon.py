@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import grpc
@@ -26,6 +25,7 @@ from everstep.agent.door import Door
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.server import Service
 from everstep.agent.state import Rules, State
+from everstep.agent.version import installed_version
 from everstep.proto.agent_pb2_grpc import add_AgentServicer_to_server
 from everstep.proto.errors import InvalidConfiguration
 from everstep.proto.ids import SnapshotId
@@ -36,14 +36,6 @@ from everstep.storage.retention import Rule, expired
 
 log = logging.getLogger("everstep.agent")
 _GRACE_S = 1.0
-
-
-def installed_version() -> str:
-    """Everstep's version, or "source" when it runs from a checkout that is not installed."""
-    try:
-        return version("everstep")
-    except PackageNotFoundError:
-        return "source"
 
 
 def run(config: Config) -> None:

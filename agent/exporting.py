@@ -217,7 +217,16 @@ def export_by_child(
             f"--to {form} needs torch, which {sys.executable} does not have. Use an environment "
             "that has it, or --to safetensors. Nothing was written."
         )
-    command = [sys.executable, "-m", "everstep.client.export", "--to", form, "--rank", str(rank)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "everstep.client.export",
+        "--to",
+        form,
+        "--rank",
+        str(rank),
+    ]
     command += ["--output", str(output), *(word for part in parts for word in ("--part", part))]
     if force:
         command.append("--force")

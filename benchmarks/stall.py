@@ -111,7 +111,6 @@ def run(rounds: int, parameters: int) -> Report:
                 again = training.steps(STEPS)
                 if round_ == 0:
                     continue  # first calls allocate
-                baseline = min(baseline, again) if baseline > 1.5 * again else baseline
                 stalls[name].append(client.stats.last_stall_s if name == "ours" else stall[0])
                 extra[name].append(taken - (baseline + again) / 2)
                 plain.append(again)

@@ -56,7 +56,7 @@ def _start(mine: Places, timeout_s: float) -> None:
         "--memory-dir": mine.memory_dir,
         "--nvme-dir": mine.nvme_dir,
     }
-    command = [sys.executable, "-m", "everstep.agent", "agent"]
+    command = [sys.executable, "-P", "-m", "everstep.agent", "agent"]
     command += [str(word) for option in options.items() for word in option]
     with mine.log.open("ab") as log:
         # A session of its own: it must survive the trainer and the terminal.
