@@ -1,5 +1,6 @@
 """Real agents, each with a socket, a memory directory and an NVMe directory of its own."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,13 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 import everstep
 from everstep.proto import failpoint
-from everstep.proto.ids import SnapshotId
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
 
@@ -210,6 +209,61 @@ def connect(shared_agent: AgentProcess, job: str) -> Iterator[Callable[..., ever
         client.close(timeout=0)
 
 
+class Trainer:
+    """The script trainer.py in a process.
+
+    Args:
+        environ: Added to its environment.
+        arguments: See there.
+    """
+
+    def __init__(self, environ: dict[str, str], arguments: tuple[str, ...]) -> None:
+        script = str(Path(__file__).parent / "trainer.py")
+        self.process = subprocess.Popen(
+            [sys.executable, script, *arguments],
+            env={**os.environ, "PYTHONWARNINGS": "ignore", **environ},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def facts(self, count: int = 1) -> dict[str, dict[str, Any]]:
+        """The next lines of what it says, by case."""
+        assert self.process.stdout is not None
+        lines = [json.loads(self.process.stdout.readline()) for _ in range(count)]
+        return {line["case"]: line for line in lines}
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.ended()
+
+    def ended(self) -> int:
+        """Its exit status, once it has ended."""
+        self.process.communicate(timeout=DEADLINE_S)
+        return self.process.returncode
+
+
+@pytest.fixture
+def start_trainer() -> Iterator[Callable[..., Trainer]]:
+    """Starts trainers that end with the test; the first argument is their agent, or None."""
+    started: list[Trainer] = []
+
+    def start(agent: AgentProcess | None, *arguments: str, **environ: str) -> Trainer:
+        if agent is not None:
+            environ["EVERSTEP_AGENT"] = agent.address
+        started.append(Trainer(environ, arguments))
+        return started[-1]
+
+    yield start
+    for trainer in started:
+        if trainer.process.poll() is None:
+            trainer.kill()
+        for stream in (trainer.process.stdin, trainer.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
 class Hold:
     """A failpoint that holds whoever reaches it first, until it is opened."""
 
@@ -241,15 +295,3 @@ def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     yield armed
     for held in holds:
         held.open()
-
-
-def process_ended(pid: int) -> bool:
-    """Whether a process is gone, or only its exit status is left."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def snapshot_id(incarnation: int, step: int) -> SnapshotId:
-    return SnapshotId(incarnation, step)
