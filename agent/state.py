@@ -115,7 +115,9 @@ class State:
         if holder is not None and replaces and event.holder_alive:
             raise RankClaimed(caller.job, caller.rank, holder.pid)
         launched_anew = bool(event.launch_id) and event.launch_id != job.launch_id
-        if job.incarnation == 0 or replaces or job.world != caller.world or launched_anew:
+        # Without members the job is new, or its membership was lost: the number found with what is
+        # left is taken, and one number for two runs would give two snapshots the same id.
+        if not job.members or replaces or job.world != caller.world or launched_anew:
             self._begin_incarnation(job, caller.world, event.launch_id)
 
     def _rejoin(self, job: Job, event: events.Attach) -> None:
