@@ -72,6 +72,15 @@ class ArenaReserved:
 
 
 @dataclass(frozen=True, slots=True)
+class ArenaGone:
+    """A rank's arena is not on tmpfs any more, though nobody released it."""
+
+    job: str
+    rank: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Declare:
     """A rank names the leaves that it believes replicated, with their digests."""
 
@@ -240,6 +249,7 @@ Event = (
     | SessionLost
     | Detach
     | ArenaReserved
+    | ArenaGone
     | Declare
     | Offer
     | Seal

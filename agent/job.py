@@ -264,6 +264,20 @@ class Job:
                 return place
         return None
 
+    def remove_arena(self, rank: int, generation: int) -> None:
+        """Forget one of a rank's arenas."""
+        left = [arena for arena in self.arenas.get(rank, []) if arena.generation != generation]
+        if left:
+            self.arenas[rank] = left
+        else:
+            self.arenas.pop(rank, None)
+
+    def next_generation(self, rank: int) -> int:
+        """A generation that no arena of the rank has had, as far as anything here remembers."""
+        arenas = [arena.generation for arena in self.arenas.get(rank, [])]
+        places = [s.granted[rank].generation for s in self.snapshots.values() if rank in s.granted]
+        return max([0, *arenas, *places]) + 1
+
     def idle_generations(self) -> list[tuple[int, int]]:
         """(rank, generation) of replaced arenas that hold no snapshot any more."""
         held = {

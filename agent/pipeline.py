@@ -18,7 +18,7 @@ from everstep.agent.job import Job, Snapshot
 from everstep.agent.notices import Notices
 from everstep.agent.state import State
 from everstep.proto.envelope import seal
-from everstep.proto.errors import EverstepError, ShardCorrupt
+from everstep.proto.errors import ArenaLost, EverstepError, ShardCorrupt
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import SnapshotId
 from everstep.proto.state_pb2 import Commit, CommittedShard, Member, Membership
@@ -149,14 +149,25 @@ class Pipeline:
         job = self.state.jobs[action.job]
         snapshot = job.snapshots[action.snapshot]
         problem = ""
+        loop = asyncio.get_running_loop()
         try:
-            loop = asyncio.get_running_loop()
             await loop.run_in_executor(self.workers, self._write_durable, job, snapshot)
         except (EverstepError, OSError) as error:
             problem = str(error)
             log.warning("job %s: flush of %s failed: %s", job.name, action.snapshot, error)
+            await loop.run_in_executor(self.workers, self._clear_failed, job.name, snapshot.id)
+            if isinstance(error, ShardCorrupt):
+                # Writing checks what it reads: the copy in memory is no snapshot any more.
+                self.submit(events.Damaged(action.job, action.snapshot, problem))
         self.submit(events.FlushEnded(action.job, action.snapshot, problem))
         await self._announce_progress()
+
+    def _clear_failed(self, job: str, snapshot: SnapshotId) -> None:
+        assert self.nvme is not None
+        try:
+            self.nvme.give_up(job, snapshot)
+        except (EverstepError, OSError) as error:
+            log.warning("job %s: what is left of %s stays: %s", job, snapshot, error)
 
     def _write_durable(self, job: Job, snapshot: Snapshot) -> None:
         assert self.nvme is not None
@@ -217,6 +228,22 @@ class Pipeline:
             if (arena.rank, arena.generation) == (rank, generation):
                 return arena
         raise FileNotFoundError(f"arena of rank {rank}, generation {generation}, of job {job}")
+
+    def check_arena(self, job: str, rank: int) -> None:
+        """Look whether the arena that a rank writes is still there.
+
+        Raises:
+            ArenaLost: If somebody removed it; the job knows by now.
+        """
+        known = self.state.jobs.get(job)
+        present = known.arenas.get(rank) if known is not None else None
+        if not present:
+            return
+        try:
+            self.arena_file(job, rank, present[-1].generation)
+        except FileNotFoundError as error:
+            self.submit(events.ArenaGone(job, rank, present[-1].generation))
+            raise ArenaLost(job, rank) from error
 
     def open_memory(self, job: Job, snapshot: Snapshot, rank: int) -> ShardImage:
         """Map one sealed shard of this node's memory, read-only."""

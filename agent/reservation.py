@@ -6,11 +6,12 @@ present arena and its snapshots as they were, and that quotas hold.
 """
 
 import asyncio
+import contextlib
 
 from everstep.agent import events
 from everstep.agent.config import Config
 from everstep.agent.pipeline import Pipeline
-from everstep.proto.errors import FormatInvalid, OutOfSpace
+from everstep.proto.errors import ArenaLost, FormatInvalid, OutOfSpace
 from everstep.snapshot.layout import decode
 from everstep.storage.arena import ArenaFile
 
@@ -23,12 +24,16 @@ async def reserve_arena(
     """The arena that a rank may write images of this layout into.
 
     Raises:
+        StaleIncarnation: If the caller is not this rank any more.
         FormatInvalid: If the layout is damaged or not the one its id names.
         OutOfSpace: If tmpfs, memory or the job's quota do not allow it.
     """
     declared = decode(layout, f"layout of rank {caller.rank}")
     if declared.layout_id != layout_id:
         raise FormatInvalid("Declare", "the layout's content is not what its id names")
+    pipeline.state.check(caller)
+    with contextlib.suppress(ArenaLost):
+        pipeline.check_arena(caller.job, caller.rank)
     loop = asyncio.get_running_loop()
     workers = pipeline.workers
     await loop.run_in_executor(workers, pipeline.memory.put_layout, caller.job, layout_id, layout)
@@ -39,7 +44,7 @@ async def reserve_arena(
     if present and present[-1].slot_bytes >= needed_bytes and present[-1].slot_count == slots:
         return pipeline.arena_file(caller.job, caller.rank, present[-1].generation)
     _check_quota(pipeline, config, caller, needed_bytes * slots)
-    generation = present[-1].generation + 1 if present else 1
+    generation = job.next_generation(caller.rank)
     arena = await loop.run_in_executor(
         workers,
         lambda: pipeline.memory.reserve(caller.job, caller.rank, generation, slots, needed_bytes),

@@ -177,9 +177,9 @@ class Service(AgentServicer):
     @_answered
     async def Offer(self, request: wire.OfferRequest, context: Any) -> wire.OfferReply:
         """Grant a slot for a step, or say why not."""
-        reply = self._pipeline.submit(
-            events.Offer(_caller(request.session), request.step, request.patient)
-        )
+        caller = _caller(request.session)
+        self._pipeline.check_arena(caller.job, caller.rank)
+        reply = self._pipeline.submit(events.Offer(caller, request.step, request.patient))
         failpoint("agent.offer.decided")
         if isinstance(reply, Place):
             return wire.OfferReply(granted=True, slot=reply.slot, generation=reply.generation)

@@ -22,7 +22,7 @@ from everstep.agent.job import (
     Stage,
     adopted,
 )
-from everstep.proto.errors import OutOfSpace, RankClaimed, Refused, StaleIncarnation
+from everstep.proto.errors import ArenaLost, OutOfSpace, RankClaimed, Refused, StaleIncarnation
 from everstep.proto.ids import SnapshotId, checked_name
 
 Expired = Callable[[list[SnapshotId]], list[tuple[SnapshotId, str]]]
@@ -207,6 +207,22 @@ class State:
             return
         job.add_arena(event)
 
+    def _arena_gone(self, event: events.ArenaGone) -> None:
+        job = self.jobs.get(event.job)
+        if job is None:
+            return
+        for snapshot in list(job.snapshots.values()):
+            place = snapshot.granted.get(event.rank)
+            if place is not None and place.generation == event.generation:
+                if snapshot.stage is not Stage.DROPPED:
+                    job.damaged[snapshot.id] = f"the arena of rank {event.rank} is gone"
+                    self._drop(job, snapshot, job.damaged[snapshot.id])
+        job.remove_arena(event.rank, event.generation)
+
+    def check(self, caller: events.Caller) -> None:
+        """Raise StaleIncarnation unless this process is the rank's in the present incarnation."""
+        self._job(caller)
+
     def _declare(self, event: events.Declare) -> None:
         job = self._job(event.caller)
         if any(known > event.round for known in job.declarations):
@@ -224,7 +240,7 @@ class State:
         job = self._job(event.caller)
         rank = event.caller.rank
         if rank not in job.arenas:
-            raise Refused(f"rank {rank} has no arena yet: declare a layout first.")
+            raise ArenaLost(job.name, rank)
         job.restoring.discard(rank)
         self._give_up_older(job, rank, event.step)
         if event.step in job.refused:
@@ -508,6 +524,7 @@ _HANDLERS: dict[type, Callable[[State, Any], Any]] = {
     events.SessionLost: State._session_lost,
     events.Detach: State._detach,
     events.ArenaReserved: State._arena_reserved,
+    events.ArenaGone: State._arena_gone,
     events.Declare: State._declare,
     events.Offer: State._offer,
     events.Seal: State._seal,

@@ -9,6 +9,7 @@ when the plan was made, and that leaves seen to differ between ranks are never s
 import fcntl
 import mmap
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -41,6 +42,7 @@ class ArenaMapping:
         self.slot_bytes = reply.slot_bytes
         descriptor = os.open(reply.arena_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._descriptor = descriptor
+        self._status = os.fstat(descriptor)
         try:
             # A record lock: not inherited by forked children, gone with the process. A stopped
             # trainer of an earlier launch would otherwise go on writing when it is continued.
@@ -49,10 +51,18 @@ class ArenaMapping:
             flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
             self._memory = mmap.mmap(descriptor, size, flags=flags)
         except OSError as error:
+            holder = _lock_holder(descriptor)
             os.close(descriptor)
             if isinstance(error, BlockingIOError | PermissionError):
-                raise RankClaimed(job, rank, -1) from error
+                raise RankClaimed(job, rank, holder) from error
             raise
+
+    def is_at(self, path: str) -> bool:
+        """Whether this is the file of that name: it may have been removed, and made anew."""
+        try:
+            return os.path.samestat(self._status, os.stat(path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
 
     def slot(self, index: int, image_bytes: int) -> memoryview:
         """The writable memory of a slot."""
@@ -201,7 +211,11 @@ class Arranger:
         )
         reply = self._channel.call("Declare", request, self._timeout_s)
         current = self._current
-        if current is not None and current.arena.generation == reply.generation:
+        if (
+            current is not None
+            and current.arena.generation == reply.generation
+            and current.arena.is_at(reply.arena_path)
+        ):
             return current.arena
         if current is not None:
             self._current = None
@@ -227,6 +241,13 @@ class Arranger:
         digest = blake2b("\n".join(replicated).encode(), digest_size=8).digest()
         plan = CapturePlan(layout, by_name, guarded)
         return Arrangement(plan, arena, now, replicated, sampler, digest)
+
+
+def _lock_holder(descriptor: int) -> int:
+    """The process that holds a lock on the file; 0 if none does any more."""
+    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    answer = struct.unpack("hhqqi4x", fcntl.fcntl(descriptor, fcntl.F_GETLK, query))
+    return answer[4] if answer[0] != fcntl.F_UNLCK else 0
 
 
 def _whole_digest(tensor: torch.Tensor) -> bytes:

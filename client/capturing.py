@@ -95,7 +95,7 @@ class Capturing:
         self._handles[step] = handle
         while len(self._handles) > _REMEMBERED_HANDLES:
             del self._handles[next(iter(self._handles))]
-        handle.on_wait(lambda: capture.finish(self._limits.seal_s), self.persist)
+        handle.on_wait(lambda: capture.finish(self._limits.seal_s), self._persisted)
         try:
             capture.begin()
         except BaseException:
@@ -142,6 +142,10 @@ class Capturing:
         request = wire.PersistRequest(job=job, timeout_s=timeout_s)
         reply: wire.PersistReply = self._channel.call("Persist", request, timeout_s + 1.0)
         return reply
+
+    def _persisted(self, timeout_s: float) -> str:
+        reply = self.persist(timeout_s)
+        return "" if reply.durable else reply.reason
 
     def in_flight(self) -> wire.InFlight | None:
         """What an agent that comes back must know is being written."""

@@ -36,17 +36,22 @@ from everstep.client.restoring import RNG_PATH, Restoring
 from everstep.client.session import Session
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import (
-    AgentFault,
+    ArenaLost,
     EverstepError,
+    NotCapturable,
+    OutOfSpace,
+    RankClaimed,
     Refused,
-    Retryable,
     StaleIncarnation,
+    StateMismatch,
 )
 from everstep.proto.ids import UNIT_BYTES, checked_name
 from everstep.proto.state_pb2 import Record, Value
 from everstep.snapshot import values
 
 log = logging.getLogger("everstep")
+_SKIPPED_FOR: dict[type[Exception], str] = {OutOfSpace: "no room", RankClaimed: "claimed"}
+"""Kinds of skipped snapshots, each counted and warned of by itself; the rest is the agent's."""
 _ASK_AGAIN_S = 0.005
 
 
@@ -136,6 +141,7 @@ class Client:
         self._ddp: set[str] = set()
         self._hooks: list[Any] = []
         self._paused_until_s = 0.0
+        self._paused_for = ""
         self._pid = os.getpid()
         self._closed = False
         self._setup_s = 0.0
@@ -234,7 +240,6 @@ class Client:
 
         Raises:
             NotCapturable: If something attached cannot be stored without pickle.
-            OutOfSpace: If the agent has no memory for the first snapshot.
         """
         if self._closed or os.getpid() != self._pid:
             return Snapshot(step, "the client is closed")
@@ -257,13 +262,16 @@ class Client:
         try:
             collected = collect(self._attachments, frozenset(self._ddp))
             generators = values.encode(rng.capture(), RNG_PATH)
-            arrangement = self._arrange(collected, step)
-            offer = self._offer(step)
-        except (Retryable, AgentFault) as error:
-            self._paused_until_s = time.monotonic() + self.limits.pause_s
-            return Snapshot(step, f"agent: {error}")
+            arrangement, offer = self._granted(collected, step)
+        except (NotCapturable, StateMismatch):
+            raise
         except StaleIncarnation as error:
             return Snapshot(step, str(error))
+        except (EverstepError, OSError) as error:
+            # Whatever ails the agent or its memory, training goes on without a snapshot.
+            self._paused_for = f"{_SKIPPED_FOR.get(type(error), 'agent')}: {error}"
+            self._paused_until_s = time.monotonic() + self.limits.pause_s
+            return Snapshot(step, self._paused_for)
         if not offer.granted:
             return Snapshot(step, offer.reason)
         self._session.used = True
@@ -271,6 +279,15 @@ class Client:
         record.values.extend(Value(path=path, json=json) for path, json in collected.values)
         record.values.append(Value(path=RNG_PATH, json=generators))
         return self._capturing.begin(step, arrangement, offer.slot, record)
+
+    def _granted(self, collected: Collected, step: int) -> tuple[Arrangement, wire.OfferReply]:
+        arrangement = self._arrange(collected, step)
+        try:
+            return arrangement, self._offer(step)
+        except ArenaLost as error:
+            log.warning("%s", error)
+            self._arranger.forget()
+            return self._arrange(collected, step), self._offer(step)
 
     def _not_ready(self) -> str:
         """Why no snapshot can be begun now; empty if one can."""
@@ -282,9 +299,9 @@ class Client:
         if under_way is not None and not self._capturing.settle():
             return f"busy: step {under_way.step} is not sealed yet"
         if not self._session.attached:
-            return "agent: not connected"
+            return f"agent: not connected: {self._session.problem}"
         if time.monotonic() < self._paused_until_s:
-            return "agent: it did not answer in time a moment ago"
+            return self._paused_for
         return ""
 
     def _arrange(self, collected: Collected, step: int) -> Arrangement:

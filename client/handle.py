@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from everstep.proto.errors import DeadlineExceeded, Refused
+from everstep.proto.errors import DeadlineExceeded, NotPersisted, Refused
 
 LEVELS = ("memory", "nvme")
 
@@ -30,7 +30,7 @@ class Snapshot:
         self._committed: set[str] = set()
         self._changed = threading.Condition()
         self._help: Callable[[], object] | None = None
-        self._persist: Callable[[float], object] | None = None
+        self._persist: Callable[[float], str] | None = None
 
     @property
     def state(self) -> str:
@@ -65,6 +65,7 @@ class Snapshot:
 
         Raises:
             DeadlineExceeded: If neither happens in time.
+            NotPersisted: If the flush to NVMe failed; says why.
         """
         _check_level(level)
         deadline = time.monotonic() + timeout
@@ -74,7 +75,9 @@ class Snapshot:
         self._wait_for("memory" if level == "nvme" else level, deadline, timeout)
         if level == "nvme" and not self._ended() and self._persist is not None:
             if not self.done("nvme"):
-                self._persist(max(0.0, deadline - time.monotonic()))
+                problem = self._persist(max(0.0, deadline - time.monotonic()))
+                if problem and not self.done("nvme") and time.monotonic() < deadline:
+                    raise NotPersisted(self.step, problem)
             self._wait_for("nvme", deadline, timeout)
         return level in self._committed
 
@@ -92,7 +95,7 @@ class Snapshot:
             raise DeadlineExceeded(what, timeout, late or ("other ranks or the agent",))
 
     def on_wait(
-        self, help_copying: Callable[[], object], persist: Callable[[float], object]
+        self, help_copying: Callable[[], object], persist: Callable[[float], str]
     ) -> None:
         """Say what a waiting thread can do. For the client."""
         self._help = help_copying

@@ -19,7 +19,13 @@ import psutil
 from everstep.client.channel import Channel
 from everstep.client.environment import Launch
 from everstep.proto import agent_pb2 as wire
-from everstep.proto.errors import AgentUnavailable, EverstepError, Refused, StaleIncarnation
+from everstep.proto.errors import (
+    AgentUnavailable,
+    EverstepError,
+    OutOfSpace,
+    Refused,
+    StaleIncarnation,
+)
 
 log = logging.getLogger("everstep")
 _RETRY_S = 0.05
@@ -103,15 +109,19 @@ class Session:
         if self.ended is not None:
             raise self.ended
         if not self._attached.is_set():
-            last = self._last_error
-            detail = last.detail if isinstance(last, AgentUnavailable) else str(last or "no answer")
-            raise AgentUnavailable(self.channel.address, detail) from last
+            raise AgentUnavailable(self.channel.address, self.problem) from self._last_error
 
     def await_return(self, deadline: float) -> None:
         """After a failed call: give the agent until the deadline to be back; raise nothing."""
         time.sleep(_RETRY_S)
         with contextlib.suppress(EverstepError):
             self.wait_attached(max(_RETRY_S, deadline - time.monotonic()))
+
+    @property
+    def problem(self) -> str:
+        """Why the stream to the agent is not open, as far as is known."""
+        last = self._last_error
+        return last.detail if isinstance(last, AgentUnavailable) else str(last or "no answer yet")
 
     @property
     def attached(self) -> bool:
@@ -160,6 +170,9 @@ class Session:
                 if isinstance(error, StaleIncarnation) and not self.used:
                     # Another rank has begun a new incarnation before this one did anything.
                     self._identity.incarnation = 0
+                elif isinstance(error, OutOfSpace) and self._identity.incarnation:
+                    # It was attached before, and a full tmpfs may have room again.
+                    self._last_error = error
                 else:
                     self._end(error)
                     return

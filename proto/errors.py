@@ -4,6 +4,8 @@
     ├── Retryable                  try again, same arguments
     │   ├── AgentUnavailable       the agent is dead, stopped or not there yet
     │   ├── DeadlineExceeded       a bounded wait ended; names who is late
+    │   ├── ArenaLost              a rank has no arena, or not any more: declare again
+    │   ├── NotPersisted           a snapshot is in memory, but could not be flushed
     │   └── WriteFailed            a level could not store; what it held before is untouched
     ├── Refused                    change the call, the configuration or the environment
     │   ├── InvalidName            a job or node name that could not be a path component
@@ -76,6 +78,41 @@ class DeadlineExceeded(Retryable):
         self.late = late
         who = f"; still missing: {', '.join(late)}" if late else ""
         super().__init__(f"{waited_for} did not happen within {timeout_s:g} s{who}.")
+
+
+class ArenaLost(Retryable):
+    """A rank's arena is not there: not yet, or somebody emptied the directory.
+
+    Attributes:
+        job: The job.
+        rank: The rank.
+    """
+
+    def __init__(self, job: str, rank: int) -> None:
+        self.job = job
+        self.rank = rank
+        super().__init__(
+            f"the arena of rank {rank} of job {job!r} is gone: its directory was emptied. What "
+            "was only in memory is lost, snapshots on NVMe are untouched. The next snapshot "
+            "reserves it anew; keep clean-up jobs away from the agent's memory_dir."
+        )
+
+
+class NotPersisted(Retryable):
+    """A snapshot is committed in memory, but could not be flushed to NVMe.
+
+    Attributes:
+        step: Its step.
+        reason: What the agent said.
+    """
+
+    def __init__(self, step: int, reason: str) -> None:
+        self.step = step
+        self.reason = reason
+        super().__init__(
+            f"step {step} is committed in memory but not on NVMe: {reason} The next flush tries "
+            "again."
+        )
 
 
 class WriteFailed(Retryable):

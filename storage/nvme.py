@@ -48,6 +48,7 @@ from everstep.storage.level import Problem, ShardImage
 from everstep.storage.mapping import map_range
 from everstep.storage.steps import (
     COMMIT,
+    clear_uncommitted,
     committed_steps,
     find_step,
     make_room,
@@ -201,6 +202,14 @@ class NvmeLevel:
             except OSError:
                 # Committed it is. What it supersedes is found again by `sweep`.
                 pass
+
+    def give_up(self, job: str, snapshot: SnapshotId) -> None:
+        """Give back the space of what was stored of a snapshot that is not committed."""
+        directory = self._jobs.open(job)
+        if directory is None:
+            return
+        with directory, _writing(directory.path):
+            clear_uncommitted(directory, job, snapshot.step)
 
     def open_shard(self, job: str, snapshot: SnapshotId, rank: int) -> ShardImage:
         """See `Level.open_shard`."""

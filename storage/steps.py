@@ -105,6 +105,15 @@ def remove_step(directory: Directory, name: str) -> None:
     failpoint("storage.delete.after_directory")
 
 
+def clear_uncommitted(directory: Directory, job: str, step: int) -> None:
+    """Remove what a failed attempt at a step left; what went aside for it comes back."""
+    name = step_directory(step)
+    if not _has_commit(directory, name):
+        directory.remove_tree(name)
+        if directory.exists(_ASIDE + name):
+            _sweep_aside(directory, _ASIDE + name, job)
+
+
 def sweep_steps(directory: Directory, job: str) -> list[str]:
     """Remove what was never committed, bring back what was moved aside for it."""
     done = []
