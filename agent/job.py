@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from everstep.agent.actions import Place
-from everstep.agent.events import Adopt, AdoptedShard, ArenaReserved, Seal
+from everstep.agent.events import Adopt, AdoptedShard, ArenaReserved, InFlight, Seal
 from everstep.proto.ids import SnapshotId
 
 REMEMBERED_REFUSALS = 64
@@ -155,6 +155,47 @@ class Job:
     nvme_interval_steps: int | None = None
     counters: dict[str, int] = field(default_factory=dict)
     last_error: str = ""
+
+    def begin_incarnation(self, world: int, launch_id: str) -> None:
+        """All ranks start anew, under a number that no snapshot has."""
+        known = [*self.snapshots, *self.durable]
+        for snapshot in self.snapshots.values():
+            snapshot.copying.clear()
+        committed = [s.id for s in self.snapshots.values() if s.stage is Stage.COMMITTED]
+        if any(s.incarnation == self.incarnation for s in [*committed, *self.durable]):
+            self.restored = None
+        self.incarnation = max([0, self.incarnation, *(s.incarnation for s in known)]) + 1
+        self.world = world
+        self.launch_id = launch_id
+        self.members.clear()
+        self.refused.clear()
+        self.declarations.clear()
+        self.restoring.clear()
+        self.restore_decided = False
+
+    def readmit(self, rank: int, in_flight: InFlight | None) -> None:
+        """As a rank attaches, take note of the copy it says is going on, and of no other."""
+        for known in self.snapshots.values():
+            known.copying.discard(rank)
+        arenas = self.arenas.get(rank)
+        if in_flight is None or not arenas:
+            return
+        snapshot_id = SnapshotId(self.incarnation, in_flight.step)
+        newest = self.newest_committed()
+        superseded = newest is not None and newest.id > snapshot_id
+        replaced = arenas[-1].generation != in_flight.place.generation
+        taken = any(
+            other.granted.get(rank) == in_flight.place
+            for other in self.snapshots.values()
+            if other.id != snapshot_id
+        )
+        if superseded or replaced or taken or in_flight.step in self.refused:
+            return
+        snapshot = self.snapshots.setdefault(snapshot_id, Snapshot(snapshot_id, self.world))
+        if snapshot.stage is Stage.OPEN:
+            snapshot.granted.setdefault(rank, in_flight.place)
+        if snapshot.granted.get(rank) == in_flight.place and rank not in snapshot.sealed:
+            snapshot.copying.add(rank)
 
     def count(self, name: str) -> None:
         """Add one to a counter that `everstep status` shows."""

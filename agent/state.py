@@ -76,10 +76,9 @@ class State:
     def _job(self, caller: events.Caller) -> Job:
         job = self.jobs.get(caller.job)
         member = job.members.get(caller.rank) if job is not None else None
-        if job is None or member is None or member.process_id != caller.process_id:
+        holds = member is not None and member.process_id == caller.process_id
+        if job is None or not holds or caller.incarnation != job.incarnation:
             raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation if job else 0)
-        if caller.incarnation != job.incarnation:
-            raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
         return job
 
     def _attach(self, event: events.Attach) -> int:
@@ -100,10 +99,7 @@ class State:
         job.members[caller.rank] = Member(caller.process_id, event.pid, event.pid_started_s)
         if event.nvme_interval_steps is not None:
             job.nvme_interval_steps = event.nvme_interval_steps
-        for snapshot in job.snapshots.values():
-            snapshot.copying.discard(caller.rank)
-        if event.in_flight is not None:
-            self._readmit(job, caller.rank, event.in_flight)
+        job.readmit(caller.rank, event.in_flight)
         self._actions.append(actions.WriteMembership(job.name))
         return job.incarnation
 
@@ -138,44 +134,9 @@ class State:
             raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
 
     def _begin_incarnation(self, job: Job, world: int, launch_id: str) -> None:
-        known = [*job.snapshots, *job.durable]
-        for snapshot in job.snapshots.values():
-            snapshot.copying.clear()
         for snapshot in job.open_snapshots():
             self._drop(job, snapshot, "the job was restarted before all ranks had sealed it")
-        committed = [s.id for s in job.snapshots.values() if s.stage is Stage.COMMITTED]
-        if any(s.incarnation == job.incarnation for s in [*committed, *job.durable]):
-            job.restored = None
-        job.incarnation = max([0, job.incarnation, *(s.incarnation for s in known)]) + 1
-        job.world = world
-        job.launch_id = launch_id
-        job.members.clear()
-        job.refused.clear()
-        job.declarations.clear()
-        job.restoring.clear()
-        job.restore_decided = False
-
-    def _readmit(self, job: Job, rank: int, in_flight: events.InFlight) -> None:
-        """After the agent's restart, take note of a copy that was going on meanwhile."""
-        arenas = job.arenas.get(rank)
-        if not arenas or arenas[-1].generation != in_flight.place.generation:
-            return
-        snapshot_id = SnapshotId(job.incarnation, in_flight.step)
-        newest = job.newest_committed()
-        if newest is not None and newest.id > snapshot_id:
-            return
-        taken = any(
-            other.granted.get(rank) == in_flight.place
-            for other in job.snapshots.values()
-            if other.id != snapshot_id
-        )
-        if taken or in_flight.step in job.refused:
-            return
-        snapshot = job.snapshots.setdefault(snapshot_id, Snapshot(snapshot_id, job.world))
-        if snapshot.stage is Stage.OPEN:
-            snapshot.granted.setdefault(rank, in_flight.place)
-        if snapshot.granted.get(rank) == in_flight.place and rank not in snapshot.sealed:
-            snapshot.copying.add(rank)
+        job.begin_incarnation(world, launch_id)
 
     def _session_lost(self, event: events.SessionLost) -> None:
         job = self.jobs.get(event.job)
@@ -193,19 +154,19 @@ class State:
 
     def _detach(self, event: events.Detach) -> None:
         job = self._job(event.caller)
-        job.members[event.caller.rank].attached = False
-        job.restoring.discard(event.caller.rank)
+        rank = event.caller.rank
+        job.members[rank].attached = False
+        job.restoring.discard(rank)
         for snapshot in job.open_snapshots():
-            if event.caller.rank not in snapshot.sealed:
-                self._drop(job, snapshot, f"rank {event.caller.rank} closed its client")
+            if rank not in snapshot.sealed:
+                self._drop(job, snapshot, f"rank {rank} closed its client")
 
     def _arena_reserved(self, event: events.ArenaReserved) -> None:
         job = self.jobs.get(event.job)
-        if job is None:  # removed meanwhile
-            release = actions.ReleaseArena(event.job, event.rank, event.generation)
-            self._actions.append(release)
-            return
-        job.add_arena(event)
+        if job is not None:
+            job.add_arena(event)
+        else:  # removed meanwhile
+            self._actions.append(actions.ReleaseArena(event.job, event.rank, event.generation))
 
     def _arena_gone(self, event: events.ArenaGone) -> None:
         job = self.jobs.get(event.job)
