@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from everstep.agent.actions import Place
-from everstep.agent.events import Adopt, AdoptedShard, ArenaReserved, InFlight, Seal
+from everstep.agent.events import (
+    Adopt,
+    AdoptedShard,
+    ArenaReserved,
+    Declare,
+    InFlight,
+    Seal,
+)
 from everstep.proto.ids import SnapshotId
 
 REMEMBERED_REFUSALS = 64
@@ -196,6 +203,17 @@ class Job:
             snapshot.granted.setdefault(rank, in_flight.place)
         if snapshot.granted.get(rank) == in_flight.place and rank not in snapshot.sealed:
             snapshot.copying.add(rank)
+
+    def declare(self, event: Declare) -> tuple[int, ...] | None:
+        """Take note of a rank's replicas; return the agreed ones once all ranks have spoken."""
+        if any(known > event.round for known in self.declarations):
+            return None  # it comes late: the ranks are past this round
+        if event.round not in self.declarations:
+            self.declarations.clear()
+        declaration = self.declarations.setdefault(event.round, Declaration())
+        declaration.candidates[event.caller.rank] = event.candidates
+        declaration.digests[event.caller.rank] = event.digests
+        return declaration.agreed() if len(declaration.candidates) == self.world else None
 
     def count(self, name: str) -> None:
         """Add one to a counter that `everstep status` shows."""

@@ -14,7 +14,6 @@ from typing import Any
 from everstep.agent import actions, events
 from everstep.agent.actions import Action, Place
 from everstep.agent.job import (
-    Declaration,
     Job,
     Member,
     SealedShard,
@@ -186,15 +185,8 @@ class State:
 
     def _declare(self, event: events.Declare) -> None:
         job = self._job(event.caller)
-        if any(known > event.round for known in job.declarations):
-            return  # it comes late: the ranks are past this round
-        if event.round not in job.declarations:
-            job.declarations.clear()
-        declaration = job.declarations.setdefault(event.round, Declaration())
-        declaration.candidates[event.caller.rank] = event.candidates
-        declaration.digests[event.caller.rank] = event.digests
-        if len(declaration.candidates) == job.world:
-            agreed = declaration.agreed()
+        agreed = job.declare(event)
+        if agreed is not None:
             self._actions.append(actions.ReplicasAgreed(job.name, event.round, agreed))
 
     def _offer(self, event: events.Offer) -> Place | str:
