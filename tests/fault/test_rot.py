@@ -223,8 +223,8 @@ IN_MEMORY: dict[str, tuple[Damage, int | None, str]] = {
     "records swapped": (lambda n: swap(slot_record(n, 3), slot_record(n, 2)), None, "digest"),
     "record twice": (
         lambda n: shutil.copy(slot_record(n, 3), slot_record(n, 2)),
-        3,
-        "",
+        None,
+        "digest",
     ),
     "every record rotten": (
         lambda n: [flip(slot_record(n, number)) for number in (2, 3)],

@@ -97,11 +97,15 @@ class Trainer:
         timeout: float = 20.0,
         snapshot: bool = True,
         force: bool = False,
+        patient: bool = False,
     ) -> list[dict[str, Any]]:
         """Train; after each step take a snapshot, and wait for it if a level is given."""
-        return [self._one(level, timeout, snapshot, force) for _ in range(steps)]
+        slice_s = timeout if patient else 0.1
+        return [self._one(level, timeout, snapshot, force, slice_s) for _ in range(steps)]
 
-    def _one(self, level: str, timeout: float, snapshot: bool, force: bool) -> dict[str, Any]:
+    def _one(
+        self, level: str, timeout: float, snapshot: bool, force: bool, slice_s: float = 0.1
+    ) -> dict[str, Any]:
         stats = self._client.stats
         stalled_s = stats.stall_s
         loss = self._train()
@@ -114,16 +118,16 @@ class Trainer:
         if snapshot:
             handle = self._handles[self._step] = self._client.snapshot(self._step, force=force)
             if level and not handle.skipped:
-                line["error"] = self._wait(handle, level, timeout)
+                line["error"] = self._wait(handle, level, timeout, slice_s)
             line |= {"skipped": handle.skipped, "dropped": handle.dropped, "state": handle.state}
         return line | {"stall_s": stats.stall_s - stalled_s}
 
-    def _wait(self, handle: Any, level: str, timeout: float) -> str:
+    def _wait(self, handle: Any, level: str, timeout: float, slice_s: float) -> str:
         """Wait for a level, but not for an agent that is gone; what a user would be told."""
         deadline = time.monotonic() + timeout
         while True:
             try:
-                handle.wait(level, timeout=0.1)
+                handle.wait(level, timeout=slice_s)
                 return ""
             except EverstepError as error:
                 late = time.monotonic() > deadline
@@ -195,6 +199,17 @@ class Trainer:
             # What a step of a real model would take.
             time.sleep(0.02)
         raise TimeoutError(f"nothing was committed any more: {lines[-3:]}")
+
+    def until_refused(self, fact: str, within_s: float = 20.0) -> list[Any]:
+        """Train until a snapshot is skipped for a reason."""
+        deadline = time.monotonic() + within_s
+        lines = self.run(1)
+        while fact not in lines[-1]["skipped"]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{fact} is never said: {lines[-1]}")
+            time.sleep(0.02)
+            lines += self.run(1)
+        return lines
 
     def until_attached(self, within_s: float = 20.0) -> list[Any]:
         """Train without snapshots until the agent is back."""
