@@ -94,9 +94,7 @@ class Snapshot:
             what = f"the commit of step {self.step} at level {level!r}"
             raise DeadlineExceeded(what, timeout, late or ("other ranks or the agent",))
 
-    def on_wait(
-        self, help_copying: Callable[[], object], persist: Callable[[float], str]
-    ) -> None:
+    def on_wait(self, help_copying: Callable[[], object], persist: Callable[[float], str]) -> None:
         """Say what a waiting thread can do. For the client."""
         self._help = help_copying
         self._persist = persist
@@ -111,7 +109,7 @@ class Snapshot:
                 self._committed |= set(LEVELS[: LEVELS.index(committed) + 1])
             elif dropped and not self._committed:
                 self.dropped = self.dropped or dropped
-            if self._sealed or self.dropped:
+            if self._sealed or self._committed or self.dropped:
                 self._help = None  # it holds on to the state that was captured
             self._changed.notify_all()
             return self.state != before

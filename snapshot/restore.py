@@ -129,12 +129,12 @@ class Restoration:
             attached = f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
             change = f"{item.name}: {saved} -> {attached}"
             raise StateMismatch("a leaf has another form.", reshaped=(change,))
-        first = self._planned.setdefault(leaf.name, tensor)
-        if first is not tensor:
+        first = self._planned.get(leaf.name)
+        if first is not None:
             if first.data_ptr() != tensor.data_ptr() or first.stride() != tensor.stride():
                 self._copies.append((tensor, first))
             return
-        target = tensor
+        self._planned[leaf.name] = target = tensor
         if not is_plain(tensor):
             target = torch.empty(tensor.shape, dtype=tensor.dtype)
             self._staged.append((tensor, target))
