@@ -137,6 +137,7 @@ def test_plain_trees(connect: Connect) -> None:
         "scalar": numpy.float32(0.1),
         "a/b": torch.randn(2),
         "": torch.randn(1),
+        "again": weights,
     }
     before = comparable(progress)
     client = connect()
@@ -148,10 +149,12 @@ def test_plain_trees(connect: Connect) -> None:
         "nested": {"list": [torch.zeros(5), {"deep": [torch.zeros(70, 70), 0, 0]}], "gone": 1},
         "a/b": torch.zeros(2),
         "": torch.zeros(1),
+        "again": None,
         "ordered": OrderedDict([("z", 0), ("a", torch.zeros(3))]),
         "step": 0,
         "left over": 1,
     }
+    live["again"] = live["nested"]["list"][1]["deep"][0]
     kept, counter = live["nested"]["list"][1]["deep"][0], live["nested"]
     history: list[Any] = []
     client = connect()
@@ -163,6 +166,7 @@ def test_plain_trees(connect: Connect) -> None:
     # In place: whoever holds a tensor or a dict of it sees the restored one.
     assert live["nested"]["list"][1]["deep"][0] is kept
     assert live["nested"] is counter
+    assert live["again"] is kept
     assert exact(kept) == exact(weights)
 
 
@@ -480,6 +484,27 @@ def test_compiled_modules_keep_their_own_names(connect: Connect) -> None:
     plain_optimizer = optim.AdamW(plain.parameters())
     restored = load(connect, {"model": plain, "optimizer": plain_optimizer})
     assert restored == states({"model": model, "optimizer": optimizer})
+
+
+def test_a_world_of_one_under_ddp(connect: Connect) -> None:
+    """The wrapper leaves no trace in the names; rank and world are torch.distributed's."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(nn.Linear(80, 80))
+        optimizer = optim.AdamW(parallel.parameters())
+        parallel(torch.randn(2, 80)).sum().backward()
+        optimizer.step()
+        client = connect(rank=None, world=None)
+        client.attach(model=parallel, optimizer=optimizer)
+        assert client.snapshot(1).wait()
+        expected = states({"model": parallel.module, "optimizer": optimizer})
+        client.close(timeout=0)
+    finally:
+        distributed.destroy_process_group()
+    plain = nn.Linear(80, 80)
+    objects = {"model": plain, "optimizer": optim.AdamW(plain.parameters())}
+    assert load(connect, objects) == expected
 
 
 def test_an_object_without_state_is_refused_at_attach(connect: Connect) -> None:
