@@ -32,14 +32,17 @@ class EverstepError(Exception):
 
     Attributes:
         arguments: What the constructor was given, so that the wire can carry the error whole.
+        named: What it was given by name; likewise.
     """
 
     arguments: tuple[object, ...]
+    named: dict[str, object]
 
-    def __new__(cls, *arguments: object, **_: object) -> "EverstepError":
+    def __new__(cls, *arguments: object, **named: object) -> "EverstepError":
         """Keep the arguments before a subclass turns them into a message."""
         self = super().__new__(cls, *arguments)
         self.arguments = arguments
+        self.named = named
         return self
 
 

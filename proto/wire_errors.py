@@ -21,6 +21,9 @@ from everstep.proto.errors import (
 
 METADATA_KEY = "everstep-error-bin"
 _MAXIMUM_BYTES = 6000
+_CUT_CHARACTERS = (3000, 400)
+"""The second fits even if JSON writes each character as two escapes."""
+_KINDS = (errors.Retryable, errors.Refused, errors.Damaged, EverstepError)
 _CLASSES = {
     name: thing
     for name, thing in vars(errors).items()
@@ -42,15 +45,19 @@ def status_of(error: EverstepError) -> grpc.StatusCode:
 
 
 def encode(error: EverstepError) -> bytes:
-    """The error as bytes for the trailing metadata."""
+    """The error as bytes for the trailing metadata; cut to its kind and message if it must be."""
     name = type(error).__name__
     try:
-        data = json.dumps([name, error.arguments]).encode()
+        data = json.dumps([name, error.arguments, error.named]).encode()
     except TypeError:
         data = b""
-    if not data or len(data) > _MAXIMUM_BYTES or name not in _CLASSES:
-        kind = "Damaged" if isinstance(error, errors.Damaged) else "Refused"
-        data = json.dumps([kind, [str(error)[: _MAXIMUM_BYTES // 2]]]).encode()
+    if data and len(data) <= _MAXIMUM_BYTES and name in _CLASSES:
+        return data
+    kind = next(kind for kind in _KINDS if isinstance(error, kind))
+    for limit in _CUT_CHARACTERS:
+        data = json.dumps([kind.__name__, [str(error)[:limit]]]).encode()
+        if len(data) <= _MAXIMUM_BYTES:
+            break
     return data
 
 
@@ -77,8 +84,14 @@ def decode(error: grpc.RpcError, address: str) -> EverstepError:
 
 def _rebuild(data: bytes) -> EverstepError | None:
     try:
-        name, arguments = json.loads(data)
-        arguments = [tuple(a) if isinstance(a, list) else a for a in arguments]
-        return _CLASSES[name](*arguments)
-    except (ValueError, KeyError, TypeError):
+        name, arguments, *more = json.loads(data)
+        named = more[0] if more else {}
+        return _CLASSES[name](
+            *map(_frozen, arguments), **{key: _frozen(value) for key, value in named.items()}
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _frozen(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
