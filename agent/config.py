@@ -133,7 +133,7 @@ class LimitOptions:
     max_ranks: int = field(default=1024, metadata=_rule(as_count(1, MAX_RANKS)))
     """The largest world a job may have."""
     max_connections: int = field(default=256, metadata=_rule(as_count(8, 1 << 16)))
-    """Open connections to the public socket; each holds two file descriptors."""
+    """Open connections to the public socket; each holds three file descriptors."""
     max_concurrent_calls: int = field(default=1024, metadata=_rule(as_count(16, 1 << 20)))
     """gRPC calls at one time; each attached trainer holds one open."""
 

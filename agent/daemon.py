@@ -11,6 +11,7 @@ import fcntl
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,10 @@ from everstep.storage.retention import Rule, expired
 
 log = logging.getLogger("everstep.agent")
 _GRACE_S = 1.0
+_OWN_DESCRIPTORS = 64
+"""Kept for arenas, records, shards and the log."""
+_LINK_DESCRIPTORS = 3
+"""The door's two, and the gRPC server's end of the second."""
 
 
 def run(config: Config) -> None:
@@ -49,9 +54,16 @@ def run(config: Config) -> None:
     if config.agent.nvme_dir is not None:
         private_directory(config.agent.nvme_dir, os.getuid())
     config.agent.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Two sockets must not share one directory of arenas either.
-    with _only_agent(config.lock), _only_agent(config.agent.memory_dir / ".lock"):
-        asyncio.run(_serve(config))
+    # Two sockets must not share one directory of arenas or of shards either.
+    roots = [config.agent.memory_dir, config.agent.nvme_dir]
+    with contextlib.ExitStack() as held:
+        for lock in (config.lock, *(root / ".lock" for root in roots if root is not None)):
+            held.enter_context(_only_agent(lock))
+        in_order = asyncio.run(_serve(config))
+    if not in_order:
+        # Python would wait for the threads of what hangs, for ever if need be.
+        logging.shutdown()
+        os._exit(0)
 
 
 def _log_to(file: Path | None, level: str) -> None:
@@ -64,7 +76,11 @@ def _log_to(file: Path | None, level: str) -> None:
 
 @contextlib.contextmanager
 def _only_agent(lock: Path) -> Iterator[None]:
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        problem = f"no lock can be made there ({error.strerror}); name another directory"
+        raise InvalidConfiguration(str(lock), problem) from error
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -104,7 +120,22 @@ def _build(config: Config) -> Pipeline:
     return Pipeline(config, State(rules, no_longer_kept), memory, nvme)
 
 
-async def _serve(config: Config) -> None:
+def _connection_limit(wanted: int) -> int:
+    """How many links the descriptor table has room for, beside the agent's own work."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        limit = most
+    if limit == resource.RLIM_INFINITY:
+        return wanted
+    room = max(1, (limit - _OWN_DESCRIPTORS) // _LINK_DESCRIPTORS)
+    if room < wanted:
+        log.warning("RLIMIT_NOFILE of %d leaves room for %d connections only", limit, room)
+    return min(wanted, room)
+
+
+async def _serve(config: Config) -> bool:
+    """Serve until told to end; say whether everything under way came to its end."""
     pipeline = _build(config)
     for adopted in await asyncio.to_thread(lambda: list(adoptions(pipeline.memory, pipeline.nvme))):
         pipeline.submit(adopted)
@@ -124,7 +155,7 @@ async def _serve(config: Config) -> None:
         config.agent.socket,
         config.private_socket,
         config.agent.allowed_uids,
-        config.limits.max_connections,
+        _connection_limit(config.limits.max_connections),
     )
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -136,16 +167,18 @@ async def _serve(config: Config) -> None:
     gc.freeze()
     log.info("agent %s answers at %s", config.agent.node_id, config.agent.socket)
     await ended.wait()
-    await _end(config, pipeline, door, server)
+    return await _end(config, pipeline, door, server)
 
 
-async def _end(config: Config, pipeline: Pipeline, door: Door, server: grpc.aio.Server) -> None:
+async def _end(config: Config, pipeline: Pipeline, door: Door, server: grpc.aio.Server) -> bool:
     log.info("ending; memory stays where it is and is adopted by the next agent")
     if config.nvme.flush_on_sigterm:
         for name in pipeline.state.jobs:
             pipeline.submit(events.PersistWanted(name))
-    if not await pipeline.idle(config.agent.shutdown_timeout_s):
+    in_order = await pipeline.idle(config.agent.shutdown_timeout_s)
+    if not in_order:
         log.error("the last flush did not end within shutdown_timeout_s; NVMe is as before it")
     await door.close()
     await server.stop(_GRACE_S)
     pipeline.close()
+    return in_order

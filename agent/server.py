@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import wraps
 from typing import Any
 
-import psutil
-
 from everstep.agent import events, reports
 from everstep.agent.actions import Place
 from everstep.agent.config import Config
@@ -22,6 +20,7 @@ from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Recovery, Wanted
 from everstep.agent.reservation import reserve_arena
 from everstep.proto import agent_pb2 as wire
+from everstep.proto import processes
 from everstep.proto.agent_pb2_grpc import AgentServicer
 from everstep.proto.errors import DeadlineExceeded, EverstepError, FormatInvalid, StaleIncarnation
 from everstep.proto.failpoint import failpoint
@@ -54,12 +53,7 @@ async def _abort(context: Any, error: EverstepError) -> None:
 
 def process_alive(pid: int, started_s: float) -> bool:
     """Whether this very process (not a later one with its pid) runs."""
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - started_s) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    return processes.started_s(pid) == started_s
 
 
 class Service(AgentServicer):

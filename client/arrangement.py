@@ -99,9 +99,10 @@ class Arrangement:
 class Arranger:
     """Keeps the arrangement of one rank up to date."""
 
-    def __init__(self, channel: Channel, timeout_s: float) -> None:
+    def __init__(self, channel: Channel, timeout_s: float, probe_s: float) -> None:
         self._channel = channel
         self._timeout_s = timeout_s
+        self._probe_s = probe_s
         self._current: Arrangement | None = None
         self._divergent: set[str] = set()
         self._unguarded: set[str] = set()
@@ -150,6 +151,8 @@ class Arranger:
         current = self._current
         if current is not None and current.identity == now:
             return current
+        # A new arena may take long to reserve; an agent that does not answer at all may not.
+        self._channel.call("Status", wire.StatusRequest(job=session.job), self._probe_s)
         replicated = self._agree(session, collected, step)
         layout = self._layout(session, parts, collected, replicated)
         if current is None or current.layout.layout_id != layout.layout_id:

@@ -145,7 +145,7 @@ class Client:
         self._pid = os.getpid()
         self._closed = False
         self._setup_s = 0.0
-        self._arranger = Arranger(self._channel, limits.setup_s)
+        self._arranger = Arranger(self._channel, limits.setup_s, limits.offer_s)
         self._session = Session(
             self._channel,
             job,

@@ -14,11 +14,10 @@ import time
 import uuid
 from collections.abc import Callable
 
-import psutil
-
 from everstep.client.channel import Channel
 from everstep.client.environment import Launch
 from everstep.proto import agent_pb2 as wire
+from everstep.proto import processes
 from everstep.proto.errors import (
     AgentUnavailable,
     EverstepError,
@@ -73,7 +72,7 @@ class Session:
         self._changed = threading.Condition()
         self._last_error: EverstepError | None = None
         self._stream: object | None = None
-        self._started_s = psutil.Process().create_time()
+        self._started_s = processes.started_s(os.getpid()) or 0.0
         self._thread = threading.Thread(target=self._run, name="everstep-session", daemon=True)
 
     @property
