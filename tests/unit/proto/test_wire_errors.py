@@ -18,7 +18,7 @@ ADDRESS = "unix:/run/agent.sock"
 SAMPLES: Sequence[EverstepError] = (
     errors.AgentUnavailable(ADDRESS, "it is dead"),
     errors.ArenaLost("job", 3),
-    errors.NotPersisted("step 3", "no space left"),
+    errors.NotPersisted(3, "no space left"),
     errors.AgentFault(ADDRESS, "KeyError: 3"),
     errors.DeadlineExceeded("the commit of step 3", 1.5, ("rank 0", "rank 3")),
     errors.DeadlineExceeded("the commit of step 3", 1.5),
