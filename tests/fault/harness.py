@@ -237,7 +237,7 @@ class Node:
         self.nvme = self.base / "nvme"
         self.socket = self.base / "agent.sock"
         self.options: dict[str, dict[str, Any]] = {
-            "nvme": {"interval": "1 steps", "keep_newest": 2},
+            "nvme": {"interval": "off", "keep_newest": 2},
         }
         self.agent: Process | None = None
         self.processes: list[Process] = []

@@ -57,6 +57,7 @@ def begun(zygotes: dict[str, Zygote]) -> Iterator[Node]:
 def again(node: Node, begun: Node) -> None:
     """Go on from where `begun` left off."""
     node.adopt_files(begun.memory, begun.nvme)
+    node.options["nvme"]["interval"] = "1 steps"
     node.digests = {step: set(digests) for step, digests in begun.digests.items()}
 
 

@@ -39,7 +39,7 @@ def begun(zygotes: dict[str, Zygote]) -> Iterator[Node]:
 def again(node: Node, begun: Node) -> Node:
     node.adopt_files(begun.memory, begun.nvme)
     node.digests = begun.digests
-    node.options["nvme"] |= {"keep_newest": 3, "flush_on_exit": False, "interval": "off"}
+    node.options["nvme"] |= {"keep_newest": 3, "flush_on_exit": False}
     return node
 
 
@@ -297,7 +297,6 @@ def test_in_memory_with_nvme_behind_it(again: Node, case: str) -> None:
 def test_under_a_running_agent(again: Node) -> None:
     """Bits flip between two checks: the agent's own and the trainer's."""
     again.options["memory"] = {"slots": 3}
-    again.options["nvme"]["interval"] = "off"
     shutil.rmtree(again.nvme)
     again.wipe_memory()
     agent = again.start_agent()

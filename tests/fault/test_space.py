@@ -72,7 +72,6 @@ def test_memory_fills_up_later(node: Node, small_tmpfs: Path) -> None:
     node.memory.rmdir()
     node.memory = small_tmpfs
     node.options["memory"] = {"keep_free_bytes": 0}
-    node.options["nvme"]["interval"] = "off"
     agent = node.start_agent()
     trainer = node.trainer()
     node.note(trainer.run(2))
@@ -92,7 +91,6 @@ def test_memory_fills_up_later(node: Node, small_tmpfs: Path) -> None:
 
 def test_no_room_for_a_record(node: Node, shim: Shim) -> None:
     """A shard whose record cannot be written is no snapshot, and costs none."""
-    node.options["nvme"]["interval"] = "off"
     agent = node.start_agent(preload=shim.library, environ=shim.environ)
     trainer = node.trainer()
     node.note(trainer.run(2))
@@ -118,6 +116,7 @@ def test_no_room_for_a_record(node: Node, shim: Shim) -> None:
 
 def test_nvme_full(node: Node, small_tmpfs: Path) -> None:
     node.nvme = small_tmpfs
+    node.options["nvme"]["interval"] = "1 steps"
     agent = node.start_agent()
     trainer = node.trainer()
     for _ in range(2):
@@ -151,7 +150,7 @@ def test_nvme_full(node: Node, small_tmpfs: Path) -> None:
 def test_nvme_full_with_two_ranks(node: Node, small_tmpfs: Path) -> None:
     """The first rank's shard fits, the second's does not: the first must not stay for ever."""
     node.nvme = small_tmpfs
-    node.options["nvme"] |= {"keep_newest": 1, "interval": "off"}
+    node.options["nvme"]["keep_newest"] = 1
     node.start_agent()
     trainers = [node.trainer(rank=rank, world=2) for rank in (0, 1)]
     for trainer in trainers:
@@ -186,7 +185,6 @@ CASES = [
 
 def test_nvme_failing(node: Node, shim: Shim) -> None:
     """Each call of a flush fails in turn; no file that failed is ever believed."""
-    node.options["nvme"]["interval"] = "off"
     agent = node.start_agent(preload=shim.library, environ=shim.environ)
     trainer = node.trainer()
     assert node.note(trainer.run(1, "nvme"))[0]["state"] == "nvme"
@@ -244,7 +242,6 @@ def test_nvme_gone_at_the_start(node: Node) -> None:
 
 def test_memory_emptied_under_everyone(node: Node) -> None:
     """Somebody cleans /dev/shm while agent and trainer run."""
-    node.options["nvme"]["interval"] = "off"
     agent = node.start_agent()
     trainer = node.trainer()
     node.note(trainer.run(2))

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,14 +145,27 @@ class Trainer:
         self._progress["seen"] += 4
         return float(loss)
 
-    def torn_step(self) -> dict[str, Any]:
-        """Change a weight behind the optimizer's back while it is copied, then train on."""
+    def torn_step(self, mark: str) -> dict[str, Any]:
+        """Change a weight behind the optimizer's back while it is copied."""
         line = self._one("", 0.0, True, False)
         with torch.no_grad():
             self._model[0].weight.mul_(1.5)
+        Path(mark).touch()
         handle = self._handles[self._step]
         handle.wait("memory", timeout=10.0)
         return line | {"dropped": handle.dropped, "state": handle.state}
+
+    def replace(self) -> None:
+        """Move every weight and its optimizer state to new memory, as offloading does."""
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.clone()
+            state = self._optimizer.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].clone()
+
+    def ended(self) -> str:
+        """Why this process can never attach again; empty while it can."""
+        return str(self._client._session.ended or "")
 
     def digest(self) -> str:
         """Of every byte of model and optimizer, and of the attached counters."""
