@@ -108,8 +108,8 @@ class NvmeOptions:
     """Committed steps that are kept."""
     keep_every_steps: int = field(default=0, metadata=_rule(as_count(0, 1 << 40)))
     """Also keep each step that this divides; 0 for none."""
-    write_threads: int = field(default=2, metadata=_rule(as_count(1, 64)))
-    """Shards written at one time."""
+    write_threads: int = field(default=3, metadata=_rule(as_count(1, 64)))
+    """Threads that write an image."""
     chunk_bytes: int = field(default=8 * MIB, metadata=_rule(as_bytes(ALIGNMENT_BYTES, 1024 * MIB)))
     """Bytes of one write; a multiple of 4096."""
     direct: bool = field(default=True, metadata=_rule(as_flag))

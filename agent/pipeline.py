@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 from everstep.agent import actions, events
@@ -150,8 +151,9 @@ class Pipeline:
         snapshot = job.snapshots[action.snapshot]
         problem = ""
         loop = asyncio.get_running_loop()
+        mapped = ExitStack()
         try:
-            await loop.run_in_executor(self.workers, self._write_durable, job, snapshot)
+            await loop.run_in_executor(self.workers, self._write_durable, job, snapshot, mapped)
         except (EverstepError, OSError) as error:
             problem = str(error)
             log.warning("job %s: flush of %s failed: %s", job.name, action.snapshot, error)
@@ -161,6 +163,8 @@ class Pipeline:
                 self.submit(events.Damaged(action.job, action.snapshot, problem))
         self.submit(events.FlushEnded(action.job, action.snapshot, problem))
         await self._announce_progress()
+        # Unmapping takes a tenth of a flush's time: nobody need wait for it.
+        await loop.run_in_executor(self.workers, mapped.close)
 
     def _clear_failed(self, job: str, snapshot: SnapshotId) -> None:
         assert self.nvme is not None
@@ -169,7 +173,7 @@ class Pipeline:
         except (EverstepError, OSError) as error:
             log.warning("job %s: what is left of %s stays: %s", job, snapshot, error)
 
-    def _write_durable(self, job: Job, snapshot: Snapshot) -> None:
+    def _write_durable(self, job: Job, snapshot: Snapshot, mapped: ExitStack) -> None:
         assert self.nvme is not None
         failpoint("agent.flush.before_begin")
         self.nvme.begin(job.name, snapshot.id)
@@ -183,8 +187,8 @@ class Pipeline:
         for rank, shard in sorted(snapshot.sealed.items()):
             layout = self.memory.layout(job.name, shard.layout_id)
             self.nvme.put_layout(job.name, shard.layout_id, layout)
-            with self.open_memory(job, snapshot, rank) as image:
-                self.nvme.store(job.name, snapshot.id, rank, image.image, shard.envelope)
+            image = mapped.enter_context(self.open_memory(job, snapshot, rank))
+            self.nvme.store(job.name, snapshot.id, rank, image.image, shard.envelope)
             commit.shards.append(
                 CommittedShard(
                     rank=rank,

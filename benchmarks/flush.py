@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.report import Report
 from benchmarks.workload import PARAMETERS, Training, agent, scratch
 
-THREADS = 2
+THREADS = 3
 CHUNK_BYTES = 8 << 20
 
 
