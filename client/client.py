@@ -283,11 +283,16 @@ class Client:
     def _granted(self, collected: Collected, step: int) -> tuple[Arrangement, wire.OfferReply]:
         arrangement = self._arrange(collected, step)
         try:
-            return arrangement, self._offer(step)
+            offer = self._offer(step)
+            if _fits(offer, arrangement):
+                return arrangement, offer
         except ArenaLost as error:
             log.warning("%s", error)
-            self._arranger.forget()
-            return self._arrange(collected, step), self._offer(step)
+        self._arranger.forget()
+        arrangement, offer = self._arrange(collected, step), self._offer(step)
+        if not _fits(offer, arrangement):
+            offer = wire.OfferReply(granted=False, reason="busy: the arena is being replaced")
+        return arrangement, offer
 
     def _not_ready(self) -> str:
         """Why no snapshot can be begun now; empty if one can."""
@@ -461,3 +466,13 @@ def _producer() -> str:
     except PackageNotFoundError:
         everstep = "source"
     return f"everstep {everstep}, torch {torch.__version__}, python {platform.python_version()}"
+
+
+def _fits(offer: wire.OfferReply, arrangement: Arrangement) -> bool:
+    """Whether a slot, if one was granted, lies in the arena that is mapped here.
+
+    A reservation that this process did not hear of (its answer came too late, or it was made for
+    the process before) may be the present one: the same slot of the older arena may hold the
+    newest commit.
+    """
+    return not offer.granted or offer.generation == arrangement.arena.generation
