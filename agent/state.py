@@ -24,6 +24,7 @@ from everstep.agent.job import (
 from everstep.proto.errors import ArenaLost, OutOfSpace, RankClaimed, Refused, StaleIncarnation
 from everstep.proto.ids import SnapshotId, checked_name
 
+_MAX_INCARNATION = 1 << 48
 Expired = Callable[[list[SnapshotId]], list[tuple[SnapshotId, str]]]
 
 
@@ -85,6 +86,8 @@ class State:
         checked_name("job", caller.job)
         if not 0 <= caller.rank < caller.world <= self.rules.max_ranks:
             raise Refused(f"rank {caller.rank} of world {caller.world} is not possible here.")
+        if caller.incarnation > _MAX_INCARNATION:
+            raise Refused(f"no job was ever started {caller.incarnation} times.")
         job = self.jobs.get(caller.job)
         if job is None:
             if len(self.jobs) >= self.rules.max_jobs:
@@ -260,6 +263,9 @@ class State:
         snapshot.copying.discard(rank)
         if snapshot.stage is Stage.DROPPED:
             return snapshot.reason
+        known = snapshot.sealed.get(rank)
+        if known is not None and known.envelope != event.envelope:
+            return f"step {event.step} is sealed already, with another record"
         if event.image_bytes > job.arenas[rank][-1].slot_bytes:
             raise OutOfSpace("the slot", event.image_bytes, job.arenas[rank][-1].slot_bytes)
         snapshot.sealing[rank] = SealedShard.of(event)
