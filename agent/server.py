@@ -22,7 +22,13 @@ from everstep.agent.reservation import reserve_arena
 from everstep.proto import agent_pb2 as wire
 from everstep.proto import processes
 from everstep.proto.agent_pb2_grpc import AgentServicer
-from everstep.proto.errors import DeadlineExceeded, EverstepError, FormatInvalid, StaleIncarnation
+from everstep.proto.errors import (
+    DeadlineExceeded,
+    EverstepError,
+    FormatInvalid,
+    Refused,
+    StaleIncarnation,
+)
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import checked_name
 from everstep.proto.wire_errors import METADATA_KEY, encode, status_of
@@ -222,6 +228,9 @@ class Service(AgentServicer):
         job = self._state.jobs.get(caller.job)
         if job is None or job.incarnation != caller.incarnation:
             raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation if job else 0)
+        unknown = sorted(set(request.levels) - {"memory", "nvme"})
+        if unknown:
+            raise Refused(f"there is no level {unknown[0]!r}; levels are memory and nvme.")
         to_step = request.to_step if request.HasField("to_step") else None
         wanted = Wanted(to_step, frozenset(request.levels), tuple(request.rejected))
         return await self._recovery.decide(job, wanted)
