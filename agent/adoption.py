@@ -5,8 +5,9 @@ other; and that whatever cannot be adopted is reported with its reason. Digests 
 images are checked afterwards, in the background.
 """
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from google.protobuf.message import DecodeError
 
@@ -26,12 +27,12 @@ _REPORTED_PROBLEMS = 20
 def adoptions(memory: MemoryLevel, nvme: NvmeLevel | None) -> Iterator[events.Adopt]:
     """One event for each job that left anything behind."""
     durable_jobs = _durable_jobs(nvme)
+    _cleared(memory.finish_removals)
     for job in sorted(set(memory.jobs()) | durable_jobs):
         # A half-written arena would hold its memory until the next boot.
-        for done in memory.sweep(job):
-            log.info("job %s: %s", job, done)
+        _cleared(functools.partial(memory.sweep, job))
         if nvme is not None and job in durable_jobs:
-            _sweep_durable(job, nvme)
+            _cleared(functools.partial(nvme.sweep, job))
         yield _adoption(job, memory, nvme if job in durable_jobs else None)
 
 
@@ -39,6 +40,7 @@ def _durable_jobs(nvme: NvmeLevel | None) -> set[str]:
     if nvme is None:
         return set()
     try:
+        _cleared(nvme.finish_removals)
         return set(nvme.jobs())
     except (EverstepError, OSError) as error:
         # A disk that fails must not cost what is in memory.
@@ -46,12 +48,12 @@ def _durable_jobs(nvme: NvmeLevel | None) -> set[str]:
         return set()
 
 
-def _sweep_durable(job: str, nvme: NvmeLevel) -> None:
+def _cleared(clear: Callable[[], list[str]]) -> None:
     try:
-        for done in nvme.sweep(job):
-            log.info("job %s: %s", job, done)
-    except EverstepError as error:
-        log.error("job %s: what interrupted flushes left behind stays: %s", job, error)
+        for done in clear():
+            log.info("%s", done)
+    except (EverstepError, OSError) as error:
+        log.error("what was interrupted stays behind: %s", error)
 
 
 def _adoption(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> events.Adopt:

@@ -337,6 +337,10 @@ class MemoryLevel:
         """See `Level.remove_job`. Arenas and membership go too."""
         self._jobs.remove(job)
 
+    def finish_removals(self) -> list[str]:
+        """Finish every interrupted `remove_job`, and say which. Only at a start, like `sweep`."""
+        return self._jobs.finish_removals()
+
     def sweep(self, job: str) -> list[str]:
         """See `Level.sweep`."""
         return self._jobs.sweep(job)

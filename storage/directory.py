@@ -227,6 +227,8 @@ class Directory:
             shutil.rmtree(name, dir_fd=self.descriptor)
         except FileNotFoundError:
             return
+        except NotADirectoryError:
+            self.unlink(name)
         self.sync()
 
     def _is_directory(self, name: str) -> bool:

@@ -16,6 +16,7 @@ from everstep.storage.directory import Directory, is_partial, storage_error
 from everstep.storage.level import Problem
 
 _LAYOUTS = "layouts"
+_REMOVED = ".removed-"
 _LAYOUT_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -68,7 +69,7 @@ class Jobs:
         checked_name("job", job)
         try:
             with Directory.open(self.root) as root:
-                hidden = f".removed-{job}"
+                hidden = _REMOVED + job
                 root.remove_tree(hidden)
                 if root.exists(job):
                     root.rename(job, hidden)
@@ -81,7 +82,7 @@ class Jobs:
 
     def sweep(self, job: str) -> list[str]:
         """Finish an interrupted `remove` of this job, and clear half-written layouts."""
-        hidden = f".removed-{checked_name('job', job)}"
+        hidden = _REMOVED + checked_name("job", job)
         done = []
         try:
             with Directory.open(self.root) as root:
@@ -95,10 +96,23 @@ class Jobs:
             return done
         with directory:
             done += sweep_partial(directory)
-            if directory.exists(_LAYOUTS):
+            if _LAYOUTS in directory.directories():
                 with directory.child(_LAYOUTS) as layouts:
                     done += sweep_partial(layouts)
         return done
+
+    def finish_removals(self) -> list[str]:
+        """Finish every interrupted `remove`, also of jobs of which nothing else is left."""
+        try:
+            with Directory.open(self.root) as root:
+                hidden = [name for name in root.directories() if name.startswith(_REMOVED)]
+                for name in hidden:
+                    root.remove_tree(name)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise storage_error(str(self.root), 0, error) from error
+        return [f"finished removing {self.root / name.removeprefix(_REMOVED)}" for name in hidden]
 
     def put_layout(self, job: str, layout_id: str, envelope: bytes) -> None:
         """See `Level.put_layout`."""
@@ -147,8 +161,11 @@ class Jobs:
         with directory:
             if not directory.exists(_LAYOUTS):
                 return []
-            with directory.child(_LAYOUTS) as layouts:
-                names = [name for name in layouts.names() if not is_partial(name)]
+            try:
+                with directory.child(_LAYOUTS) as layouts:
+                    names = [name for name in layouts.names() if not is_partial(name)]
+            except FormatInvalid as error:
+                return [Problem(error.where, error.problem)]
         for name in names:
             try:
                 self.layout(job, name)
@@ -159,7 +176,8 @@ class Jobs:
 
 def sweep_partial(directory: Directory) -> list[str]:
     """Remove half-written files, and say which."""
-    partial = [name for name in directory.names() if is_partial(name)]
+    kept = set(directory.directories())
+    partial = [name for name in directory.names() if is_partial(name) and name not in kept]
     for name in partial:
         directory.unlink(name)
     return [f"removed half-written {directory.path / name}" for name in partial]

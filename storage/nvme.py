@@ -239,6 +239,10 @@ class NvmeLevel:
         """See `Level.remove_job`."""
         self._jobs.remove(job)
 
+    def finish_removals(self) -> list[str]:
+        """Finish every interrupted `remove_job`, and say which. Only at a start, like `sweep`."""
+        return self._jobs.finish_removals()
+
     def sweep(self, job: str) -> list[str]:
         """See `Level.sweep`. A snapshot moved aside comes back if its successor never came."""
         done = self._jobs.sweep(job)
