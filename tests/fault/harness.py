@@ -87,8 +87,9 @@ class Process:
         tasks = Path(f"/proc/{self.pid}/task")
 
         def stopped() -> bool:
-            states = [(task / "stat").read_text().rsplit(")", 1)[1].split()[0] for task in
-                      tasks.iterdir()]
+            states = [
+                (task / "stat").read_text().rsplit(")", 1)[1].split()[0] for task in tasks.iterdir()
+            ]
             return set(states) == {"T"}
 
         until(stopped, f"process {self.pid} stopping")
@@ -100,8 +101,9 @@ class Process:
         """Wait for the end; the exit status, negative for a signal."""
         if self.code is None:
             if not select.select([self._descriptor], [], [], within_s)[0]:
-                raise TimeoutError(f"process {self.pid} runs on after {within_s:g} s\n" +
-                                   self.stacks())
+                raise TimeoutError(
+                    f"process {self.pid} runs on after {within_s:g} s\n" + self.stacks()
+                )
             self.code = self._reap()
             os.close(self._descriptor)
         return self.code
@@ -260,13 +262,20 @@ class Node:
     ) -> Process:
         """Start an agent, by default and wait until it answers."""
         toml = self.base / f"agent-{len(self.processes)}.toml"
-        toml.write_text("\n".join(
-            f"[{section}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items())
-            for section, values in self.options.items()
-        ))
+        toml.write_text(
+            "\n".join(
+                f"[{section}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items())
+                for section, values in self.options.items()
+            )
+        )
         path = socket_path or self.socket
-        flags = {"--socket": path, "--memory-dir": self.memory, "--nvme-dir": self.nvme,
-                 "--node-id": "n0", "--config": toml}
+        flags = {
+            "--socket": path,
+            "--memory-dir": self.memory,
+            "--nvme-dir": self.nvme,
+            "--node-id": "n0",
+            "--config": toml,
+        }
         arguments = ["agent", *(str(word) for flag in flags.items() for word in flag)]
         log = self.base / f"agent-{len(self.processes)}.log"
         environ = {"EVERSTEP_HOME": str(self.base / "home"), **(environ or {})}
@@ -284,15 +293,26 @@ class Node:
         return process
 
     def _start_fresh(
-        self, log: Path, arguments: list[str], failpoints: str, preload: Path,
+        self,
+        log: Path,
+        arguments: list[str],
+        failpoints: str,
+        preload: Path,
         environ: dict[str, str],
     ) -> Process:
-        environ = OWN_ENVIRONMENT | environ | {"EVERSTEP_FAILPOINTS": failpoints,
-                                               "LD_PRELOAD": str(preload)}
+        environ = (
+            OWN_ENVIRONMENT
+            | environ
+            | {"EVERSTEP_FAILPOINTS": failpoints, "LD_PRELOAD": str(preload)}
+        )
         with log.open("ab") as output:
             started = subprocess.Popen(
-                [sys.executable, "-m", "everstep.agent", *arguments], env=environ,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                [sys.executable, "-m", "everstep.agent", *arguments],
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         return Process(started.pid, log, started.wait)
 
@@ -430,5 +450,3 @@ def failpoints_in_source(*prefixes: str) -> list[str]:
     assert moments and verbs
     names |= {f"storage.{verb}.{moment}" for verb in verbs for moment in moments}
     return sorted(name for name in names if name.startswith(prefixes))
-
-

@@ -259,3 +259,14 @@ def test_torn_write(node: Node, begun: Node, shim: Any) -> None:
     trainer = node.trainer()
     node.assert_restored(trainer.do("restore"), step=3)
     assert node.note(trainer.run(1, "nvme"))[0]["state"] == "nvme"
+
+
+def test_killed_while_a_job_was_removed(node: Node, begun: Node) -> None:
+    """Its directories had their hidden names already: the memory comes back all the same."""
+    again(node, begun)
+    for root in (node.memory, node.nvme):
+        (root / "job").rename(root / ".removed-job")
+    node.start_agent()
+    node.assert_nothing_left_over()
+    assert not node.arenas() and not list(node.nvme.glob("*"))
+    assert node.trainer().do("restore")["step"] is None

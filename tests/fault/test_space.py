@@ -54,9 +54,7 @@ def test_memory_too_small(node: Node, small_tmpfs: Path) -> None:
     # Nothing was written but the layout and who attached.
     assert used_bytes(small_tmpfs) - before < 100_000
     assert not node.arenas()
-    warned_once(
-        trainer.do("warned"), "MB more", "and has", "larger /dev/shm", "Training goes on"
-    )
+    warned_once(trainer.do("warned"), "MB more", "and has", "larger /dev/shm", "Training goes on")
     assert trainer.do("stats")["taken"] == 0
     assert agent.alive
     command = ["mount", "-o", "remount,size=160m", str(small_tmpfs)]
@@ -219,6 +217,22 @@ def test_nvme_failing(node: Node, shim: Shim) -> None:
     node.start_agent()
     node.assert_nothing_left_over()
     node.assert_restored(node.trainer().do("restore"), step=line["step"])
+
+
+def test_short_writes(node: Node, shim: Shim) -> None:
+    """A device that takes half of what it is given, each time, is asked again."""
+    node.start_agent(preload=shim.library, environ=shim.environ)
+    trainer = node.trainer()
+    for call, marker in (("pwrite", "safetensors"), ("write", "rank-"), ("write", "commit")):
+        shim.fail(call, -2, 0, marker)
+        (line,) = node.note(trainer.run(1, "nvme"))
+        assert line["state"] == "nvme", (call, marker, line)
+        node.assert_all_intact()
+    trainer.kill()
+    node.wipe_memory()
+    node.agent.kill()
+    node.start_agent()
+    node.assert_restored(node.trainer().do("restore"), step=3)
 
 
 def test_nvme_gone_at_the_start(node: Node) -> None:

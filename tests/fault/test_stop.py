@@ -406,10 +406,12 @@ def test_no_descriptor_per_snapshot(node: Node) -> None:
 
 def test_save_that_fails_never_ends_training(node: Node) -> None:
     """Every call to the agent fails in turn, at its worst; all that a step sees is a reason."""
-    node.start_agent("storage.reserve.before_allocate=error:EIO@1;storage.layout.before_write="
-                     "error:EIO@1;storage.publish.before_write=error:EIO@2;"
-                     "storage.drop.before_unlink=error:EIO@1;storage.membership.after_write="
-                     "error:EIO@2;storage.commit.before_write=error:EIO@1")
+    node.start_agent(
+        "storage.reserve.before_allocate=error:EIO@1;storage.layout.before_write="
+        "error:EIO@1;storage.publish.before_write=error:EIO@2;"
+        "storage.drop.before_unlink=error:EIO@1;storage.membership.after_write="
+        "error:EIO@2;storage.commit.before_write=error:EIO@1"
+    )
     trainer = node.trainer()
     lines = node.note(trainer.run(12, "nvme", timeout=1.0))
     assert [line["step"] for line in lines] == list(range(1, 13))

@@ -163,6 +163,12 @@ class Trainer:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = state[key].clone()
 
+    def identity(self) -> dict[str, Any]:
+        """What this trainer's calls carry."""
+        own = self._client._session.identity
+        names = ("job", "rank", "world", "process_id", "incarnation")
+        return {name: getattr(own, name) for name in names}
+
     def ended(self) -> str:
         """Why this process can never attach again; empty while it can."""
         return str(self._client._session.ended or "")
