@@ -342,7 +342,7 @@ def test_gc_of_a_whole_job_leaves_nothing_and_the_agent_well(
     assert agent_process.steps_in_memory(JOB)
     assert cli(*words, answer="y\n").status == 0
     assert agent_process.nvme_dir is not None
-    assert list(agent_process.nvme_dir.iterdir()) == []
+    assert [p for p in agent_process.nvme_dir.iterdir() if not p.name.startswith(".")] == []
     assert not (agent_process.memory_dir / JOB).exists()
     assert cli("status", "--json").document["jobs"] == []
 

@@ -104,6 +104,7 @@ def test_the_full_demo_shows_a_table(tmp_path: Path) -> None:
     assert demo.left_behind() == []
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_an_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
     demo = Demo(tmp_path, "--short")
@@ -116,6 +117,7 @@ def test_an_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
     assert demo.left_behind() == []
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_a_failed_demo_says_where_to_look(tmp_path: Path) -> None:
     # The trainer ends by itself at its third seal.

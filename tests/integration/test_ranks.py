@@ -127,6 +127,7 @@ def check_replicas_are_stored_once(agent: AgentProcess) -> None:
         assert len(one.record.replica_samples) == 8 * (1 + len(replicated))
 
 
+@pytest.mark.long
 def test_three_ranks_restarted_by_torchrun(launch: Launch, tmp_path: Path) -> None:
     """One of them dies; torchrun starts all again; each gets its own back."""
     running = launch(3, "restarted", "alone", "--until", "8", restarts=1)
