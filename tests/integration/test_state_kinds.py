@@ -532,6 +532,7 @@ UNSTORABLE: dict[str, tuple[Any, str, str]] = {
     "stateful": (Holder({"x": [Unknown()]}), "tree/x/0", "Unknown"),
     "sparse in stateful": (Holder({"s": torch.eye(3).to_sparse()}), "tree/s", "sparse"),
     "meta in stateful": (Holder({"m": torch.ones(3, device="meta")}), "tree/m", "meta"),
+    "four bits": ({"u": torch.empty(4, dtype=torch.uint4)}, "tree/u", "uint4"),
     "lazy module": (nn.LazyLinear(3), "tree/weight", "Uninitialized"),
 }
 

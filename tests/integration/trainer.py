@@ -131,7 +131,7 @@ def main() -> None:
         run = Run(case, arguments.seed)
         start = None
         if not arguments.alone:
-            client = everstep.connect(f"job-{case}")
+            client = everstep.connect(f"job-{case}", on_busy="wait")
             clients.append(client)
             client.attach(**run.objects)
             start = client.restore()
