@@ -268,5 +268,5 @@ def test_killed_while_a_job_was_removed(node: Node, begun: Node) -> None:
         (root / "job").rename(root / ".removed-job")
     node.start_agent()
     node.assert_nothing_left_over()
-    assert not node.arenas() and not list(node.nvme.glob("*"))
+    assert not node.arenas() and not list(node.nvme.glob("[!.]*"))
     assert node.trainer().do("restore")["step"] is None
