@@ -18,7 +18,7 @@ from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits, Stats
 from everstep.client.session import Session
 from everstep.proto import agent_pb2 as wire
-from everstep.proto.errors import EverstepError, Retryable
+from everstep.proto.errors import AgentUnavailable, DeadlineExceeded, EverstepError
 from everstep.proto.failpoint import failpoint
 from everstep.proto.state_pb2 import Record
 from everstep.snapshot.capture import Capture
@@ -216,7 +216,7 @@ class Capturing:
                 remaining_s = max(0.1, deadline - time.monotonic())
                 reply = self._channel.call("Seal", request, remaining_s)
                 break
-            except Retryable:
+            except (AgentUnavailable, DeadlineExceeded):
                 # The agent may be on its way back, and will find the copy where it is.
                 if time.monotonic() >= deadline or self._session.ended or self._closed:
                     raise

@@ -39,7 +39,8 @@ class _Point:
         if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.action == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread, which must not get any further until the others have stopped too.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         elif self.action == "exit":
             os._exit(3)
         elif self.action == "error":
