@@ -10,10 +10,10 @@ from hypothesis import settings
 # face alone and its other folders are not inside. Children of the tests inherit both settings.
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != CHECKOUT]
-os.environ["PYTHONSAFEPATH"] = "1"  # noqa: TID251
-if "PYTHONPATH" in os.environ:  # noqa: TID251
-    folders = os.environ["PYTHONPATH"].split(os.pathsep)  # noqa: TID251
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, folders))  # noqa: TID251
+os.environ["PYTHONSAFEPATH"] = "1"
+if "PYTHONPATH" in os.environ:
+    folders = os.environ["PYTHONPATH"].split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, folders))
 
 # The machines that run the tests are shared: how long one example takes says nothing.
 settings.register_profile("everstep", deadline=None)

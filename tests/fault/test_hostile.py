@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import pytest
 from harness import Node, Trainer, TrainerError, until
+
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.envelope import seal
 from everstep.proto.errors import (
@@ -220,7 +221,8 @@ def test_seals(bystander: Bystander) -> None:
         sealed(good, generation=MOST),
     ):
         reply = node.ask("Seal", request)
-        assert not reply.accepted and "was not granted that slot" in reply.reason
+        assert not reply.accepted
+        assert "was not granted that slot" in reply.reason
     with pytest.raises((StaleIncarnation, FormatInvalid)):
         node.ask("Seal", sealed(good, session=bystander.session))
     # What is committed cannot be said anew.

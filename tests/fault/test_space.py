@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness import Node, Shim, until
+
 from everstep.proto import agent_pb2 as wire
 
 MB = 1_000_000
@@ -137,7 +138,8 @@ def test_nvme_full(node: Node, small_tmpfs: Path) -> None:
     filler.unlink()
     lines = node.note(trainer.do("until_committed", level="nvme"))
     assert lines[-1]["state"] == "nvme"
-    assert agent.alive and "Traceback" not in agent.text()
+    assert agent.alive
+    assert "Traceback" not in agent.text()
     trainer.kill()
     node.wipe_memory()
     agent.kill()

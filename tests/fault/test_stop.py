@@ -1,4 +1,4 @@
-"""Processes that stop, linger, collide or are asked to end: nobody waits for ever, nobody is robbed."""
+"""Processes that stop, linger, collide or are asked to end: nobody waits for ever."""
 
 import os
 import signal
@@ -199,14 +199,17 @@ def test_two_agents(node: Node) -> None:
     trainer = node.trainer()
     node.note(trainer.run(1))
     text = refused_start(node)
-    assert "another agent" in text and str(node.base) in text, text
+    assert "another agent" in text, text
+    assert str(node.base) in text, text
     # Another socket does not help: it would fight over the same arenas.
     text = refused_start(node, socket_path=node.base / "second.sock")
-    assert "another agent" in text and str(node.memory) in text, text
+    assert "another agent" in text, text
+    assert str(node.memory) in text, text
     memory, node.memory = node.memory, Path("/dev/shm") / f"{node.memory.name}-b"
     try:
         text = refused_start(node, socket_path=node.base / "third.sock")
-        assert "another agent" in text and str(node.nvme) in text, text
+        assert "another agent" in text, text
+        assert str(node.nvme) in text, text
     finally:
         for path in sorted(node.memory.rglob("*")):
             path.unlink()
@@ -219,7 +222,8 @@ def test_two_agents(node: Node) -> None:
 def test_socket_path_taken_by_a_file(node: Node) -> None:
     node.socket.write_text("precious")
     text = refused_start(node)
-    assert "not a socket" in text and str(node.socket) in text
+    assert "not a socket" in text
+    assert str(node.socket) in text
     assert node.socket.read_text() == "precious"
 
 
@@ -328,7 +332,8 @@ def test_agent_restarted_while_ranks_copy(node: Node) -> None:
         rank.begin("run", steps=1, level="memory")
     assert ranks[1].dies() == -9
     (line,) = ranks[0].end()
-    assert line["state"] == "dropped" and "rank 1" in line["dropped"], line
+    assert line["state"] == "dropped", line
+    assert "rank 1" in line["dropped"], line
     assert node.committed("memory")[-1] == (1, 1)
     ranks[0].kill()
     ranks = [node.trainer(rank=rank, world=2, seed=7) for rank in (0, 1)]
@@ -379,7 +384,8 @@ def test_forked_workers(node: Node) -> None:
     node.note(trainer.run(1))
     for _ in range(2):
         items = trainer.do("loader")
-        assert items["workers"] == 2 and not items["own"]
+        assert items["workers"] == 2
+        assert not items["own"]
         assert node.note(trainer.run(1))[0]["state"] == "memory"
     assert node.job().incarnation == 1
     assert node.job().ranks[0].attached
@@ -401,7 +407,8 @@ def test_no_descriptor_per_snapshot(node: Node) -> None:
     before = counted()
     trainer.run(15, "nvme")
     after = counted()
-    assert after[0] <= before[0] + 2 and after[1] <= before[1] + 2, (before, after)
+    assert after[0] <= before[0] + 2, (before, after)
+    assert after[1] <= before[1] + 2, (before, after)
 
 
 def test_save_that_fails_never_ends_training(node: Node) -> None:

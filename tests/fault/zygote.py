@@ -57,13 +57,10 @@ def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
 def main() -> None:
     kind, descriptor = sys.argv[1], int(sys.argv[2])
     if kind == "agent":
-        import everstep.agent.cli
-        import everstep.agent.daemon  # noqa: F401
+        pass
     else:
         import torch
         import torch.utils.data
-
-        import everstep.client.client  # noqa: F401
 
         torch.set_num_threads(1)
         # The first step of an optimizer imports half of torch.
