@@ -13,6 +13,7 @@ from everstep.agent.events import (
     Adopt,
     AdoptedShard,
     ArenaReserved,
+    Caller,
     Declare,
     InFlight,
     Seal,
@@ -137,6 +138,8 @@ class Job:
     incarnation: int
     launch_id: str = ""
     members: dict[int, Member] = field(default_factory=dict)
+    resumed: bool = False
+    """Whether this incarnation is known from its trainers alone: the agent's memory was lost."""
     snapshots: dict[SnapshotId, Snapshot] = field(default_factory=dict)
     arenas: dict[int, list[Arena]] = field(default_factory=dict)
     """Per rank, oldest generation first; the last one is written, the others only hold."""
@@ -175,10 +178,29 @@ class Job:
         self.world = world
         self.launch_id = launch_id
         self.members.clear()
+        self.resumed = False
         self.refused.clear()
         self.declarations.clear()
         self.restoring.clear()
         self.restore_decided = False
+
+    def resume(self, caller: Caller, launch_id: str) -> None:
+        """Go on under the number that a trainer knows, whose agent has lost its memory."""
+        self.incarnation = caller.incarnation
+        self.world = caller.world
+        self.launch_id = launch_id
+        self.resumed = True
+
+    def has_member(self, caller: Caller) -> bool:
+        """Whether a process that says so belongs to the present incarnation.
+
+        Who is not remembered was never in it, unless it is known from its trainers alone: a
+        number may have been taken again after all memory of it was lost.
+        """
+        if (caller.incarnation, caller.world) != (self.incarnation, self.world):
+            return False
+        holder = self.members.get(caller.rank)
+        return self.resumed if holder is None else holder.process_id == caller.process_id
 
     def readmit(self, rank: int, in_flight: InFlight | None) -> None:
         """As a rank attaches, take note of the copy it says is going on, and of no other."""
@@ -266,6 +288,16 @@ class Job:
             (s for s in self.snapshots.values() if not self.must_stay(s)),
             key=lambda s: (s.stage is not Stage.DROPPED, self.preference(s.id)),
         )
+
+    def why_not(self, wanted: SnapshotId) -> str:
+        """Why no rank may capture this step now; empty if all may."""
+        newer = [s for s in self.snapshots if s.incarnation == self.incarnation and s > wanted]
+        if newer:
+            return f"step {newer[0].step} was captured already"
+        gone = [rank for rank, member in sorted(self.members.items()) if not member.attached]
+        if gone:
+            return f"rank {gone[0]} is not attached any more"
+        return self.why_busy()
 
     def why_busy(self) -> str:
         """Why no other step can be begun; empty if one can.

@@ -87,6 +87,12 @@ class Recovery:
             Refused: If this incarnation was asked to restore something else before.
             DeadlineExceeded: If the check takes longer than `restore_timeout_s`.
         """
+        if job.resumed and job.world > 1:
+            raise Refused(
+                f"the agent's memory was lost while this launch of job {job.name!r} ran, and with "
+                "it what the other ranks may have restored already. Nothing was loaded. Start "
+                "all ranks anew."
+            )
         key = (job.name, job.incarnation)
         for ended in [k for k in self._decisions if k[0] == job.name and k != key]:
             del self._decisions[ended], self._asked[ended]

@@ -102,8 +102,13 @@ class State:
         if event.nvme_interval_steps is not None:
             job.nvme_interval_steps = event.nvme_interval_steps
         job.readmit(caller.rank, event.in_flight)
-        self._actions.append(actions.WriteMembership(job.name))
+        self._keep_membership(job)
         return job.incarnation
+
+    def _keep_membership(self, job: Job) -> None:
+        # What is known from trainers alone is not kept: the next agent shall not take it for all.
+        if not job.resumed:
+            self._actions.append(actions.WriteMembership(job.name))
 
     def _join(self, job: Job, event: events.Attach) -> None:
         """A process that belongs to no incarnation yet: the present one is its, or a new one."""
@@ -114,8 +119,10 @@ class State:
             raise RankClaimed(caller.job, caller.rank, holder.pid)
         launched_anew = bool(event.launch_id) and event.launch_id != job.launch_id
         # Without members the job is new, or its membership was lost: the number found with what is
-        # left is taken, and one number for two runs would give two snapshots the same id.
-        if not job.members or replaces or job.world != caller.world or launched_anew:
+        # left is taken, and one number for two runs would give two snapshots the same id. Of a
+        # resumed one nobody knows whether this rank was in it before.
+        anew = not job.members or job.resumed or job.world != caller.world or launched_anew
+        if anew or replaces:
             self._begin_incarnation(job, caller.world, event.launch_id)
 
     def _rejoin(self, job: Job, event: events.Attach) -> None:
@@ -126,13 +133,8 @@ class State:
             for snapshot in job.open_snapshots():
                 if snapshot.id.incarnation != caller.incarnation:
                     self._drop(job, snapshot, "the job was restarted since")
-            job.incarnation = caller.incarnation
-            job.world = caller.world
-            job.launch_id = event.launch_id
-            return
-        holder = job.members.get(caller.rank)
-        replaced = holder is not None and holder.process_id != caller.process_id
-        if replaced or (caller.incarnation, caller.world) != (job.incarnation, job.world):
+            job.resume(caller, event.launch_id)
+        elif not job.has_member(caller):
             raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
 
     def _begin_incarnation(self, job: Job, world: int, launch_id: str) -> None:
@@ -181,6 +183,9 @@ class State:
                     job.damaged[snapshot.id] = f"the arena of rank {event.rank} is gone"
                     self._drop(job, snapshot, job.damaged[snapshot.id])
         job.remove_arena(event.rank, event.generation)
+        for old in job.evictable():
+            if old.stage is Stage.DROPPED and not job.in_present_arenas(old):
+                self._forget(job, old)
 
     def check(self, caller: events.Caller) -> None:
         """Raise StaleIncarnation unless this process is the rank's in the present incarnation."""
@@ -204,7 +209,7 @@ class State:
         snapshot_id = SnapshotId(job.incarnation, event.step)
         snapshot = job.snapshots.get(snapshot_id)
         if snapshot is None:
-            refusal = self._refusal(job, snapshot_id)
+            refusal = job.why_not(snapshot_id)
             if refusal and event.patient and refusal.startswith("busy"):
                 return refusal
             if refusal:
@@ -217,16 +222,6 @@ class State:
         if rank in snapshot.sealed:
             return f"step {event.step} is sealed already"
         return self._grant(job, snapshot, rank)
-
-    def _refusal(self, job: Job, wanted: SnapshotId) -> str:
-        """Why no rank may capture this step now; empty if all may."""
-        newer = [s for s in job.snapshots if s.incarnation == job.incarnation and s > wanted]
-        if newer:
-            return f"step {newer[0].step} was captured already"
-        gone = [r for r in range(job.world) if r in job.members and not job.members[r].attached]
-        if gone:
-            return f"rank {gone[0]} is not attached any more"
-        return job.why_busy()
 
     def _give_up_older(self, job: Job, rank: int, step: int) -> None:
         """A rank copies one step at a time: with a newer one it will never seal an older one."""
@@ -475,7 +470,7 @@ class State:
         job.restored = event.snapshot
         job.restore_decided = True
         job.restoring = set(range(job.world)) if event.snapshot is not None else set()
-        self._actions.append(actions.WriteMembership(job.name))
+        self._keep_membership(job)
 
 
 _HANDLERS: dict[type, Callable[[State, Any], Any]] = {

@@ -78,6 +78,22 @@ def test_an_arena_that_is_told_of_twice_is_one() -> None:
     assert len(node.job.arenas[0]) == 1
 
 
+def test_an_arena_that_was_removed_takes_its_snapshots_along() -> None:
+    node = Node().launch()
+    node.commit(1)
+    node.commit(2)
+    node.done.clear()
+    node.handle(events.ArenaGone(JOB, 1, 1))
+    assert node.committed() == []
+    assert [a.snapshot.step for a in node.took(actions.NotifyDropped)] == [1, 2]
+    assert 1 not in node.job.arenas
+    # They are not a reason to look like a new job.
+    assert set(node.job.damaged) == {node.id(1), node.id(2)}
+    node.handle(events.ArenaGone(JOB, 0, 1))
+    assert not node.job.snapshots
+    node.handle(events.ArenaGone("other", 0, 1))
+
+
 def test_an_arena_of_a_job_that_was_removed_is_given_back() -> None:
     node = Node()
     node.reserve(0)

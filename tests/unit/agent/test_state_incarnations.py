@@ -145,6 +145,35 @@ def test_they_keep_it_too_where_only_nvme_is_left() -> None:
     assert node.job.world == 2
 
 
+def test_what_only_trainers_know_is_not_kept_for_the_next_agent() -> None:
+    node = Node()
+    node.attach(0, incarnation=5)
+    node.handle(events.RestoreDecided(JOB, 5, None))
+    assert not node.took(actions.WriteMembership)
+    assert node.job.resumed
+    node.attach(0, "second")
+    assert node.took(actions.WriteMembership)
+    assert not node.job.resumed
+
+
+def test_a_new_process_does_not_join_those_that_outlived_the_agents_memory() -> None:
+    """Its rank may have been among them, from another process and at another step."""
+    node = Node()
+    node.attach(0, incarnation=5)
+    assert node.attach(1, "second") == 6
+    with pytest.raises(StaleIncarnation):
+        node.attach(0, incarnation=5)
+
+
+def test_who_was_never_admitted_is_not_a_member_whatever_number_it_knows() -> None:
+    """All memory was lost, and a new run has the number that a survivor of the old one knows."""
+    node = Node()
+    assert node.attach(0, "second") == 1
+    with pytest.raises(StaleIncarnation):
+        node.attach(1, "survivor", incarnation=1)
+    assert node.attach(1, "second") == 1
+
+
 def test_a_new_process_among_lost_memory_does_not_reuse_a_number() -> None:
     node = Node()
     node.handle(adoption(incarnation=2, durable=[(SnapshotId(4, 10), 2)]))
