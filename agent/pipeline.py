@@ -243,11 +243,13 @@ class Pipeline:
         present = known.arenas.get(rank) if known is not None else None
         if not present:
             return
-        try:
-            self.arena_file(job, rank, present[-1].generation)
-        except FileNotFoundError as error:
-            self.submit(events.ArenaGone(job, rank, present[-1].generation))
-            raise ArenaLost(job, rank) from error
+        there = {a.generation for a in self.memory.arenas(job) if a.rank == rank}
+        gone = [arena.generation for arena in present if arena.generation not in there]
+        lost = present[-1].generation in gone
+        for generation in gone:
+            self.submit(events.ArenaGone(job, rank, generation))
+        if lost:
+            raise ArenaLost(job, rank)
 
     def open_memory(self, job: Job, snapshot: Snapshot, rank: int) -> ShardImage:
         """Map one sealed shard of this node's memory, read-only."""

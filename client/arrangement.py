@@ -64,6 +64,10 @@ class ArenaMapping:
         except FileNotFoundError:
             return False
 
+    def is_linked(self) -> bool:
+        """Whether the file still has its name: what is written to it is lost otherwise."""
+        return os.fstat(self._descriptor).st_nlink > 0
+
     def slot(self, index: int, image_bytes: int) -> memoryview:
         """The writable memory of a slot."""
         begin = index * self.slot_bytes

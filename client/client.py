@@ -473,6 +473,8 @@ def _fits(offer: wire.OfferReply, arrangement: Arrangement) -> bool:
 
     A reservation that this process did not hear of (its answer came too late, or it was made for
     the process before) may be the present one: the same slot of the older arena may hold the
-    newest commit.
+    newest commit. And the arena that is mapped here may have been removed, and made anew for
+    another reservation of the same number.
     """
-    return not offer.granted or offer.generation == arrangement.arena.generation
+    arena = arrangement.arena
+    return not offer.granted or (offer.generation == arena.generation and arena.is_linked())
