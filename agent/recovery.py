@@ -263,14 +263,20 @@ def _world_of(job: Job, snapshot: SnapshotId) -> int:
 
 
 def candidates(job: Job, wanted: Wanted) -> list[SnapshotId]:
-    """Committed snapshots that the caller may take, the most wanted first."""
-    if job.restore_decided and (job.world > 1 or not wanted.rejected):
-        # Some ranks may have restored already, before this agent was started: the answer stays.
-        return [job.restored] if job.restored is not None else []
+    """Committed snapshots that the caller may take, the most wanted first.
+
+    Raises:
+        Refused: If this incarnation began from nothing, asked otherwise: from fewer levels.
+    """
     found: set[SnapshotId] = set()
     if wanted.allows("memory"):
         found |= {s.id for s in job.snapshots.values() if s.stage is Stage.COMMITTED}
     if wanted.allows("nvme"):
         found |= set(job.durable)
+    if job.restore_decided and (job.world > 1 or not wanted.rejected):
+        # Some ranks may have restored already, before this agent was started: the answer stays.
+        if job.restored is None and found:
+            raise _asked_otherwise(job)
+        return [job.restored] if job.restored is not None else []
     wanted_ids = (s for s in found if wanted.to_step in (None, s.step))
     return sorted(wanted_ids, key=job.preference, reverse=True)

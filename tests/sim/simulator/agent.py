@@ -274,8 +274,12 @@ class Agent:
         return answer
 
     def _search(self, job: Job, incarnation: int, wanted: Wanted) -> Task:
-        found = candidates(job, wanted)
         decision: Decision | Exception = Decision(None)
+        try:
+            found = candidates(job, wanted)
+        except Refused as error:
+            self.decisions[incarnation] = error
+            return
         for snapshot in found:
             held = job.snapshots.get(snapshot)
             world = held.world if held is not None else job.durable.get(snapshot, job.world)
