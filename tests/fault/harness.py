@@ -235,8 +235,11 @@ class Node:
     def __init__(self, zygotes: dict[str, Zygote]) -> None:
         self.zygotes = zygotes
         self.base = Path(tempfile.mkdtemp(prefix="evf-", dir="/tmp"))
-        self.memory = Path(tempfile.mkdtemp(prefix="evf-", dir="/dev/shm"))
-        self.nvme = self.base / "nvme"
+        # What dies here are processes, not machines: a tmpfs will do for the disk, and is quick.
+        self.ram = Path(tempfile.mkdtemp(prefix="evf-", dir="/dev/shm"))
+        self.memory = self.ram / "memory"
+        self.memory.mkdir(mode=0o700)
+        self.nvme = self.ram / "nvme"
         self.socket = self.base / "agent.sock"
         self.options: dict[str, dict[str, Any]] = {
             "nvme": {"interval": "off", "keep_newest": 2},
@@ -414,7 +417,7 @@ class Node:
                 process.ended()
         for trainer in self.trainers:
             trainer.close()
-        shutil.rmtree(self.memory, ignore_errors=True)
+        shutil.rmtree(self.ram, ignore_errors=True)
         shutil.rmtree(self.base, ignore_errors=True)
 
 
@@ -447,6 +450,7 @@ def failpoints_in_source(*prefixes: str) -> list[str]:
     names = set(re.findall(r'failpoint\(\s*"([a-z_.]+)"\s*\)', text))
     moments = re.findall(r'failpoint\(f"storage\.\{verb\}\.([a-z_]+)"\)', text)
     verbs = re.findall(r'\.publish\([^()]*(?:\([^()]*\)[^()]*)*, "([a-z]+)"\)', text)
-    assert moments and verbs
+    assert moments
+    assert verbs
     names |= {f"storage.{verb}.{moment}" for verb in verbs for moment in moments}
     return sorted(name for name in names if name.startswith(prefixes))

@@ -70,6 +70,7 @@ class Life:
         self.told: dict[str, tuple[int, int]] = {"memory": (1, 3), "nvme": (1, 3)}
         self.deaths = 0
         self.point = ""
+        self.points: list[str] = []
 
     def do(self, command: str, **options: Any) -> Any:
         """A command that waits for the agent: whoever supervises it starts it again."""
@@ -80,18 +81,21 @@ class Life:
         return self.trainer.end()
 
     def revive(self) -> None:
+        """Start the agent again if it died; it may be armed to die again."""
         agent = self.node.agent
         assert agent is not None
         if agent.alive:
             return
         assert agent.ended() == -9
         self.deaths += 1
-        agent = self.node.start_agent()
+        self.point = self.points.pop(0) if self.points else ""
+        agent = self.node.start_agent(f"{self.point}=kill@1" if self.point else "")
         assert "Traceback" not in agent.text(), agent.text()
         self.node.assert_nothing_left_over()
         for level, newest in self.told.items():
             found = self.node.committed(level)
-            assert found and newest <= found[-1], (self.point, level, newest, found)
+            assert found, (self.point, level)
+            assert newest <= found[-1], (self.point, level, newest, found)
         self.node.assert_all_intact()
 
     def train(self, steps: int) -> None:
@@ -104,8 +108,11 @@ class Life:
             for lost in self.hear(self.trainer.run(2)):
                 assert lost["skipped"] or lost["dropped"], lost
             self.revive()
-            lines = self.hear(self.trainer.do("until_committed", level="nvme"))
-            assert lines[-1]["state"] == "nvme"
+            if self.point:
+                self.hear(self.trainer.do("until_attached"))
+            else:
+                lines = self.hear(self.trainer.do("until_committed", level="nvme"))
+                assert lines[-1]["state"] == "nvme"
 
     def assert_kept(self, **options: Any) -> None:
         """New trainers get, from each level, the step that the last one was told of."""
@@ -147,18 +154,16 @@ def test_agent_killed(node: Node, begun: Node, point: str) -> None:
 def test_agent_killed_again_and_again(node: Node, begun: Node, points: list[str]) -> None:
     again(node, begun)
     life = Life(node, node.start_trainer())
-    node.start_agent()
+    life.point, *life.points = points
+    node.start_agent(f"{life.point}=kill@1")
     life.do("connect", address=node.address)
     node.assert_restored(life.do("restore"), step=3)
     for deaths, point in enumerate(points, 1):
-        life.point = point
-        node.agent.kill()
-        node.start_agent(f"{point}=kill@1")
-        life.hear(life.trainer.do("until_attached"))
         for _ in range(3):
             if life.deaths < deaths:
                 life.train(1)
         assert life.deaths == deaths, f"{point} is not passed at each step: it belongs to RARE"
+    life.train(1)
     life.assert_kept()
 
 
@@ -184,15 +189,20 @@ def test_trainer_killed(node: Node, point: str) -> None:
     # What would have come next, to compare with what comes after the restart.
     trainer.do("arm", failpoints=armed(node, point))
     with pytest.raises(TrainerDied):
-        while True:
-            trainer.do("run", level="")
-            trainer.do("rewind" if point.startswith("client.restore") else "stats")
+        live(trainer, "rewind" if point.startswith("client.restore") else "stats")
     assert trainer.dies() == -9
     node.digests.setdefault(4, set())
     node.digests[4] |= {line["digest"] for line in reference(node)}
     assert_goes_on(node, (last["incarnation"], last["step"]))
     assert len(node.arenas()) == 1
     assert node.agent.alive
+
+
+def live(trainer: Trainer, command: str) -> None:
+    """Train without waiting for anything, with a command after each step."""
+    for _ in range(5):
+        trainer.do("run", level="")
+        trainer.do(command)
 
 
 def armed(node: Node, point: str) -> str:
