@@ -252,6 +252,12 @@ class _Link:
 
     def open(self, private: Path) -> None:
         self._opening = asyncio.get_running_loop().create_task(self._open(private))
+        # Not in the task itself, which runs none of its code if it is cancelled before it begins.
+        self._opening.add_done_callback(self._opened)
+
+    def _opened(self, _: "asyncio.Task[None]") -> None:
+        self._opening = None
+        self.lost()
 
     async def _open(self, private: Path) -> None:
         try:
@@ -268,9 +274,6 @@ class _Link:
                 self._outer.transport.resume_reading()
             else:
                 self.abort()
-        finally:
-            self._opening = None
-            self.lost()
 
     def close(self) -> None:
         """End both sides after what is buffered for them is sent."""
