@@ -272,21 +272,27 @@ class Node:
             )
         )
         path = socket_path or self.socket
-        flags = {
-            "--socket": path,
-            "--memory-dir": self.memory,
-            "--nvme-dir": self.nvme,
-            "--node-id": "n0",
-            "--config": toml,
+        options = {
+            "socket": path,
+            "memory_dir": self.memory,
+            "nvme_dir": self.nvme,
+            "node_id": "n0",
         }
-        arguments = ["agent", *(str(word) for flag in flags.items() for word in flag)]
         log = self.base / f"agent-{len(self.processes)}.log"
         environ = {"EVERSTEP_HOME": str(self.base / "home"), **(environ or {})}
         if preload is None:
             process = self.zygotes["agent"].fork(
-                log, environ, failpoints, arguments=arguments, **request
+                log,
+                environ,
+                failpoints,
+                config=str(toml),
+                options={f"agent.{name}": str(value) for name, value in options.items()},
+                **request,
             )
         else:
+            options["config"] = toml
+            flags = [(f"--{name.replace('_', '-')}", str(v)) for name, v in options.items()]
+            arguments = ["agent", *(word for flag in flags for word in flag)]
             process = self._start_fresh(log, arguments, failpoints, preload, environ)
         self.processes.append(process)
         if path == self.socket:

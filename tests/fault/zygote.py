@@ -6,6 +6,7 @@ is as real as any: its own pid, session, memory and descriptors. Run as
 """
 
 import faulthandler
+import importlib
 import inspect
 import json
 import os
@@ -45,10 +46,11 @@ def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (request["nofile"], request["nofile"]))
     arm(request["failpoints"])
     if kind == "agent":
-        sys.argv = ["everstep", *request["arguments"]]
-        from everstep.agent.cli import main
+        # As `everstep agent` does, which first has to import what reads a command line.
+        from everstep.agent.config import load
+        from everstep.agent.daemon import run
 
-        main()
+        run(load(Path(request["config"]), request["options"]))
     else:
         trainer = runpy.run_path(str(Path(__file__).with_name("trainer.py")))
         trainer["serve"](socket.socket(fileno=rest[0]), arm)
@@ -57,11 +59,12 @@ def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
 def main() -> None:
     kind, descriptor = sys.argv[1], int(sys.argv[2])
     if kind == "agent":
-        pass
+        importlib.import_module("everstep.agent.daemon")
     else:
         import torch
         import torch.utils.data
 
+        importlib.import_module("everstep.client.client")
         torch.set_num_threads(1)
         # The first step of an optimizer imports half of torch.
         weight = torch.nn.Parameter(torch.zeros(4))
