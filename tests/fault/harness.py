@@ -25,6 +25,8 @@ import grpc
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.agent_pb2_grpc import AgentStub
 from everstep.proto.wire_errors import decode
+from everstep.storage.arena import MemoryLevel
+from everstep.storage.nvme import NvmeLevel
 
 Thing = TypeVar("Thing")
 HERE = Path(__file__).parent
@@ -408,6 +410,18 @@ class Node:
         """What a power cut does to a tmpfs."""
         for path in self.memory.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def assert_kept(self, told: dict[str, tuple[int, int]], job: str = "job") -> None:
+        """Without any agent: what a trainer was told of is there, and all that is there is whole."""
+        with NvmeLevel(self.nvme) as nvme:
+            for level in (MemoryLevel(self.memory, keep_free_bytes=0), nvme):
+                found = [(s.incarnation, s.step) for s in level.snapshots(job)]
+                assert found, level.name
+                assert told[level.name] <= found[-1], (level.name, told, found)
+                for snapshot in level.snapshots(job):
+                    for rank in level.ranks(job, snapshot):
+                        assert not level.verify(job, snapshot, rank), (level.name, snapshot)
+                assert not level.problems(job)
 
     def shards(self, step: int) -> list[Path]:
         return sorted(self.nvme.glob(f"*/step-{step:012d}/*.safetensors"))
