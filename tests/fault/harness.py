@@ -412,7 +412,7 @@ class Node:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def assert_kept(self, told: dict[str, tuple[int, int]], job: str = "job") -> None:
-        """Without any agent: what a trainer was told of is there, and all that is there is whole."""
+        """Without any agent: what a trainer was told of is there, and all there is is whole."""
         with NvmeLevel(self.nvme) as nvme:
             for level in (MemoryLevel(self.memory, keep_free_bytes=0), nvme):
                 found = [(s.incarnation, s.step) for s in level.snapshots(job)]
