@@ -661,7 +661,7 @@ def test_demo_passes_its_flags_and_status_on(
     monkeypatch.setattr(sys, "executable", str(interpreter))
     words = ["--short", "--json", "--steps", "9", "--output", "there", "--seed", "4"]
     assert cli("demo", *words).status == 7
-    assert (tmp_path / "words").read_text().split() == ["-m", "everstep.client.demo", *words]
+    assert (tmp_path / "words").read_text().split() == ["-P", "-m", "everstep.client.demo", *words]
 
 
 def test_the_agent_carries_nothing_that_only_other_verbs_need() -> None:
