@@ -8,6 +8,7 @@ process could have written to it meanwhile). Does not know which bytes are wante
 `snapshot/restore.py`.
 """
 
+import ctypes
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ from everstep.snapshot.digest import DIGEST_BYTES, unit_count
 from everstep.snapshot.layout import Layout
 
 _BLOCK_UNITS = 16
+_LIBC = ctypes.CDLL(None)
+_MADV_POPULATE_READ = 22
 Range = tuple[int, int]
 """Offsets in the image, from and to."""
 
@@ -148,9 +151,19 @@ class _Mapped:
             os.close(descriptor)
         self._bytes = numpy.frombuffer(self._memory, dtype=numpy.uint8)
         self._address = int(self._bytes.ctypes.data) + shard.offset - begin
+        self._populated: set[int] = set()
 
     @contextmanager
     def address(self, begin: int, size: int) -> Iterator[int]:
+        if begin not in self._populated:
+            # Mapping the pages of a block in one call is a quarter faster than a fault for every
+            # sixteen. Where the kernel does not know the advice, they fault.
+            _LIBC.madvise(
+                ctypes.c_void_p(_page(self._address + begin)),
+                ctypes.c_size_t(min(size, len(self._bytes) - begin)),
+                _MADV_POPULATE_READ,
+            )
+            self._populated.add(begin)
         yield self._address
 
     def close(self) -> None:
@@ -184,6 +197,10 @@ class _File:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _page(address: int) -> int:
+    return address - address % mmap.PAGESIZE
 
 
 def _buffer() -> Any:
