@@ -314,6 +314,8 @@ class Job:
         if len(staying) >= slots:
             newest = self.newest_committed()
             at_work += [s for s in staying if s is not newest and s not in at_work]
+            if not at_work:
+                return "busy: there is no slot beside the newest commit's"
         return "busy: " + "; ".join(map(self._why_busy_with, at_work)) if at_work else ""
 
     def in_present_arenas(self, snapshot: Snapshot) -> bool:

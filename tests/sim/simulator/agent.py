@@ -299,7 +299,8 @@ class Agent:
         self.decisions[incarnation] = decision
         if isinstance(decision, Decision):
             if job.incarnation == incarnation:
-                self.promises.decision(incarnation, decision.snapshot)
+                free = wanted.to_step is None and not wanted.levels
+                self.promises.decision(incarnation, decision.snapshot, free=free)
             self.submit(events.RestoreDecided(JOB, incarnation, decision.snapshot))
 
     def _locate(

@@ -53,6 +53,7 @@ class Promises:
         self.claims: dict[int, dict[int, str]] = {}
         """By incarnation and rank, the process."""
         self.emptied = False
+        self.most_slots = 0
         self.refused: set[tuple[SnapshotId, int]] = set()
         self.dropped: set[SnapshotId] = set()
         """Only by the present agent: the next one may be given the rest of a capture that went
@@ -76,6 +77,7 @@ class Promises:
         if self.newest is not None:
             insist(snapshot > self.newest, f"{snapshot} was committed after {self.newest}")
         self.newest = None if rotten else snapshot
+        self.base = None
 
     def told_newest(self, job: Job) -> None:
         """As it attaches, a rank is told the newest commits, those found at the start included."""
@@ -167,10 +169,15 @@ class Promises:
         base, incarnation = self.base
         return base < snapshot and snapshot.incarnation < incarnation
 
-    def decision(self, incarnation: int, found: SnapshotId | None) -> None:
-        """The agent decided what an incarnation restores: newer ones are left behind."""
+    def decision(self, incarnation: int, found: SnapshotId | None, *, free: bool) -> None:
+        """The agent decided, `free` or as it was asked, what an incarnation restores.
+
+        Newer ones are left behind, and not to be chosen again.
+        """
         if found is None:
             return
+        if free and self.base is not None and self._whole(self.base[0]):
+            insist(not self._left_behind(found), f"{found} had been left behind for {self.base}")
         self.base = (found, incarnation)
         if self._whole(found):
             self.newest = found
@@ -202,6 +209,7 @@ class Promises:
         for snapshot in job.snapshots.values():
             if snapshot.stage is Stage.COMMITTED:
                 self._insist_whole(snapshot.id, snapshot.world, "committed", rot_allowed=True)
+                insist(snapshot.drifted_replicas() == (), f"{snapshot.id} has drifted apart")
             elif snapshot.stage is Stage.OPEN:
                 present = snapshot.id.incarnation == job.incarnation
                 insist(present, f"{snapshot.id} is open in incarnation {job.incarnation}")
@@ -215,7 +223,11 @@ class Promises:
                 )
         slots = sum(arena.slot_count for arenas in job.arenas.values() for arena in arenas)
         insist(len(job.refused) <= REMEMBERED_REFUSALS, f"{len(job.refused)} refusals kept")
-        insist(len(job.snapshots) <= slots + 1, f"{len(job.snapshots)} snapshots, {slots} slots")
+        self.most_slots = max(slots, self.most_slots)
+        insist(
+            len(job.snapshots) <= self.most_slots + 1,
+            f"{len(job.snapshots)} snapshots, never more than {self.most_slots} slots",
+        )
         insist(len(job.declarations) <= 1, "declarations pile up")
         insist(len(job.members) <= job.world, "more members than ranks")
 

@@ -351,6 +351,9 @@ class Simulation:
 
     def _empty_memory(self) -> None:
         """Somebody cleans up where the arenas lie, while everything runs."""
+        if any(getattr(task, "__name__", "") == "_reserve" for task in self.agent.tasks):
+            # Then one file could be made twice under one number, which only digests would tell.
+            return
         for held in self.memory.held.values():
             self.promises.rot(held.record.snapshot)
         self.memory.clear()

@@ -167,6 +167,13 @@ def test_why_busy(pins: int, stage: Stage, words: str) -> None:
     assert found.why_busy() == ""
 
 
+def test_the_rank_with_the_fewest_slots_decides() -> None:
+    found = job(snapshot(1), slots=3)
+    found.world = 2
+    found.add_arena(ArenaReserved("job", 1, 1, 10, 1))
+    assert found.why_busy() == "busy: there is no slot beside the newest commit's"
+
+
 def test_the_last_refusals_are_remembered() -> None:
     found = job()
     for step in range(100):

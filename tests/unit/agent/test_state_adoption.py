@@ -239,6 +239,8 @@ def test_retention_keeps_what_was_gone_back_to() -> None:
     node.handle(adoption(world=1, shards=[shard(1, 5, 0, 1)], durable=[(left, 1)]))
     node.attach(0, "second")
     node.handle(events.RestoreDecided(JOB, 2, SnapshotId(1, 5)))
+    node.offer(0, 6)
+    assert not node.job.restoring
     node.handle(events.PersistWanted(JOB))
     node.handle(events.FlushEnded(JOB, SnapshotId(1, 5)))
     assert SnapshotId(1, 5) in node.job.durable
