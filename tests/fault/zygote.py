@@ -5,6 +5,7 @@ is as real as any: its own pid, session, memory and descriptors. Run as
 ``zygote.py KIND DESCRIPTOR``, where the descriptor is a socket on which `harness.Zygote` asks.
 """
 
+import ctypes
 import faulthandler
 import importlib
 import inspect
@@ -31,8 +32,14 @@ def arm(setting: str) -> None:
         points[name] = failpoint._Point(specification)
 
 
+def end_with_parent() -> None:
+    """Whatever becomes of the test run, nothing that it started outlives it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
     os.setsid()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     log, *rest = descriptors
     null = os.open(os.devnull, os.O_RDONLY)
