@@ -29,16 +29,6 @@ _REMEMBERED_HANDLES = 16
 _RETRY_S = 0.05
 
 
-_COPY_THREADS = 2
-"""Two copy twice as fast, and slow two cores' worth of training evenly: with one, the other core's
-share of each parallel region waits at its end."""
-
-
-def _copy(capture: Capture) -> None:
-    while capture.advance():
-        pass
-
-
 @dataclass(slots=True)
 class Work:
     """A capture under way."""
@@ -72,7 +62,6 @@ class Capturing:
         self._warned: set[str] = set()
         self._closed = False
         self._worker = ThreadPoolExecutor(1, "everstep-capture")
-        self._copiers = ThreadPoolExecutor(_COPY_THREADS - 1, "everstep-copy")
 
     @property
     def begun(self) -> bool:
@@ -115,8 +104,6 @@ class Capturing:
             raise
         self._work = work
         self._stats.taken += 1
-        for _ in range(_COPY_THREADS - 1):
-            self._copiers.submit(_copy, capture)
         self._worker.submit(self._carry_out, work)
         return handle
 
@@ -148,7 +135,6 @@ class Capturing:
         self.settle()
         self._closed = True
         self._worker.shutdown(wait=True)
-        self._copiers.shutdown(wait=True)
 
     def persist(self, timeout_s: float) -> wire.PersistReply:
         """Ask for the newest committed snapshot to be on NVMe, and wait for it, bounded."""
@@ -194,7 +180,8 @@ class Capturing:
         """On the capture's thread: copy what is left, then seal."""
         capture = work.capture
         try:
-            _copy(capture)
+            while capture.advance():
+                pass
             capture.done.wait(self._limits.seal_s)
             if capture.torn:
                 self._torn(work)
