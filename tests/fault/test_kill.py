@@ -102,7 +102,13 @@ class Life:
             (line,) = self.hear(self.trainer.run(1, "nvme"))
             if line["state"] == "nvme" and self.node.agent.alive:
                 continue
-            assert self.node.agent.ended(5) == -9, line
+            try:
+                assert self.node.agent.ended(6) == -9, line
+            except TimeoutError:
+                # A busy machine let the offer's deadline pass: the step was skipped, and is
+                # tried again after the client's pause.
+                assert line["skipped"], line
+                continue
             for lost in self.hear(self.trainer.run(2)):
                 assert lost["skipped"] or lost["dropped"], lost
             self.revive()
