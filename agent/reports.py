@@ -24,8 +24,9 @@ def newest_commits(job: Job) -> Iterator[wire.Notice]:
     """Notices of the newest commit at each level, for a session that has just attached."""
     newest = job.newest_committed()
     found = [(newest.id, "memory")] if newest is not None else []
-    if job.durable:
-        found.append((max(job.durable), "nvme"))
+    durable = job.newest_durable()
+    if durable is not None:
+        found.append((durable, "nvme"))
     for snapshot, level in found:
         body = wire.Committed(incarnation=snapshot.incarnation, step=snapshot.step, level=level)
         yield wire.Notice(committed=body)
