@@ -9,7 +9,8 @@ LIBRARY := kernels/libeverstep_kernels.so
 LINKS := .view/.everstep-links
 FOLDERS := agent client erasure kernels proto snapshot storage
 FACE := __init__.py py.typed
-PROTO_SOURCES := everstep/proto/agent.proto everstep/proto/state.proto
+PROTO_SERVICES := everstep/proto/agent.proto everstep/proto/peer.proto
+PROTO_SOURCES := $(PROTO_SERVICES) everstep/proto/state.proto
 KERNEL_SOURCES := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h)
 GENERATED := build/proto-check
 
@@ -61,7 +62,7 @@ define generate
 	$(BIN)/python -m grpc_tools.protoc -Ieverstep/proto=proto \
 	    --python_out=$(1) --pyi_out=$(1) $(PROTO_SOURCES)
 	$(BIN)/python -m grpc_tools.protoc -Ieverstep/proto=proto \
-	    --grpc_python_out=$(1) everstep/proto/agent.proto
+	    --grpc_python_out=$(1) $(PROTO_SERVICES)
 endef
 
 proto: setup $(LINKS)

@@ -83,6 +83,38 @@ class DeadlineExceeded(Retryable):
         super().__init__(f"{waited_for} did not happen within {timeout_s:g} s{who}.")
 
 
+class PeerUnavailable(Retryable):
+    """Another agent did not answer, or stopped in the middle of a transfer.
+
+    Attributes:
+        peer: Its node id or address.
+        detail: What happened.
+    """
+
+    def __init__(self, peer: str, detail: str) -> None:
+        self.peer = peer
+        self.detail = detail
+        super().__init__(
+            f"the agent of {peer} did not deliver: {detail}. Nothing was changed here; what it "
+            "holds counts as lost until it answers again. See `everstep status`."
+        )
+
+
+class CoordinatorUnknown(Retryable):
+    """No agent coordinates yet: a new one is still asking the others what they hold.
+
+    Attributes:
+        waiting_for: The nodes that have not answered it.
+    """
+
+    def __init__(self, waiting_for: tuple[str, ...]) -> None:
+        self.waiting_for = waiting_for
+        super().__init__(
+            "the agents have not agreed on a coordinator yet; still silent: "
+            f"{', '.join(waiting_for) or 'all'}. Snapshots are safe where they are."
+        )
+
+
 class ArenaLost(Retryable):
     """A rank's arena is not there: not yet, or somebody emptied the directory.
 
@@ -207,6 +239,43 @@ class StaleIncarnation(Refused):
         super().__init__(
             f"job {job!r} was restarted: incarnation {current} has replaced {mine}, to which this "
             "process belongs. Nothing of this process is stored any more; end it."
+        )
+
+
+class StaleEpoch(Refused):
+    """An agent spoke for a place in the membership that is not its own any more.
+
+    Attributes:
+        node_id: The place.
+        epoch: The epoch that the agent knows.
+        current: The epoch it would need.
+    """
+
+    def __init__(self, node_id: str, epoch: int, current: int) -> None:
+        self.node_id = node_id
+        self.epoch = epoch
+        self.current = current
+        super().__init__(
+            f"{node_id} speaks at epoch {epoch}, the membership is at epoch {current} and its "
+            "place is held by another agent. Nothing of it was taken. If this host shall take "
+            "part again, restart its agent; if it was replaced, stop it."
+        )
+
+
+class Fenced(Refused):
+    """This agent's place in the membership was taken: it writes nothing any more.
+
+    Attributes:
+        node_id: This node.
+        by: Who holds its place now.
+    """
+
+    def __init__(self, node_id: str, by: str) -> None:
+        self.node_id = node_id
+        self.by = by
+        super().__init__(
+            f"the place of {node_id} in the cluster is held by {by} now, so this agent takes no "
+            "snapshots. What it held is kept and not used. Stop it, or restart it to join anew."
         )
 
 

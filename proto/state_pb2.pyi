@@ -163,3 +163,67 @@ class Member(_message.Message):
     pid: int
     pid_started_s: float
     def __init__(self, rank: _Optional[int] = ..., process_id: _Optional[str] = ..., pid: _Optional[int] = ..., pid_started_s: _Optional[float] = ...) -> None: ...
+
+class ParityPlan(_message.Message):
+    __slots__ = ("plan_id", "job", "incarnation", "step", "world", "code", "parities", "unit_bytes", "members")
+    PLAN_ID_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    PARITIES_FIELD_NUMBER: _ClassVar[int]
+    UNIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    plan_id: str
+    job: str
+    incarnation: int
+    step: int
+    world: int
+    code: str
+    parities: int
+    unit_bytes: int
+    members: _containers.RepeatedCompositeFieldContainer[PlannedMember]
+    def __init__(self, plan_id: _Optional[str] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., code: _Optional[str] = ..., parities: _Optional[int] = ..., unit_bytes: _Optional[int] = ..., members: _Optional[_Iterable[_Union[PlannedMember, _Mapping]]] = ...) -> None: ...
+
+class PlannedMember(_message.Message):
+    __slots__ = ("node_id", "shards")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    shards: _containers.RepeatedCompositeFieldContainer[PlannedShard]
+    def __init__(self, node_id: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[PlannedShard, _Mapping]]] = ...) -> None: ...
+
+class PlannedShard(_message.Message):
+    __slots__ = ("rank", "image_bytes", "layout_id", "record_digest")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    RECORD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    image_bytes: int
+    layout_id: str
+    record_digest: bytes
+    def __init__(self, rank: _Optional[int] = ..., image_bytes: _Optional[int] = ..., layout_id: _Optional[str] = ..., record_digest: _Optional[bytes] = ...) -> None: ...
+
+class ShardRecord(_message.Message):
+    __slots__ = ("rank", "record")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    record: bytes
+    def __init__(self, rank: _Optional[int] = ..., record: _Optional[bytes] = ...) -> None: ...
+
+class ParityManifest(_message.Message):
+    __slots__ = ("plan", "member", "unit_digests", "records", "encoded_unix_s")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    UNIT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    ENCODED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    plan: ParityPlan
+    member: int
+    unit_digests: bytes
+    records: _containers.RepeatedCompositeFieldContainer[ShardRecord]
+    encoded_unix_s: float
+    def __init__(self, plan: _Optional[_Union[ParityPlan, _Mapping]] = ..., member: _Optional[int] = ..., unit_digests: _Optional[bytes] = ..., records: _Optional[_Iterable[_Union[ShardRecord, _Mapping]]] = ..., encoded_unix_s: _Optional[float] = ...) -> None: ...

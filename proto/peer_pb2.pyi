@@ -1,0 +1,591 @@
+from everstep.proto import agent_pb2 as _agent_pb2
+from everstep.proto import state_pb2 as _state_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Sender(_message.Message):
+    __slots__ = ("node_id", "boot_id", "epoch", "protocol")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    boot_id: str
+    epoch: int
+    protocol: int
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
+
+class Entry(_message.Message):
+    __slots__ = ("node_id", "boot_id", "since_epoch", "address", "labels", "replaced_by")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_BY_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    boot_id: str
+    since_epoch: int
+    address: str
+    labels: _containers.ScalarMap[str, str]
+    replaced_by: str
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[str] = ..., since_epoch: _Optional[int] = ..., address: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., replaced_by: _Optional[str] = ...) -> None: ...
+
+class View(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[Entry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ...) -> None: ...
+
+class ClaimRequest(_message.Message):
+    __slots__ = ("sender", "address", "labels", "replaces", "view")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    REPLACES_FIELD_NUMBER: _ClassVar[int]
+    VIEW_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    address: str
+    labels: _containers.ScalarMap[str, str]
+    replaces: str
+    view: View
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., address: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., replaces: _Optional[str] = ..., view: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
+
+class ClaimReply(_message.Message):
+    __slots__ = ("view", "refusal", "coordinator")
+    VIEW_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    view: View
+    refusal: str
+    coordinator: str
+    def __init__(self, view: _Optional[_Union[View, _Mapping]] = ..., refusal: _Optional[str] = ..., coordinator: _Optional[str] = ...) -> None: ...
+
+class ShardFact(_message.Message):
+    __slots__ = ("rank", "layout_id", "image_bytes", "record_digest", "replica_samples")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECORD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    layout_id: str
+    image_bytes: int
+    record_digest: bytes
+    replica_samples: bytes
+    def __init__(self, rank: _Optional[int] = ..., layout_id: _Optional[str] = ..., image_bytes: _Optional[int] = ..., record_digest: _Optional[bytes] = ..., replica_samples: _Optional[bytes] = ...) -> None: ...
+
+class SnapshotFact(_message.Message):
+    __slots__ = ("incarnation", "step", "world", "stage", "shards", "reason", "drifted")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DRIFTED_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    step: int
+    world: int
+    stage: str
+    shards: _containers.RepeatedCompositeFieldContainer[ShardFact]
+    reason: str
+    drifted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., stage: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardFact, _Mapping]]] = ..., reason: _Optional[str] = ..., drifted: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RoundFact(_message.Message):
+    __slots__ = ("plan_id", "incarnation", "step", "stage", "problem")
+    PLAN_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    plan_id: str
+    incarnation: int
+    step: int
+    stage: str
+    problem: str
+    def __init__(self, plan_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., stage: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class MemberFact(_message.Message):
+    __slots__ = ("rank", "process_id", "alive", "attached")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    process_id: str
+    alive: bool
+    attached: bool
+    def __init__(self, rank: _Optional[int] = ..., process_id: _Optional[str] = ..., alive: _Optional[bool] = ..., attached: _Optional[bool] = ...) -> None: ...
+
+class SnapshotName(_message.Message):
+    __slots__ = ("incarnation", "step")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    step: int
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class JobFact(_message.Message):
+    __slots__ = ("job", "incarnation", "world", "launch_id", "members", "snapshots", "rounds", "flushed", "durable", "newest_incarnation")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    LAUNCH_ID_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    FLUSHED_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    incarnation: int
+    world: int
+    launch_id: str
+    members: _containers.RepeatedCompositeFieldContainer[MemberFact]
+    snapshots: _containers.RepeatedCompositeFieldContainer[SnapshotFact]
+    rounds: _containers.RepeatedCompositeFieldContainer[RoundFact]
+    flushed: _containers.RepeatedCompositeFieldContainer[SnapshotName]
+    durable: _containers.RepeatedCompositeFieldContainer[SnapshotName]
+    newest_incarnation: int
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., world: _Optional[int] = ..., launch_id: _Optional[str] = ..., members: _Optional[_Iterable[_Union[MemberFact, _Mapping]]] = ..., snapshots: _Optional[_Iterable[_Union[SnapshotFact, _Mapping]]] = ..., rounds: _Optional[_Iterable[_Union[RoundFact, _Mapping]]] = ..., flushed: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ..., durable: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ..., newest_incarnation: _Optional[int] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("sender", "sequence", "jobs", "view")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    VIEW_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    sequence: int
+    jobs: _containers.RepeatedCompositeFieldContainer[JobFact]
+    view: View
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., sequence: _Optional[int] = ..., jobs: _Optional[_Iterable[_Union[JobFact, _Mapping]]] = ..., view: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
+
+class Holder(_message.Message):
+    __slots__ = ("node_id", "shards")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    shards: _containers.RepeatedCompositeFieldContainer[_state_pb2.PlannedShard]
+    def __init__(self, node_id: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[_state_pb2.PlannedShard, _Mapping]]] = ...) -> None: ...
+
+class Order(_message.Message):
+    __slots__ = ("job", "incarnation", "step", "commit", "drop", "durable", "prepare", "end_round", "begin")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    DROP_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    PREPARE_FIELD_NUMBER: _ClassVar[int]
+    END_ROUND_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    incarnation: int
+    step: int
+    commit: Commit
+    drop: Drop
+    durable: Durable
+    prepare: _state_pb2.ParityPlan
+    end_round: EndRound
+    begin: Begin
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., drop: _Optional[_Union[Drop, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., prepare: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., end_round: _Optional[_Union[EndRound, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ...) -> None: ...
+
+class Commit(_message.Message):
+    __slots__ = ("world", "holders", "flush")
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
+    world: int
+    holders: _containers.RepeatedCompositeFieldContainer[Holder]
+    flush: bool
+    def __init__(self, world: _Optional[int] = ..., holders: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ..., flush: _Optional[bool] = ...) -> None: ...
+
+class Drop(_message.Message):
+    __slots__ = ("reason", "drifted")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DRIFTED_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    drifted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, reason: _Optional[str] = ..., drifted: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Durable(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class EndRound(_message.Message):
+    __slots__ = ("plan_id", "commit", "reason")
+    PLAN_ID_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    plan_id: str
+    commit: bool
+    reason: str
+    def __init__(self, plan_id: _Optional[str] = ..., commit: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Begin(_message.Message):
+    __slots__ = ("world", "launch_id")
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    LAUNCH_ID_FIELD_NUMBER: _ClassVar[int]
+    world: int
+    launch_id: str
+    def __init__(self, world: _Optional[int] = ..., launch_id: _Optional[str] = ...) -> None: ...
+
+class OrdersReply(_message.Message):
+    __slots__ = ("sender", "sequence", "orders", "suspected", "view", "coordinator")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
+    SUSPECTED_FIELD_NUMBER: _ClassVar[int]
+    VIEW_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    sequence: int
+    orders: _containers.RepeatedCompositeFieldContainer[Order]
+    suspected: _containers.RepeatedScalarFieldContainer[str]
+    view: View
+    coordinator: str
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., sequence: _Optional[int] = ..., orders: _Optional[_Iterable[_Union[Order, _Mapping]]] = ..., suspected: _Optional[_Iterable[str]] = ..., view: _Optional[_Union[View, _Mapping]] = ..., coordinator: _Optional[str] = ...) -> None: ...
+
+class OrdersRequest(_message.Message):
+    __slots__ = ("orders",)
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
+    orders: OrdersReply
+    def __init__(self, orders: _Optional[_Union[OrdersReply, _Mapping]] = ...) -> None: ...
+
+class OrdersAck(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class JoinRequest(_message.Message):
+    __slots__ = ("sender", "session", "launch_id", "live")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    LAUNCH_ID_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    session: _agent_pb2.Session
+    launch_id: str
+    live: bool
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ..., launch_id: _Optional[str] = ..., live: _Optional[bool] = ...) -> None: ...
+
+class JoinReply(_message.Message):
+    __slots__ = ("incarnation", "launch_id")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LAUNCH_ID_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    launch_id: str
+    def __init__(self, incarnation: _Optional[int] = ..., launch_id: _Optional[str] = ...) -> None: ...
+
+class AgreeRequest(_message.Message):
+    __slots__ = ("sender", "session", "round", "candidates", "candidate_digests")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    session: _agent_pb2.Session
+    round: int
+    candidates: _containers.RepeatedScalarFieldContainer[str]
+    candidate_digests: bytes
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ..., round: _Optional[int] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ...) -> None: ...
+
+class AgreeReply(_message.Message):
+    __slots__ = ("agreed",)
+    AGREED_FIELD_NUMBER: _ClassVar[int]
+    agreed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, agreed: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DecideRequest(_message.Message):
+    __slots__ = ("sender", "job", "incarnation", "to_step", "levels", "live")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TO_STEP_FIELD_NUMBER: _ClassVar[int]
+    LEVELS_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    job: str
+    incarnation: int
+    to_step: int
+    levels: _containers.RepeatedScalarFieldContainer[str]
+    live: bool
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., to_step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ..., live: _Optional[bool] = ...) -> None: ...
+
+class ShardSource(_message.Message):
+    __slots__ = ("rank", "node_id", "level", "plan", "image_bytes")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    node_id: str
+    level: str
+    plan: _state_pb2.ParityPlan
+    image_bytes: int
+    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., level: _Optional[str] = ..., plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., image_bytes: _Optional[int] = ...) -> None: ...
+
+class SnapshotPlan(_message.Message):
+    __slots__ = ("incarnation", "step", "world", "recoverable", "sources", "missing", "further_losses", "further_loss_level")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    RECOVERABLE_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    FURTHER_LOSSES_FIELD_NUMBER: _ClassVar[int]
+    FURTHER_LOSS_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    step: int
+    world: int
+    recoverable: bool
+    sources: _containers.RepeatedCompositeFieldContainer[ShardSource]
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    further_losses: int
+    further_loss_level: str
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., recoverable: _Optional[bool] = ..., sources: _Optional[_Iterable[_Union[ShardSource, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., further_losses: _Optional[int] = ..., further_loss_level: _Optional[str] = ...) -> None: ...
+
+class DecideReply(_message.Message):
+    __slots__ = ("found", "plan", "rejected")
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    found: bool
+    plan: SnapshotPlan
+    rejected: _containers.RepeatedCompositeFieldContainer[_agent_pb2.RejectedCopy]
+    def __init__(self, found: _Optional[bool] = ..., plan: _Optional[_Union[SnapshotPlan, _Mapping]] = ..., rejected: _Optional[_Iterable[_Union[_agent_pb2.RejectedCopy, _Mapping]]] = ...) -> None: ...
+
+class InventoryRequest(_message.Message):
+    __slots__ = ("sender", "job")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    job: str
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ...) -> None: ...
+
+class HeldShard(_message.Message):
+    __slots__ = ("rank", "level", "image_bytes", "layout_id", "record_digest")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    RECORD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    level: str
+    image_bytes: int
+    layout_id: str
+    record_digest: bytes
+    def __init__(self, rank: _Optional[int] = ..., level: _Optional[str] = ..., image_bytes: _Optional[int] = ..., layout_id: _Optional[str] = ..., record_digest: _Optional[bytes] = ...) -> None: ...
+
+class HeldParity(_message.Message):
+    __slots__ = ("plan", "level", "bytes")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    plan: _state_pb2.ParityPlan
+    level: str
+    bytes: int
+    def __init__(self, plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., level: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class HeldSnapshot(_message.Message):
+    __slots__ = ("incarnation", "step", "world", "shards", "parities")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    PARITIES_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    step: int
+    world: int
+    shards: _containers.RepeatedCompositeFieldContainer[HeldShard]
+    parities: _containers.RepeatedCompositeFieldContainer[HeldParity]
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[HeldShard, _Mapping]]] = ..., parities: _Optional[_Iterable[_Union[HeldParity, _Mapping]]] = ...) -> None: ...
+
+class InventoryReply(_message.Message):
+    __slots__ = ("node_id", "snapshots", "problems")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    snapshots: _containers.RepeatedCompositeFieldContainer[HeldSnapshot]
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, node_id: _Optional[str] = ..., snapshots: _Optional[_Iterable[_Union[HeldSnapshot, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class CheckRequest(_message.Message):
+    __slots__ = ("sender", "job", "incarnation", "step", "ranks", "level", "parity")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    job: str
+    incarnation: int
+    step: int
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    level: str
+    parity: bool
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., level: _Optional[str] = ..., parity: _Optional[bool] = ...) -> None: ...
+
+class CheckReply(_message.Message):
+    __slots__ = ("damaged", "parity_problem")
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    PARITY_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    damaged: _containers.RepeatedCompositeFieldContainer[_agent_pb2.RejectedCopy]
+    parity_problem: str
+    def __init__(self, damaged: _Optional[_Iterable[_Union[_agent_pb2.RejectedCopy, _Mapping]]] = ..., parity_problem: _Optional[str] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ("sender", "job", "incarnation", "step", "ranks")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    job: str
+    incarnation: int
+    step: int
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DescribedShard(_message.Message):
+    __slots__ = ("rank", "record", "layout")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    record: bytes
+    layout: bytes
+    def __init__(self, rank: _Optional[int] = ..., record: _Optional[bytes] = ..., layout: _Optional[bytes] = ...) -> None: ...
+
+class DescribeReply(_message.Message):
+    __slots__ = ("shards",)
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    shards: _containers.RepeatedCompositeFieldContainer[DescribedShard]
+    def __init__(self, shards: _Optional[_Iterable[_Union[DescribedShard, _Mapping]]] = ...) -> None: ...
+
+class UnitRange(_message.Message):
+    __slots__ = ("first", "count")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    count: int
+    def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("sender", "job", "incarnation", "step", "level", "shard", "parity")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    job: str
+    incarnation: int
+    step: int
+    level: str
+    shard: ShardUnits
+    parity: ParityUnits
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., level: _Optional[str] = ..., shard: _Optional[_Union[ShardUnits, _Mapping]] = ..., parity: _Optional[_Union[ParityUnits, _Mapping]] = ...) -> None: ...
+
+class ShardUnits(_message.Message):
+    __slots__ = ("rank", "units")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    units: _containers.RepeatedCompositeFieldContainer[UnitRange]
+    def __init__(self, rank: _Optional[int] = ..., units: _Optional[_Iterable[_Union[UnitRange, _Mapping]]] = ...) -> None: ...
+
+class ParityUnits(_message.Message):
+    __slots__ = ("plan_id", "row", "units")
+    PLAN_ID_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    plan_id: str
+    row: int
+    units: UnitRange
+    def __init__(self, plan_id: _Optional[str] = ..., row: _Optional[int] = ..., units: _Optional[_Union[UnitRange, _Mapping]] = ...) -> None: ...
+
+class RebuildRequest(_message.Message):
+    __slots__ = ("sender", "plan", "row", "member", "units", "usable")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    USABLE_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    plan: _state_pb2.ParityPlan
+    row: int
+    member: int
+    units: UnitRange
+    usable: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., row: _Optional[int] = ..., member: _Optional[int] = ..., units: _Optional[_Union[UnitRange, _Mapping]] = ..., usable: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Ticket(_message.Message):
+    __slots__ = ("token", "address", "units", "bytes")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    address: str
+    units: int
+    bytes: int
+    def __init__(self, token: _Optional[bytes] = ..., address: _Optional[str] = ..., units: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class MendRequest(_message.Message):
+    __slots__ = ("sender", "job", "plan", "ranks", "parity")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    job: str
+    plan: SnapshotPlan
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    parity: bool
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., plan: _Optional[_Union[SnapshotPlan, _Mapping]] = ..., ranks: _Optional[_Iterable[int]] = ..., parity: _Optional[bool] = ...) -> None: ...
+
+class MendProgress(_message.Message):
+    __slots__ = ("what", "done_bytes", "total_bytes", "problem", "ended")
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    what: str
+    done_bytes: int
+    total_bytes: int
+    problem: str
+    ended: bool
+    def __init__(self, what: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., ended: _Optional[bool] = ...) -> None: ...
