@@ -20,6 +20,7 @@
     └── Damaged                    these bytes cannot be used; take another copy
         ├── ShardCorrupt           a unit's digest does not match
         ├── FormatInvalid          not one of our files, truncated, or a version from the future
+        ├── TooFewSymbols          more of a parity group is lost than its parities replace
         └── NothingRecoverable     no copy of any wanted step is whole
 
 Each error says what happened, what it means for the user's data, and what to do. Facts are
@@ -416,6 +417,24 @@ class FormatInvalid(Damaged):
         self.where = where
         self.problem = problem
         super().__init__(f"{where}: {problem}. This copy is not used.")
+
+
+class TooFewSymbols(Damaged):
+    """More of a parity group is lost than its parities replace.
+
+    Attributes:
+        needed: How many symbols of a row it takes to compute the others.
+        had: How many there are.
+    """
+
+    def __init__(self, needed: int, had: int) -> None:
+        self.needed = needed
+        self.had = had
+        super().__init__(
+            f"rebuilding what is lost takes {needed} members of the parity group and {had} are "
+            "left. Nothing was rebuilt and nothing changed; an agent that comes back with its "
+            "memory makes up for it, else take another copy: NVMe, or an older step."
+        )
 
 
 class NothingRecoverable(Damaged):
