@@ -13,6 +13,13 @@ from typing import Any
 
 from everstep.agent import actions, events
 from everstep.agent.actions import Action, Place
+from everstep.agent.durability import (
+    flush_due,
+    flush_ended,
+    flush_newest,
+    persist_wanted,
+    start_flush,
+)
 from everstep.agent.job import (
     Job,
     Member,
@@ -54,9 +61,9 @@ class State:
     def __init__(self, rules: Rules, expired: Expired) -> None:
         self.rules = rules
         self.jobs: dict[str, Job] = {}
-        self._expired = expired
+        self.expired = expired
         self._actions: list[Action] = []
-        self._now_s = 0.0
+        self.now_s = 0.0
 
     def handle(self, event: events.Event, now_s: float) -> Outcome:
         """Take one event; return what to do about it.
@@ -68,10 +75,14 @@ class State:
         Raises:
             Refused: If a trainer's request is not acceptable; nothing has changed then.
         """
-        self._now_s = now_s
+        self.now_s = now_s
         self._actions = []
         reply = _HANDLERS[type(event)](self, event)
         return Outcome(self._actions, reply)
+
+    def act(self, action: Action) -> None:
+        """Ask for an action as part of what is handled now."""
+        self._actions.append(action)
 
     def _job(self, caller: events.Caller) -> Job:
         job = self.jobs.get(caller.job)
@@ -102,13 +113,14 @@ class State:
         if event.nvme_interval_steps is not None:
             job.nvme_interval_steps = event.nvme_interval_steps
         job.readmit(caller.rank, event.in_flight)
-        self._keep_membership(job)
+        self.keep_membership(job)
         return job.incarnation
 
-    def _keep_membership(self, job: Job) -> None:
+    def keep_membership(self, job: Job) -> None:
+        """Write the membership down, if it is known for sure."""
         # What is known from trainers alone is not kept: the next agent shall not take it for all.
         if not job.resumed:
-            self._actions.append(actions.WriteMembership(job.name))
+            self.act(actions.WriteMembership(job.name))
 
     def _join(self, job: Job, event: events.Attach) -> None:
         """A process that belongs to no incarnation yet: the present one is its, or a new one."""
@@ -132,14 +144,14 @@ class State:
             # The trainers have outlived an agent that lost its memory of them.
             for snapshot in job.open_snapshots():
                 if snapshot.id.incarnation != caller.incarnation:
-                    self._drop(job, snapshot, "the job was restarted since")
+                    self.drop(job, snapshot, "the job was restarted since")
             job.resume(caller, event.launch_id)
         elif not job.has_member(caller):
             raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
 
     def _begin_incarnation(self, job: Job, world: int, launch_id: str) -> None:
         for snapshot in job.open_snapshots():
-            self._drop(job, snapshot, "the job was restarted before all ranks had sealed it")
+            self.drop(job, snapshot, "the job was restarted before all ranks had sealed it")
         job.begin_incarnation(world, launch_id)
 
     def _session_lost(self, event: events.SessionLost) -> None:
@@ -152,9 +164,9 @@ class State:
         member.attached = False
         for snapshot in job.open_snapshots():
             if event.rank not in snapshot.sealed:
-                self._drop(job, snapshot, f"the trainer of rank {event.rank} is gone")
+                self.drop(job, snapshot, f"the trainer of rank {event.rank} is gone")
         if self.rules.flush_on_exit:
-            self._flush_newest(job)
+            flush_newest(self, job)
 
     def _detach(self, event: events.Detach) -> None:
         job = self._job(event.caller)
@@ -163,14 +175,14 @@ class State:
         job.restoring.discard(rank)
         for snapshot in job.open_snapshots():
             if rank not in snapshot.sealed:
-                self._drop(job, snapshot, f"rank {rank} closed its client")
+                self.drop(job, snapshot, f"rank {rank} closed its client")
 
     def _arena_reserved(self, event: events.ArenaReserved) -> None:
         job = self.jobs.get(event.job)
         if job is not None:
             job.add_arena(event)
         else:  # removed meanwhile
-            self._actions.append(actions.ReleaseArena(event.job, event.rank, event.generation))
+            self.act(actions.ReleaseArena(event.job, event.rank, event.generation))
 
     def _arena_gone(self, event: events.ArenaGone) -> None:
         job = self.jobs.get(event.job)
@@ -181,11 +193,11 @@ class State:
             if place is not None and place.generation == event.generation:
                 if snapshot.stage is not Stage.DROPPED:
                     job.damaged[snapshot.id] = f"the arena of rank {event.rank} is gone"
-                    self._drop(job, snapshot, job.damaged[snapshot.id])
+                    self.drop(job, snapshot, job.damaged[snapshot.id])
         job.remove_arena(event.rank, event.generation)
         for old in job.evictable():
             if old.stage is Stage.DROPPED and not job.in_present_arenas(old):
-                self._forget(job, old)
+                self.forget(job, old)
 
     def check(self, caller: events.Caller) -> None:
         """Raise StaleIncarnation unless this process is the rank's in the present incarnation."""
@@ -195,7 +207,7 @@ class State:
         job = self._job(event.caller)
         agreed = job.declare(event)
         if agreed is not None:
-            self._actions.append(actions.ReplicasAgreed(job.name, event.round, agreed))
+            self.act(actions.ReplicasAgreed(job.name, event.round, agreed))
 
     def _offer(self, event: events.Offer) -> Place | str:
         job = self._job(event.caller)
@@ -230,7 +242,7 @@ class State:
                 continue
             snapshot.copying.discard(rank)
             if snapshot.stage is Stage.OPEN and rank not in snapshot.sealed:
-                self._drop(job, snapshot, f"rank {rank} went on to step {step} without sealing it")
+                self.drop(job, snapshot, f"rank {rank} went on to step {step} without sealing it")
 
     def _grant(self, job: Job, snapshot: Snapshot, rank: int) -> Place | str:
         if rank in snapshot.granted:
@@ -240,10 +252,10 @@ class State:
             if place is not None:
                 break
             if rank in old.granted:
-                self._forget(job, old)
+                self.forget(job, old)
                 place = job.free_place(rank)
         if place is None:
-            self._drop(job, snapshot, f"rank {rank} has no free slot")
+            self.drop(job, snapshot, f"rank {rank} has no free slot")
             return snapshot.reason
         snapshot.granted[rank] = place
         snapshot.copying.add(rank)
@@ -264,9 +276,7 @@ class State:
         if event.image_bytes > job.arenas[rank][-1].slot_bytes:
             raise OutOfSpace("the slot", event.image_bytes, job.arenas[rank][-1].slot_bytes)
         snapshot.sealing[rank] = SealedShard.of(event)
-        self._actions.append(
-            actions.PublishRecord(job.name, snapshot.id, rank, event.place, event.envelope)
-        )
+        self.act(actions.PublishRecord(job.name, snapshot.id, rank, event.place, event.envelope))
         return None
 
     def _recorded(self, event: events.Recorded) -> None:
@@ -274,13 +284,14 @@ class State:
         snapshot = job.snapshots[event.snapshot]
         snapshot.sealed[event.rank] = snapshot.sealing.pop(event.rank)
         if not snapshot.missing_ranks() and snapshot.stage is Stage.OPEN:
-            self._commit(job, snapshot)
+            self.commit(job, snapshot)
 
-    def _commit(self, job: Job, snapshot: Snapshot) -> None:
+    def commit(self, job: Job, snapshot: Snapshot) -> None:
+        """All ranks have sealed: it is the newest that a restore may take."""
         drifted = snapshot.drifted_replicas()
         if drifted is None or drifted:
             what = "disagree on what is replicated" if drifted is None else "have drifted apart"
-            self._drop(job, snapshot, f"the ranks' replicas {what}", drifted or ())
+            self.drop(job, snapshot, f"the ranks' replicas {what}", drifted or ())
             return
         snapshot.stage = Stage.COMMITTED
         job.count("committed")
@@ -288,21 +299,21 @@ class State:
         job.problems = ()
         for old in job.open_snapshots():
             if old.id < snapshot.id:
-                self._drop(job, old, f"{snapshot.id} was committed before it")
-        self._actions.append(actions.NotifyCommitted(job.name, snapshot.id, "memory"))
+                self.drop(job, old, f"{snapshot.id} was committed before it")
+        self.act(actions.NotifyCommitted(job.name, snapshot.id, "memory"))
         self._tidy(job, snapshot)
-        if self._flush_due(job, snapshot.id):
-            self._start_flush(job, snapshot)
+        if flush_due(self, job, snapshot.id):
+            start_flush(self, job, snapshot)
 
     def _tidy(self, job: Job, committed: Snapshot) -> None:
         """Forget what the new commit has made useless, and arenas that hold nothing else."""
         for old in job.evictable():
             dropped = old.stage is Stage.DROPPED and old.id < committed.id
             if dropped or not job.in_present_arenas(old):
-                self._forget(job, old)
+                self.forget(job, old)
         for rank, generation in job.idle_generations():
             job.arenas[rank] = [a for a in job.arenas[rank] if a.generation != generation]
-            self._actions.append(actions.ReleaseArena(job.name, rank, generation))
+            self.act(actions.ReleaseArena(job.name, rank, generation))
 
     def _abandon(self, event: events.Abandon) -> None:
         job = self._job(event.caller)
@@ -311,11 +322,12 @@ class State:
             return
         snapshot.copying.discard(event.caller.rank)
         if snapshot.stage is Stage.OPEN:
-            self._drop(job, snapshot, f"rank {event.caller.rank}: {event.reason}")
+            self.drop(job, snapshot, f"rank {event.caller.rank}: {event.reason}")
 
-    def _drop(
+    def drop(
         self, job: Job, snapshot: Snapshot, reason: str, drifted: tuple[int, ...] = ()
     ) -> None:
+        """A snapshot will never commit: withdraw it, and tell the trainers."""
         snapshot.stage = Stage.DROPPED
         snapshot.reason = reason
         job.count("dropped")
@@ -323,15 +335,15 @@ class State:
         if snapshot.id not in job.damaged:
             self._withdraw(job, snapshot)
         # The record of a damaged one stays until its slot is needed: the next agent must know too.
-        self._actions.append(actions.NotifyDropped(job.name, snapshot.id, reason, drifted))
+        self.act(actions.NotifyDropped(job.name, snapshot.id, reason, drifted))
 
     def _withdraw(self, job: Job, snapshot: Snapshot) -> None:
         if not snapshot.withdrawn:
             snapshot.withdrawn = True
             for rank, shard in snapshot.sealed.items():
-                self._actions.append(actions.DropRecord(job.name, rank, shard.place))
+                self.act(actions.DropRecord(job.name, rank, shard.place))
 
-    def _forget(self, job: Job, snapshot: Snapshot) -> None:
+    def forget(self, job: Job, snapshot: Snapshot) -> None:
         """Withdraw a snapshot so that its slots can be written."""
         assert not job.must_stay(snapshot)
         self._withdraw(job, snapshot)
@@ -339,87 +351,17 @@ class State:
         if snapshot.id.incarnation == job.incarnation:
             job.refuse(snapshot.id.step, snapshot.reason or "superseded")
 
-    def _flush_due(self, job: Job, committed: SnapshotId) -> bool:
-        if not self.rules.nvme:
-            return False
-        if job.flush_wanted:
-            return True
-        interval = job.nvme_interval_steps or self.rules.nvme_interval_steps
-        if interval:
-            return committed.step // interval > job.last_flushed_step() // interval
-        interval_s = self.rules.nvme_interval_s
-        if interval_s is None:
-            return False
-        return job.flushed_at_s is None or self._now_s - job.flushed_at_s >= interval_s
-
-    def _start_flush(self, job: Job, snapshot: Snapshot) -> None:
-        if job.flushing is not None:
-            # A late flush is skipped, never queued: the next interval brings a newer snapshot.
-            job.count("flushes_skipped")
-            return
-        job.flush_wanted = False
-        job.flushing = snapshot.id
-        job.flushed_at_s = self._now_s
-        snapshot.pins += 1
-        self._actions.append(actions.Flush(job.name, snapshot.id))
-
-    def _flush_newest(self, job: Job) -> SnapshotId | None:
-        """Flush the newest commit now or, while another flush is under way, right after it."""
-        newest = job.newest_committed()
-        if newest is None or not self.rules.nvme:
-            return None
-        durable = job.newest_durable()
-        if durable is not None and job.preference(durable) >= job.preference(newest.id):
-            job.flush_wanted = False
-            return durable
-        if job.flushing is None:
-            self._start_flush(job, newest)
-        elif job.flushing != newest.id:
-            job.flush_wanted = True
-        return newest.id
-
-    def _persist_wanted(self, event: events.PersistWanted) -> SnapshotId | None:
-        job = self.jobs.get(event.job)
-        return self._flush_newest(job) if job is not None else None
-
-    def _flush_ended(self, event: events.FlushEnded) -> None:
-        job = self.jobs[event.job]
-        snapshot = job.snapshots[event.snapshot]  # pinned by the flush
-        job.flushing = None
-        snapshot.pins -= 1
-        if event.problem:
-            job.count("flushes_failed")
-            job.last_error = f"flush of {event.snapshot}: {event.problem}"
-        else:
-            job.count("flushed")
-            self._now_durable(job, event.snapshot, snapshot.world)
-        if job.flush_wanted:
-            # Somebody waits for a newer one. Tried once, and given up if it fails too.
-            self._flush_newest(job)
-
-    def _now_durable(self, job: Job, snapshot: SnapshotId, world: int) -> None:
-        for old in [s for s in job.durable if s.step == snapshot.step and s != snapshot]:
-            del job.durable[old]
-        job.durable[snapshot] = world
-        self._actions.append(actions.NotifyCommitted(job.name, snapshot, "nvme"))
-        for old, reason in self._expired(sorted(job.durable)):
-            being_restored = bool(job.restoring) and old == job.restored
-            if being_restored or old == job.newest_durable():
-                continue
-            del job.durable[old]
-            self._actions.append(actions.DeleteDurable(job.name, old, reason))
-
     def _adopt(self, event: events.Adopt) -> None:
         job = self.jobs[event.job] = adopted(event)
         for snapshot in sorted(job.snapshots.values(), key=lambda s: s.id, reverse=True):
             problem = job.problem_of_adopted(snapshot)
             if problem:
-                self._drop(job, snapshot, problem)
+                self.drop(job, snapshot, problem)
             elif not snapshot.missing_ranks():
                 snapshot.stage = Stage.COMMITTED
                 snapshot.verified = False
                 snapshot.pins += 1
-                self._actions.append(actions.VerifyAdopted(job.name, snapshot.id))
+                self.act(actions.VerifyAdopted(job.name, snapshot.id))
 
     def _adopted_verified(self, event: events.AdoptedVerified) -> None:
         job = self.jobs.get(event.job)
@@ -461,7 +403,7 @@ class State:
         if job is not None and snapshot is not None and snapshot.stage is Stage.COMMITTED:
             job.count("damaged")
             job.damaged[snapshot.id] = event.reason
-            self._drop(job, snapshot, event.reason)
+            self.drop(job, snapshot, event.reason)
 
     def _restore_decided(self, event: events.RestoreDecided) -> None:
         job = self.jobs.get(event.job)
@@ -470,7 +412,7 @@ class State:
         job.restored = event.snapshot
         job.restore_decided = True
         job.restoring = set(range(job.world)) if event.snapshot is not None else set()
-        self._keep_membership(job)
+        self.keep_membership(job)
 
 
 _HANDLERS: dict[type, Callable[[State, Any], Any]] = {
@@ -487,8 +429,8 @@ _HANDLERS: dict[type, Callable[[State, Any], Any]] = {
     events.Adopt: State._adopt,
     events.AdoptedVerified: State._adopted_verified,
     events.Damaged: State._damaged,
-    events.FlushEnded: State._flush_ended,
-    events.PersistWanted: State._persist_wanted,
+    events.FlushEnded: flush_ended,
+    events.PersistWanted: persist_wanted,
     events.Pin: State._pin,
     events.Unpin: State._unpin,
     events.Removed: State._removed,

@@ -113,30 +113,44 @@ class SnapshotFact(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., stage: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardFact, _Mapping]]] = ..., reason: _Optional[str] = ..., drifted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RoundFact(_message.Message):
-    __slots__ = ("plan_id", "incarnation", "step", "stage", "problem")
+    __slots__ = ("plan_id", "incarnation", "step", "stage", "problem", "members")
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
     plan_id: str
     incarnation: int
     step: int
     stage: str
     problem: str
-    def __init__(self, plan_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., stage: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
+    members: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, plan_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., stage: _Optional[str] = ..., problem: _Optional[str] = ..., members: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class FlushedFact(_message.Message):
+    __slots__ = ("incarnation", "step", "world", "ranks", "parity")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    step: int
+    world: int
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    parity: bool
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., parity: _Optional[bool] = ...) -> None: ...
 
 class MemberFact(_message.Message):
-    __slots__ = ("rank", "process_id", "alive", "attached")
+    __slots__ = ("rank", "process_id", "attached")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
-    ALIVE_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
     rank: int
     process_id: str
-    alive: bool
     attached: bool
-    def __init__(self, rank: _Optional[int] = ..., process_id: _Optional[str] = ..., alive: _Optional[bool] = ..., attached: _Optional[bool] = ...) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., process_id: _Optional[str] = ..., attached: _Optional[bool] = ...) -> None: ...
 
 class SnapshotName(_message.Message):
     __slots__ = ("incarnation", "step")
@@ -147,7 +161,7 @@ class SnapshotName(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class JobFact(_message.Message):
-    __slots__ = ("job", "incarnation", "world", "launch_id", "members", "snapshots", "rounds", "flushed", "durable", "newest_incarnation")
+    __slots__ = ("job", "incarnation", "world", "launch_id", "members", "snapshots", "rounds", "flushed", "durable", "newest_incarnation", "flushing", "flush_failed", "restore_decided", "restored")
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +172,10 @@ class JobFact(_message.Message):
     FLUSHED_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
     NEWEST_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FLUSHING_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FAILED_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_DECIDED_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
     job: str
     incarnation: int
     world: int
@@ -165,22 +183,28 @@ class JobFact(_message.Message):
     members: _containers.RepeatedCompositeFieldContainer[MemberFact]
     snapshots: _containers.RepeatedCompositeFieldContainer[SnapshotFact]
     rounds: _containers.RepeatedCompositeFieldContainer[RoundFact]
-    flushed: _containers.RepeatedCompositeFieldContainer[SnapshotName]
+    flushed: _containers.RepeatedCompositeFieldContainer[FlushedFact]
     durable: _containers.RepeatedCompositeFieldContainer[SnapshotName]
     newest_incarnation: int
-    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., world: _Optional[int] = ..., launch_id: _Optional[str] = ..., members: _Optional[_Iterable[_Union[MemberFact, _Mapping]]] = ..., snapshots: _Optional[_Iterable[_Union[SnapshotFact, _Mapping]]] = ..., rounds: _Optional[_Iterable[_Union[RoundFact, _Mapping]]] = ..., flushed: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ..., durable: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ..., newest_incarnation: _Optional[int] = ...) -> None: ...
+    flushing: SnapshotName
+    flush_failed: _containers.RepeatedCompositeFieldContainer[SnapshotName]
+    restore_decided: bool
+    restored: SnapshotName
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., world: _Optional[int] = ..., launch_id: _Optional[str] = ..., members: _Optional[_Iterable[_Union[MemberFact, _Mapping]]] = ..., snapshots: _Optional[_Iterable[_Union[SnapshotFact, _Mapping]]] = ..., rounds: _Optional[_Iterable[_Union[RoundFact, _Mapping]]] = ..., flushed: _Optional[_Iterable[_Union[FlushedFact, _Mapping]]] = ..., durable: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ..., newest_incarnation: _Optional[int] = ..., flushing: _Optional[_Union[SnapshotName, _Mapping]] = ..., flush_failed: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ..., restore_decided: _Optional[bool] = ..., restored: _Optional[_Union[SnapshotName, _Mapping]] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("sender", "sequence", "jobs", "view")
+    __slots__ = ("sender", "sequence", "term", "jobs", "view")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     JOBS_FIELD_NUMBER: _ClassVar[int]
     VIEW_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     sequence: int
+    term: int
     jobs: _containers.RepeatedCompositeFieldContainer[JobFact]
     view: View
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., sequence: _Optional[int] = ..., jobs: _Optional[_Iterable[_Union[JobFact, _Mapping]]] = ..., view: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., sequence: _Optional[int] = ..., term: _Optional[int] = ..., jobs: _Optional[_Iterable[_Union[JobFact, _Mapping]]] = ..., view: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
 
 class Holder(_message.Message):
     __slots__ = ("node_id", "shards")
@@ -191,7 +215,7 @@ class Holder(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[_state_pb2.PlannedShard, _Mapping]]] = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("job", "incarnation", "step", "commit", "drop", "durable", "prepare", "end_round", "begin")
+    __slots__ = ("job", "incarnation", "step", "commit", "drop", "durable", "prepare", "end_round", "begin", "flush")
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +225,7 @@ class Order(_message.Message):
     PREPARE_FIELD_NUMBER: _ClassVar[int]
     END_ROUND_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
     job: str
     incarnation: int
     step: int
@@ -210,17 +235,20 @@ class Order(_message.Message):
     prepare: _state_pb2.ParityPlan
     end_round: EndRound
     begin: Begin
-    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., drop: _Optional[_Union[Drop, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., prepare: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., end_round: _Optional[_Union[EndRound, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ...) -> None: ...
+    flush: Flush
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., drop: _Optional[_Union[Drop, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., prepare: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., end_round: _Optional[_Union[EndRound, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., flush: _Optional[_Union[Flush, _Mapping]] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("world", "holders", "flush")
+    __slots__ = ("world", "holders")
     WORLD_FIELD_NUMBER: _ClassVar[int]
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
-    FLUSH_FIELD_NUMBER: _ClassVar[int]
     world: int
     holders: _containers.RepeatedCompositeFieldContainer[Holder]
-    flush: bool
-    def __init__(self, world: _Optional[int] = ..., holders: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ..., flush: _Optional[bool] = ...) -> None: ...
+    def __init__(self, world: _Optional[int] = ..., holders: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ...) -> None: ...
+
+class Flush(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Drop(_message.Message):
     __slots__ = ("reason", "drifted")
@@ -253,20 +281,22 @@ class Begin(_message.Message):
     def __init__(self, world: _Optional[int] = ..., launch_id: _Optional[str] = ...) -> None: ...
 
 class OrdersReply(_message.Message):
-    __slots__ = ("sender", "sequence", "orders", "suspected", "view", "coordinator")
+    __slots__ = ("sender", "sequence", "orders", "suspected", "view", "coordinator", "term")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ORDERS_FIELD_NUMBER: _ClassVar[int]
     SUSPECTED_FIELD_NUMBER: _ClassVar[int]
     VIEW_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     sequence: int
     orders: _containers.RepeatedCompositeFieldContainer[Order]
     suspected: _containers.RepeatedScalarFieldContainer[str]
     view: View
     coordinator: str
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., sequence: _Optional[int] = ..., orders: _Optional[_Iterable[_Union[Order, _Mapping]]] = ..., suspected: _Optional[_Iterable[str]] = ..., view: _Optional[_Union[View, _Mapping]] = ..., coordinator: _Optional[str] = ...) -> None: ...
+    term: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., sequence: _Optional[int] = ..., orders: _Optional[_Iterable[_Union[Order, _Mapping]]] = ..., suspected: _Optional[_Iterable[str]] = ..., view: _Optional[_Union[View, _Mapping]] = ..., coordinator: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...
 
 class OrdersRequest(_message.Message):
     __slots__ = ("orders",)
