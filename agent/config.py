@@ -12,11 +12,12 @@ import re
 import socket as sockets
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from everstep.agent.cluster_options import BulkOptions, ClusterOptions, ParityOptions
 from everstep.agent.options import (
     ALIGNMENT_BYTES,
     MIB,
@@ -27,12 +28,16 @@ from everstep.agent.options import (
     as_endpoint,
     as_flag,
     as_interval,
+    as_nodes_with_port,
     as_path,
     as_path_or_none,
     as_seconds,
     as_text,
     as_uids,
+    format_endpoint,
     is_loopback,
+    is_wildcard,
+    rule,
     split_endpoint,
 )
 from everstep.proto.errors import InvalidConfiguration
@@ -47,40 +52,39 @@ from everstep.proto.places import (
 )
 
 AUTO = "auto"
-"""In the file: take what `default_places` or the host says."""
-
-
-def _rule(parse: Callable[[object], Any]) -> Mapping[str, Callable[[object], Any]]:
-    return MappingProxyType({"parse": parse})
+"""In the file: take what `default_places`, the host or other options say."""
+_SLOTS = 2
+_SLOTS_WITH_PARITY = 3
+"""The newest protected, the one being encoded, the one in flight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentOptions:
     """[agent]: who and where this agent is. Fields without a default are "auto" in the file."""
 
-    node_id: str = field(metadata=_rule(as_text))
+    node_id: str = field(metadata=rule(as_text))
     """This host's name among agents; the host name, made safe."""
-    socket: Path = field(metadata=_rule(as_path))
+    socket: Path = field(metadata=rule(as_path))
     """The public unix socket for trainers and the CLI."""
-    listen: str = field(default="", metadata=_rule(as_endpoint))
+    listen: str = field(default="", metadata=rule(as_endpoint))
     """``HOST:PORT`` for other agents; empty for none."""
-    insecure: bool = field(default=False, metadata=_rule(as_flag))
+    insecure: bool = field(default=False, metadata=rule(as_flag))
     """Allow `listen` beyond loopback without TLS: anyone on that network can read the state."""
-    memory_dir: Path = field(metadata=_rule(as_path))
+    memory_dir: Path = field(metadata=rule(as_path))
     """Directory of the arenas, on a tmpfs."""
-    nvme_dir: Path | None = field(metadata=_rule(as_path_or_none))
+    nvme_dir: Path | None = field(metadata=rule(as_path_or_none))
     """Directory of the durable level; None for no such level."""
-    allowed_uids: frozenset[int] = field(default=frozenset(), metadata=_rule(as_uids))
+    allowed_uids: frozenset[int] = field(default=frozenset(), metadata=rule(as_uids))
     """Users besides the agent's own and root who may talk to it."""
-    log_file: Path | None = field(default=None, metadata=_rule(as_path_or_none))
+    log_file: Path | None = field(default=None, metadata=rule(as_path_or_none))
     """None for standard error."""
     log_level: str = field(
-        default="info", metadata=_rule(as_choice("debug", "info", "warning", "error"))
+        default="info", metadata=rule(as_choice("debug", "info", "warning", "error"))
     )
     """The least severe messages that are logged."""
-    max_jobs: int = field(default=16, metadata=_rule(as_count(1, 4096)))
+    max_jobs: int = field(default=16, metadata=rule(as_count(1, 4096)))
     """Jobs whose arenas are held at one time."""
-    shutdown_timeout_s: float = field(default=30.0, metadata=_rule(as_seconds(1, 3600)))
+    shutdown_timeout_s: float = field(default=30.0, metadata=rule(as_seconds(1, 3600)))
     """From SIGTERM to the end of the process, flush included."""
 
 
@@ -88,13 +92,13 @@ class AgentOptions:
 class MemoryOptions:
     """[memory]: the arenas."""
 
-    slots: int = field(default=2, metadata=_rule(as_count(2, 8)))
-    """Snapshots of one rank held side by side, the one in flight included."""
-    keep_free_bytes: int = field(default=512 * MIB, metadata=_rule(as_bytes(0, 1 << 50)))
+    slots: int = field(metadata=rule(as_count(2, 8)))
+    """Snapshots of one rank held side by side, the one in flight included. "auto" in the file."""
+    keep_free_bytes: int = field(default=512 * MIB, metadata=rule(as_bytes(0, 1 << 50)))
     """Left free in `memory_dir` and in the host's memory."""
-    quota_bytes: int = field(default=0, metadata=_rule(as_bytes(0, 1 << 50)))
+    quota_bytes: int = field(default=0, metadata=rule(as_bytes(0, 1 << 50)))
     """Arena bytes one job may hold on this host; 0 for no limit."""
-    digest_threads: int = field(default=2, metadata=_rule(as_count(1, 64)))
+    digest_threads: int = field(default=2, metadata=rule(as_count(1, 64)))
     """Threads that digest committed shards."""
 
 
@@ -102,21 +106,21 @@ class MemoryOptions:
 class NvmeOptions:
     """[nvme]: the durable level of this host."""
 
-    interval: Interval = field(default=Interval(every_steps=100), metadata=_rule(as_interval))
+    interval: Interval = field(default=Interval(every_steps=100), metadata=rule(as_interval))
     """How often a committed snapshot is flushed; a trainer may ask for another interval."""
-    keep_newest: int = field(default=2, metadata=_rule(as_count(1, 1000)))
+    keep_newest: int = field(default=2, metadata=rule(as_count(1, 1000)))
     """Committed steps that are kept."""
-    keep_every_steps: int = field(default=0, metadata=_rule(as_count(0, 1 << 40)))
+    keep_every_steps: int = field(default=0, metadata=rule(as_count(0, 1 << 40)))
     """Also keep each step that this divides; 0 for none."""
-    write_threads: int = field(default=3, metadata=_rule(as_count(1, 64)))
+    write_threads: int = field(default=3, metadata=rule(as_count(1, 64)))
     """Threads that write an image."""
-    chunk_bytes: int = field(default=8 * MIB, metadata=_rule(as_bytes(ALIGNMENT_BYTES, 1024 * MIB)))
+    chunk_bytes: int = field(default=8 * MIB, metadata=rule(as_bytes(ALIGNMENT_BYTES, 1024 * MIB)))
     """Bytes of one write; a multiple of 4096."""
-    direct: bool = field(default=True, metadata=_rule(as_flag))
+    direct: bool = field(default=True, metadata=rule(as_flag))
     """Write with O_DIRECT where the file system can."""
-    flush_on_exit: bool = field(default=True, metadata=_rule(as_flag))
+    flush_on_exit: bool = field(default=True, metadata=rule(as_flag))
     """Flush the newest committed snapshot when a trainer dies."""
-    flush_on_sigterm: bool = field(default=True, metadata=_rule(as_flag))
+    flush_on_sigterm: bool = field(default=True, metadata=rule(as_flag))
     """Flush the newest committed snapshot before the agent ends."""
 
 
@@ -124,17 +128,17 @@ class NvmeOptions:
 class LimitOptions:
     """[limits]: bounds on waits and on what a peer can make the agent hold."""
 
-    declare_timeout_s: float = field(default=30.0, metadata=_rule(as_seconds(1, 3600)))
+    declare_timeout_s: float = field(default=30.0, metadata=rule(as_seconds(1, 3600)))
     """How long ranks wait for each other to declare their layouts."""
-    restore_timeout_s: float = field(default=600.0, metadata=_rule(as_seconds(1, 86400)))
+    restore_timeout_s: float = field(default=600.0, metadata=rule(as_seconds(1, 86400)))
     """How long ranks wait for a restore to be decided and verified."""
-    max_message_bytes: int = field(default=64 * MIB, metadata=_rule(as_bytes(MIB, 1024 * MIB)))
+    max_message_bytes: int = field(default=64 * MIB, metadata=rule(as_bytes(MIB, 1024 * MIB)))
     """The largest gRPC message that is accepted."""
-    max_ranks: int = field(default=1024, metadata=_rule(as_count(1, MAX_RANKS)))
+    max_ranks: int = field(default=1024, metadata=rule(as_count(1, MAX_RANKS)))
     """The largest world a job may have."""
-    max_connections: int = field(default=256, metadata=_rule(as_count(8, 1 << 16)))
+    max_connections: int = field(default=256, metadata=rule(as_count(8, 1 << 16)))
     """Open connections to the public socket; each holds three file descriptors."""
-    max_concurrent_calls: int = field(default=1024, metadata=_rule(as_count(16, 1 << 20)))
+    max_concurrent_calls: int = field(default=1024, metadata=rule(as_count(16, 1 << 20)))
     """gRPC calls at one time; each attached trainer holds one open."""
 
 
@@ -142,11 +146,11 @@ class LimitOptions:
 class TlsOptions:
     """[tls]: mutual TLS between agents; all three or none."""
 
-    certificate: Path | None = field(default=None, metadata=_rule(as_path_or_none))
+    certificate: Path | None = field(default=None, metadata=rule(as_path_or_none))
     """PEM; its subject is the node id."""
-    key: Path | None = field(default=None, metadata=_rule(as_path_or_none))
+    key: Path | None = field(default=None, metadata=rule(as_path_or_none))
     """PEM, readable by the agent's user only."""
-    authority: Path | None = field(default=None, metadata=_rule(as_path_or_none))
+    authority: Path | None = field(default=None, metadata=rule(as_path_or_none))
     """PEM of who signs the agents' certificates."""
 
     @property
@@ -164,6 +168,9 @@ class Config:
     nvme: NvmeOptions
     limits: LimitOptions
     tls: TlsOptions
+    cluster: ClusterOptions
+    parity: ParityOptions
+    bulk: BulkOptions
 
     @property
     def private_socket(self) -> Path:
@@ -174,6 +181,27 @@ class Config:
     def lock(self) -> Path:
         """Held by the agent that owns the socket."""
         return self.agent.socket.with_suffix(".lock")
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` where other agents reach this one; empty if it does not listen.
+
+        Its port is 0 if `agent.listen` takes a free one: the listener knows which.
+        """
+        if self.cluster.address or not self.agent.listen:
+            return self.cluster.address
+        host, port = split_endpoint(self.agent.listen)
+        listed = dict(self.cluster.peers).get(self.agent.node_id)
+        if listed is not None and (is_wildcard(host) or not port):
+            return listed
+        return format_endpoint(sockets.gethostname() if is_wildcard(host) else host, port)
+
+    @property
+    def bulk_listen(self) -> str:
+        """``HOST:PORT`` of the bulk plane; empty if this agent does not listen."""
+        if self.bulk.listen or not self.agent.listen:
+            return self.bulk.listen
+        return format_endpoint(split_endpoint(self.agent.listen)[0], 0)
 
 
 _SECTIONS: Mapping[str, type[Any]] = MappingProxyType(
@@ -208,15 +236,13 @@ def load(
     for option, (_, source) in given.items():
         _known(option, source)
     automatic = _automatic(environ)
-    return _checked(
-        Config(
-            **{
-                name: section(**_section_values(name, section, given, automatic))
-                for name, section in _SECTIONS.items()
-            }
-        ),
-        given,
+    config = Config(
+        **{
+            name: section(**_section_values(name, section, given, automatic))
+            for name, section in _SECTIONS.items()
+        }
     )
+    return _checked(_resolved(config, given, environ), given)
 
 
 def agent_address(given: str = "", environ: Mapping[str, str] | None = None) -> str:
@@ -289,7 +315,41 @@ def _automatic(environ: Mapping[str, str]) -> dict[str, object]:
         "agent.socket": places.socket,
         "agent.memory_dir": places.memory_dir,
         "agent.nvme_dir": places.nvme_dir,
+        "memory.slots": _SLOTS,
     }
+
+
+def _resolved(config: Config, given: _Given, environ: Mapping[str, str]) -> Config:
+    """Fill in what depends on more than one option."""
+    agent, memory, cluster = config.agent, config.memory, config.cluster
+    if cluster.configured and config.parity.parities != 0 and _is_automatic("memory.slots", given):
+        memory = replace(memory, slots=_SLOTS_WITH_PARITY)
+    if cluster.peers_slurm.isdecimal():
+        nodes = environ.get("SLURM_JOB_NODELIST", "")
+        if not nodes:
+            raise InvalidConfiguration(
+                "cluster.peers_slurm",
+                "SLURM_JOB_NODELIST is not set, so there is no list of nodes; start the agent in a "
+                'Slurm job, or write the list: "gpu[001-003]:PORT"',
+                given["cluster.peers_slurm"][1],
+            )
+        listed = _parsed_listed(f"{nodes}:{cluster.peers_slurm}")
+        cluster = replace(cluster, peers_slurm=listed)
+    if cluster.peers_slurm and _is_automatic("agent.node_id", given):
+        # Slurm's own name of this node, by which the list names it.
+        agent = replace(agent, node_id=environ.get("SLURMD_NODENAME") or agent.node_id)
+    return replace(config, agent=agent, memory=memory, cluster=cluster)
+
+
+def _parsed_listed(nodes: str) -> str:
+    try:
+        return as_nodes_with_port(nodes)
+    except ValueError as error:
+        raise InvalidConfiguration("SLURM_JOB_NODELIST", str(error), "the environment") from error
+
+
+def _is_automatic(option: str, given: _Given) -> bool:
+    return given.get(option, (AUTO, ""))[0] == AUTO
 
 
 def safe_node_id(hostname: str) -> str:
@@ -356,12 +416,53 @@ def _checked(config: Config, given: _Given) -> Config:
         "tls",
         "certificate, key and authority are needed together; set all three or none",
     )
-    host = split_endpoint(agent.listen)[0] if agent.listen else "localhost"
-    require(
-        is_loopback(host) or tls.enabled or agent.insecure,
-        "agent.listen",
-        f"{agent.listen} can be reached from other hosts, and without TLS anyone there could read "
-        "and replace training state; fill in [tls], listen on 127.0.0.1, or set insecure = true "
-        "on a network that you trust",
-    )
+    for option, endpoint in (("agent.listen", agent.listen), ("bulk.listen", config.bulk.listen)):
+        host = split_endpoint(endpoint)[0] if endpoint else "localhost"
+        require(
+            is_loopback(host) or tls.enabled or agent.insecure,
+            option,
+            f"{endpoint} can be reached from other hosts, and without TLS anyone there could read "
+            "and replace training state; fill in [tls], listen on 127.0.0.1, or set "
+            "agent.insecure = true on a network that you trust",
+        )
+    _check_cluster(config, require)
     return config
+
+
+def _check_cluster(config: Config, require: Callable[[bool, str, str], None]) -> None:
+    cluster, parity, listen = config.cluster, config.parity, config.agent.listen
+    unreachable = "needs agent.listen, so that the other agents can reach this one"
+    for option in ("peers", "peers_dns", "peers_slurm", "peers_file", "address", "replaces"):
+        named = f"cluster.{option}"
+        require(bool(listen) or not getattr(cluster, option), named, unreachable)
+    require(bool(listen) or not config.bulk.listen, "bulk.listen", unreachable)
+    require(
+        bool(listen) or not parity.parities,
+        "parity.parities",
+        "needs other agents to hold it; set agent.listen and name them in [cluster], or set 0",
+    )
+    host, port = split_endpoint(cluster.address or "localhost:1")
+    require(
+        port > 0 and not is_wildcard(host),
+        "cluster.address",
+        f"nobody can be reached at {cluster.address}; name a host and a port",
+    )
+    if cluster.replaces:
+        checked_name("node", cluster.replaces)
+    require(
+        cluster.replaces != config.agent.node_id,
+        "cluster.replaces",
+        f"{cluster.replaces} is this node; leave it out to rejoin under the same id",
+    )
+    require(
+        cluster.suspect_after_s >= 3 * cluster.heartbeat_s,
+        "cluster.suspect_after_s",
+        f"{cluster.suspect_after_s:g} s is less than three heartbeats of {cluster.heartbeat_s:g} "
+        "s, so that one lost message would look like a lost node",
+    )
+    require(
+        not parity.group_size or parity.group_size > max(parity.parities or 0, 1),
+        "parity.group_size",
+        f"a group of {parity.group_size} cannot survive the loss of {parity.parities or 1} of its "
+        "nodes; make it larger than parity.parities",
+    )

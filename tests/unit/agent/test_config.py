@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from everstep.agent import cluster_options
 from everstep.agent import config as configuration
 from everstep.agent.config import Config, load, option_names, safe_node_id
 from everstep.agent.options import Interval
@@ -46,7 +47,8 @@ def test_every_option_of_the_commented_file_has_a_comment_above_it() -> None:
 
 
 def test_every_field_has_a_docstring_under_it() -> None:
-    source = Path(configuration.__file__).read_text()
+    modules = (configuration, cluster_options)
+    source = "".join(Path(module.__file__).read_text() for module in modules)
     for option in option_names():
         name = option.split(".")[1]
         field = rf"^    {name}: [^\n]+(?:\n        [^\n]+|\n    \))*\n    \"\"\""
