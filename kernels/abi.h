@@ -9,13 +9,13 @@
 // a unit (default secret, seed 0), 16 bytes in canonical big-endian order.
 //
 // `isa`: 0 is the best this machine has, 1 scalar, 2 AVX2, 3 AVX-512; one that the machine lacks
-// means the best it has.
+// means the best it has. Products over GF(2^8) use AVX-512 only where GFNI is, too.
 #ifndef EVERSTEP_ABI_H
 #define EVERSTEP_ABI_H
 
 #include <stdint.h>
 
-#define EVERSTEP_ABI 1
+#define EVERSTEP_ABI 2
 #define EVERSTEP_DIGEST_BYTES 16
 #define EVERSTEP_EXPORT __attribute__((visibility("default")))
 
@@ -67,6 +67,19 @@ EVERSTEP_EXPORT uint64_t everstep_restore_units(const everstep_piece* pieces,
 EVERSTEP_EXPORT void everstep_sample(const uint8_t* const* sources, const uint64_t* bytes,
                                      uint64_t count, uint32_t samples, uint64_t seed,
                                      uint64_t* fingerprints);
+
+// GF(2^8), polynomial 0x11D: target[i] ^= coefficient * source[i]. The two do not overlap.
+EVERSTEP_EXPORT void everstep_gf256_accumulate(uint8_t coefficient, const uint8_t* source,
+                                               uint8_t* target, uint64_t bytes, int isa);
+
+// targets[r][i] = the sum over j of coefficients[r * source_count + j] * sources[j][i], for all i
+// below `bytes`. At most 255 sources, each of at most `bytes` bytes: beyond its end a source is
+// zeros. No target overlaps a source or another target. Everything stored is visible to other
+// threads once this returns.
+EVERSTEP_EXPORT void everstep_gf256_dots(const uint8_t* coefficients, uint64_t row_count,
+                                         uint64_t source_count, const uint8_t* const* sources,
+                                         const uint64_t* source_bytes, uint8_t* const* targets,
+                                         uint64_t bytes, int isa);
 
 #ifdef __cplusplus
 }

@@ -2,7 +2,7 @@
 
 Owns the search for the library and the check that it was built from these sources' ABI. Promises
 that an import either yields a library that fits or raises ImportError with the way out. Does not
-check arguments: `digest` and `capture` do, and nobody else calls `library`.
+check arguments: `digest`, `capture` and `gf256` do, and nobody else calls `library`.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from everstep import kernels
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-ABI = 1
+ABI = 2
 LIBRARY_NAME = "libeverstep_kernels.so"
 DIGEST_BYTES = 16
 
@@ -38,6 +38,11 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "everstep_sample": (
         None,
         (_ADDRESS, _ADDRESS, _SIZE, ctypes.c_uint32, _SIZE, _ADDRESS),
+    ),
+    "everstep_gf256_accumulate": (None, (ctypes.c_uint8, _ADDRESS, _ADDRESS, _SIZE, _ISA)),
+    "everstep_gf256_dots": (
+        None,
+        (_ADDRESS, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ISA),
     ),
 }
 
