@@ -13,7 +13,20 @@ from typing import Annotated, Any
 
 import typer
 
+from everstep.agent import flags
 from everstep.agent.exits import FAILED, FINE, Verbs
+from everstep.agent.flags import (
+    Address,
+    Config,
+    Directory,
+    JobName,
+    Json,
+    Level,
+    MemoryDirectory,
+    NvmeDirectory,
+    Socket,
+    Step,
+)
 from everstep.agent.version import installed_version
 from everstep.proto.errors import AgentUnavailable, Refused
 
@@ -26,36 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Json = Annotated[
-    bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")
-]
-Address = Annotated[
-    str,
-    typer.Option(
-        "--agent",
-        metavar="unix:/PATH",
-        help="The agent to ask; default: EVERSTEP_AGENT, else this user's own.",
-    ),
-]
-JobName = Annotated[str, typer.Option("--job", metavar="JOB", help="Only this job.")]
-Step = Annotated[
-    int | None, typer.Option("--step", min=0, help="This step; default: the newest, or all.")
-]
-Level = Annotated[str, typer.Option("--level", metavar="LEVEL", help="Only memory, or only nvme.")]
-Directory = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[DIRECTORY]",
-        help="An nvme or memory directory, or a job or step in one: no agent is asked.",
-    ),
-]
-Config = Annotated[
-    Path | None, typer.Option(help="The TOML file; default: the one EVERSTEP_CONFIG names.")
-]
-Socket = Annotated[Path | None, typer.Option(help="The agent's public unix socket.")]
-MemoryDirectory = Annotated[Path | None, typer.Option(help="Where the arenas are, on a tmpfs.")]
-NvmeDirectory = Annotated[str | None, typer.Option(help='The durable level; "" for none.')]
 
 
 def _examples(*lines: str) -> str:
@@ -87,18 +70,27 @@ def everstep(
         "agent",
         "agent --socket /run/everstep/agent.sock --memory-dir /dev/shm/everstep --nvme-dir /nvme",
         "agent --config /etc/everstep.toml --log-file /var/log/everstep.log",
+        "agent --node-id n1 --listen 10.0.0.1:7400 --insecure --peer n2=10.0.0.2:7400 --parity 1",
+        "agent --node-id n3 --replaces n1 --listen 10.0.0.3:7400 --peers-file /etc/everstep-peers",
+        "agent --listen 0.0.0.0:7400 --insecure --peers-slurm 7400",
     )
 )
 def agent(
-    node_id: Annotated[str | None, typer.Option(help="This host's name among agents.")] = None,
+    node_id: flags.NodeId = None,
     socket: Socket = None,
-    listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="For other agents; default: none.")
-    ] = None,
+    listen: flags.Listen = None,
+    insecure: flags.Insecure = None,
+    peer: flags.Peers = None,
+    peers_dns: flags.PeersDns = None,
+    peers_slurm: flags.PeersSlurm = None,
+    peers_file: flags.PeersFile = None,
+    parity: flags.Parity = None,
+    label: flags.Labels = None,
+    replaces: flags.Replaces = None,
     memory_dir: MemoryDirectory = None,
     nvme_dir: NvmeDirectory = None,
     config: Config = None,
-    log_file: Annotated[Path | None, typer.Option(help="Default: standard error.")] = None,
+    log_file: flags.LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Run an agent in the foreground.
@@ -112,9 +104,17 @@ def agent(
         "agent.node_id": node_id,
         "agent.socket": socket,
         "agent.listen": listen,
+        "agent.insecure": insecure,
         "agent.memory_dir": memory_dir,
         "agent.nvme_dir": nvme_dir,
         "agent.log_file": log_file,
+        "cluster.peers": peer or None,
+        "cluster.peers_dns": peers_dns,
+        "cluster.peers_slurm": peers_slurm,
+        "cluster.peers_file": peers_file,
+        "cluster.labels": label or None,
+        "cluster.replaces": replaces,
+        "parity.parities": parity,
     }
     options = load(config, overrides)
     if as_json:
@@ -137,6 +137,7 @@ def _announce(options: Any) -> None:
             "pid": os.getpid(),
             "memory_dir": str(options.agent.memory_dir),
             "nvme_dir": str(options.agent.nvme_dir or ""),
+            "listen": options.agent.listen,
         }
     )
 
