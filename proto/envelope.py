@@ -5,7 +5,8 @@ Byte format, version 1, little endian:
     offset  bytes  field
     0       4      magic, b"EVST"
     4       2      version of the format, 1
-    6       2      kind: 1 layout, 2 record, 3 commit, 4 membership
+    6       2      kind: 1 layout, 2 record, 3 commit, 4 membership,
+                  5 parity_manifest
     8       2      flags: bit 0, parity follows the body; the others are zero
     10      4      length of the body
     14      16     xxh3_128, big endian, over bytes 0 to 13 and the body
@@ -34,7 +35,7 @@ from everstep.proto.errors import FormatInvalid
 VERSION = 1
 MAX_BODY_BYTES = 256 << 20
 MAX_REPAIRABLE_BYTES = 32 << 20
-KINDS = {"layout": 1, "record": 2, "commit": 3, "membership": 4}
+KINDS = {"layout": 1, "record": 2, "commit": 3, "membership": 4, "parity_manifest": 5}
 
 _MAGIC = b"EVST"
 _FIELDS = struct.Struct("<4sHHHI")

@@ -215,15 +215,17 @@ class ShardRecord(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., record: _Optional[bytes] = ...) -> None: ...
 
 class ParityManifest(_message.Message):
-    __slots__ = ("plan", "member", "unit_digests", "records", "encoded_unix_s")
+    __slots__ = ("plan", "member", "unit_digests", "records", "encoded_unix_s", "parity_bytes")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     UNIT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     ENCODED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    PARITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     plan: ParityPlan
     member: int
     unit_digests: bytes
     records: _containers.RepeatedCompositeFieldContainer[ShardRecord]
     encoded_unix_s: float
-    def __init__(self, plan: _Optional[_Union[ParityPlan, _Mapping]] = ..., member: _Optional[int] = ..., unit_digests: _Optional[bytes] = ..., records: _Optional[_Iterable[_Union[ShardRecord, _Mapping]]] = ..., encoded_unix_s: _Optional[float] = ...) -> None: ...
+    parity_bytes: int
+    def __init__(self, plan: _Optional[_Union[ParityPlan, _Mapping]] = ..., member: _Optional[int] = ..., unit_digests: _Optional[bytes] = ..., records: _Optional[_Iterable[_Union[ShardRecord, _Mapping]]] = ..., encoded_unix_s: _Optional[float] = ..., parity_bytes: _Optional[int] = ...) -> None: ...

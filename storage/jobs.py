@@ -15,6 +15,12 @@ from everstep.proto.ids import checked_name
 from everstep.storage.directory import Directory, is_partial, storage_error
 from everstep.storage.level import Problem
 
+PARITY = "parity"
+"""In memory: the directory in a job's that holds its parity; see `parity_memory`."""
+
+STAGED = "staged"
+"""In memory: the directory in a job's that holds shards of other ranks; see `staging`."""
+
 _LAYOUTS = "layouts"
 _REMOVED = ".removed-"
 _LAYOUT_ID = re.compile(r"[0-9a-f]{32}")
@@ -81,7 +87,7 @@ class Jobs:
             raise storage_error(str(self.root / job), 0, error) from error
 
     def sweep(self, job: str) -> list[str]:
-        """Finish an interrupted `remove` of this job, and clear half-written layouts."""
+        """Finish an interrupted `remove` of this job, and clear what is half-written in it."""
         hidden = _REMOVED + checked_name("job", job)
         done = []
         try:
@@ -96,9 +102,10 @@ class Jobs:
             return done
         with directory:
             done += sweep_partial(directory)
-            if _LAYOUTS in directory.directories():
-                with directory.child(_LAYOUTS) as layouts:
-                    done += sweep_partial(layouts)
+            for name in directory.directories():
+                if name in (_LAYOUTS, PARITY, STAGED):
+                    with directory.child(name) as folder:
+                        done += sweep_partial(folder)
         return done
 
     def finish_removals(self) -> list[str]:

@@ -24,7 +24,7 @@ def map_range(
         OSError: If the kernel refuses.
     """
     if length_bytes == 0:
-        return memoryview(b""), None
+        return memoryview(bytearray() if writable else b""), None
     lead_bytes = offset % mmap.ALLOCATIONGRANULARITY
     mapping = mmap.mmap(
         descriptor,
