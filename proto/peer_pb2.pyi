@@ -364,6 +364,16 @@ class DecideRequest(_message.Message):
     live: bool
     def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., to_step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ..., live: _Optional[bool] = ...) -> None: ...
 
+class ParitySource(_message.Message):
+    __slots__ = ("plan_id", "node_id", "level")
+    PLAN_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    plan_id: str
+    node_id: str
+    level: str
+    def __init__(self, plan_id: _Optional[str] = ..., node_id: _Optional[str] = ..., level: _Optional[str] = ...) -> None: ...
+
 class ShardSource(_message.Message):
     __slots__ = ("rank", "node_id", "level", "plan", "image_bytes")
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -379,7 +389,7 @@ class ShardSource(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., level: _Optional[str] = ..., plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., image_bytes: _Optional[int] = ...) -> None: ...
 
 class SnapshotPlan(_message.Message):
-    __slots__ = ("incarnation", "step", "world", "recoverable", "sources", "missing", "further_losses", "further_loss_level")
+    __slots__ = ("incarnation", "step", "world", "recoverable", "sources", "missing", "further_losses", "further_loss_level", "parities", "memory_losses")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
@@ -388,6 +398,8 @@ class SnapshotPlan(_message.Message):
     MISSING_FIELD_NUMBER: _ClassVar[int]
     FURTHER_LOSSES_FIELD_NUMBER: _ClassVar[int]
     FURTHER_LOSS_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    PARITIES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_LOSSES_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     step: int
     world: int
@@ -396,7 +408,9 @@ class SnapshotPlan(_message.Message):
     missing: _containers.RepeatedScalarFieldContainer[str]
     further_losses: int
     further_loss_level: str
-    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., recoverable: _Optional[bool] = ..., sources: _Optional[_Iterable[_Union[ShardSource, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., further_losses: _Optional[int] = ..., further_loss_level: _Optional[str] = ...) -> None: ...
+    parities: _containers.RepeatedCompositeFieldContainer[ParitySource]
+    memory_losses: int
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., recoverable: _Optional[bool] = ..., sources: _Optional[_Iterable[_Union[ShardSource, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., further_losses: _Optional[int] = ..., further_loss_level: _Optional[str] = ..., parities: _Optional[_Iterable[_Union[ParitySource, _Mapping]]] = ..., memory_losses: _Optional[int] = ...) -> None: ...
 
 class DecideReply(_message.Message):
     __slots__ = ("found", "plan", "rejected")
