@@ -7,7 +7,7 @@ the record itself is authentic: that is the envelope's and, between hosts, TLS's
 
 from concurrent.futures import Executor
 
-from everstep.kernels.digest import verify_units
+from everstep.kernels.digest import digest_units, verify_units
 from everstep.proto.errors import FormatInvalid, ShardCorrupt
 from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import Record
@@ -72,3 +72,15 @@ def check_unit(data: bytes | memoryview, record: Record, unit: int, where: str) 
     right_length = len(data) == min(record.unit_bytes, record.image_bytes - begin)
     if not right_length or verify_units(data, record.unit_bytes, expected):
         raise ShardCorrupt(where, (unit,))
+
+
+def unit_digest(data: bytes | bytearray | memoryview) -> bytes:
+    """The digest of these bytes taken as one unit: 16 bytes."""
+    assert 0 < len(data) <= UNIT_BYTES, len(data)
+    return digest_units(data, UNIT_BYTES)
+
+
+def unit_matches(data: bytes | bytearray | memoryview, digest: bytes) -> bool:
+    """Whether these bytes, taken as one unit, have this digest."""
+    assert 0 < len(data) <= UNIT_BYTES, len(data)
+    return not verify_units(data, UNIT_BYTES, digest)
