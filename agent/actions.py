@@ -7,6 +7,7 @@ promises them.
 
 from dataclasses import dataclass
 
+from everstep.agent.plans import ParityPlan
 from everstep.proto.ids import SnapshotId
 
 
@@ -108,6 +109,36 @@ class ReplicasAgreed:
     agreed: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Encode this node's parity of a plan; answered by `Encoded`. The sources stay pinned."""
+
+    plan: ParityPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StopEncoding:
+    """A round ended without this node's parity: whatever is under way for it is in vain."""
+
+    job: str
+    plan_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteParity:
+    """Free the parity of a round in memory: a newer one is committed, or it never was."""
+
+    job: str
+    plan_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FlushParity:
+    """Write a committed round's parity to NVMe, beside the shards that it protects."""
+
+    plan: ParityPlan
+
+
 Action = (
     DropRecord
     | PublishRecord
@@ -119,4 +150,8 @@ Action = (
     | VerifyAdopted
     | DeleteDurable
     | ReplicasAgreed
+    | Encode
+    | StopEncoding
+    | DeleteParity
+    | FlushParity
 )

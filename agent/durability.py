@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from everstep.agent import actions, events
 from everstep.agent.job import Job, Snapshot
+from everstep.agent.rounds import flush_parity
 from everstep.proto.ids import SnapshotId
 
 if TYPE_CHECKING:
@@ -73,10 +74,17 @@ def flush_ended(state: "State", event: events.FlushEnded) -> None:
     snapshot.pins -= 1
     if event.problem:
         job.count("flushes_failed")
+        job.flush_failed.add(event.snapshot)
         job.last_error = f"flush of {event.snapshot}: {event.problem}"
     else:
         job.count("flushed")
-        now_durable(state, job, event.snapshot, snapshot.world)
+        job.flush_failed.clear()
+        if state.rules.clustered:
+            # Durable once all nodes have their parts on disk: see `events.DurableOrdered`.
+            job.flushed[event.snapshot] = (snapshot.world, tuple(sorted(snapshot.sealed)))
+        else:
+            now_durable(state, job, event.snapshot, snapshot.world)
+        flush_parity(state, job)
     if job.flush_wanted:
         # Somebody waits for a newer one. Tried once, and given up if it fails too.
         flush_newest(state, job)

@@ -4,10 +4,11 @@ Owns the vocabulary only. Everything a decision needs is in the event: whether a
 was looked up before, the time is passed beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from everstep.agent.actions import Place
+from everstep.agent.plans import ParityPlan, PlannedMember
 from everstep.proto.ids import SnapshotId
 
 
@@ -42,6 +43,8 @@ class Attach:
     """Whether the process that held this rank until now is alive (and another one)."""
     nvme_interval_steps: int | None = None
     in_flight: InFlight | None = None
+    decided: int | None = None
+    """The incarnation that the coordinator has given it; None where this agent stands alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ class Seal:
     replica_samples: bytes
     captured_unix_s: float
     envelope: bytes = field(repr=False)
+    record_digest: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,7 @@ class AdoptedShard:
     replica_samples: bytes
     captured_unix_s: float
     envelope: bytes = field(repr=False)
+    record_digest: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +181,10 @@ class Adopt:
     restore_decided: bool = False
     problems: Sequence[str] = ()
     """What was found of the job and cannot be used, and why."""
+    parities: Sequence[ParityPlan] = ()
+    """Plans whose parity was found whole in memory."""
+    flushed_ranks: Mapping[SnapshotId, tuple[int, ...]] = field(default_factory=dict)
+    """Of `durable`: the ranks whose shards are on this node's NVMe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +253,102 @@ class RestoreDecided:
     snapshot: SnapshotId | None
 
 
+@dataclass(frozen=True, slots=True)
+class CommitOrdered:
+    """All ranks, on all nodes, have sealed a snapshot."""
+
+    job: str
+    snapshot: SnapshotId
+    world: int
+    holders: tuple[PlannedMember, ...]
+    """Which node holds which shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class DropOrdered:
+    """A snapshot will never commit: some node has dropped it."""
+
+    job: str
+    snapshot: SnapshotId
+    reason: str
+    drifted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DurableOrdered:
+    """Every node has its part of a snapshot on NVMe."""
+
+    job: str
+    snapshot: SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class FlushOrdered:
+    """Another node flushes this snapshot: only with all parts is it durable."""
+
+    job: str
+    snapshot: SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class BeginOrdered:
+    """The job was started anew, maybe on other nodes only."""
+
+    job: str
+    incarnation: int
+    world: int
+    launch_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareOrdered:
+    """This node takes part in a parity round."""
+
+    plan: ParityPlan
+
+    @property
+    def job(self) -> str:
+        """The plan's."""
+        return self.plan.job
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """This node's parity of a plan is whole and published; `problem` says why not."""
+
+    job: str
+    plan_id: str
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEnded:
+    """All members' parity is whole (`commit`), or the round was given up."""
+
+    job: str
+    plan_id: str
+    commit: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ParityDamaged:
+    """This node's parity of a round was found damaged."""
+
+    job: str
+    plan_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A shard was brought back into this node's memory: decoded, or fetched from a peer."""
+
+    job: str
+    arena: ArenaReserved
+    shard: AdoptedShard
+
+
 Event = (
     Attach
     | SessionLost
@@ -264,4 +369,14 @@ Event = (
     | Unpin
     | Removed
     | RestoreDecided
+    | CommitOrdered
+    | DropOrdered
+    | DurableOrdered
+    | FlushOrdered
+    | BeginOrdered
+    | PrepareOrdered
+    | Encoded
+    | RoundEnded
+    | ParityDamaged
+    | Installed
 )

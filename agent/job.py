@@ -18,6 +18,7 @@ from everstep.agent.events import (
     InFlight,
     Seal,
 )
+from everstep.agent.plans import ParityPlan, PlannedMember
 from everstep.proto.ids import SnapshotId
 
 REMEMBERED_REFUSALS = 64
@@ -43,6 +44,7 @@ class SealedShard:
     replica_samples: bytes
     captured_unix_s: float
     envelope: bytes = field(repr=False)
+    record_digest: bytes = field(default=b"", repr=False)
 
     @classmethod
     def of(cls, event: Seal | AdoptedShard) -> "SealedShard":
@@ -54,6 +56,7 @@ class SealedShard:
             event.replica_samples,
             event.captured_unix_s,
             event.envelope,
+            event.record_digest,
         )
 
 
@@ -76,6 +79,8 @@ class Snapshot:
     withdrawn: bool = False
     """Whether its records were dropped."""
     reason: str = ""
+    holders: tuple[PlannedMember, ...] = ()
+    """Which node holds which shards, once that is known from the coordinator."""
 
     def missing_ranks(self) -> list[int]:
         """The ranks that have not sealed."""
@@ -111,6 +116,26 @@ class Arena:
     generation: int
     slot_count: int
     slot_bytes: int
+
+
+class RoundStage(Enum):
+    """How far this node's part of a parity round is."""
+
+    ENCODING = "encoding"
+    PREPARED = "prepared"
+    """Whole and published: good for recovery, whatever becomes of the round."""
+    COMMITTED = "committed"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Round:
+    """This node's part of a parity round."""
+
+    plan: ParityPlan
+    stage: RoundStage = RoundStage.ENCODING
+    problem: str = ""
+    on_nvme: bool = False
 
 
 @dataclass(slots=True)
@@ -161,20 +186,30 @@ class Job:
     declarations: dict[int, Declaration] = field(default_factory=dict)
     flushing: SnapshotId | None = None
     flush_wanted: bool = False
+    flushed: dict[SnapshotId, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    """With peers: world, and ranks whose shards are on this node's NVMe, other nodes' maybe not."""
+    durable_ranks: dict[SnapshotId, tuple[int, ...]] = field(default_factory=dict)
+    """Of `durable`: the ranks whose shards are on this node's NVMe."""
+    flush_failed: set[SnapshotId] = field(default_factory=set)
+    rounds: dict[str, Round] = field(default_factory=dict)
+    """Parity rounds by plan: at most the last committed one and the one under way."""
+    parity_lost: str = ""
+    """Why the last committed parity is gone; empty if it is not."""
     flushed_at_s: float | None = None
     nvme_interval_steps: int | None = None
     counters: dict[str, int] = field(default_factory=dict)
     last_error: str = ""
 
-    def begin_incarnation(self, world: int, launch_id: str) -> None:
-        """All ranks start anew, under a number that no snapshot has."""
+    def begin_incarnation(self, world: int, launch_id: str, number: int | None = None) -> None:
+        """All ranks start anew, under a number that no snapshot has, or the one that is given."""
         known = [*self.snapshots, *self.durable]
         for snapshot in self.snapshots.values():
             snapshot.copying.clear()
         committed = [s.id for s in self.snapshots.values() if s.stage is Stage.COMMITTED]
         if any(s.incarnation == self.incarnation for s in [*committed, *self.durable]):
             self.restored = None
-        self.incarnation = max([0, self.incarnation, *(s.incarnation for s in known)]) + 1
+        following = max([0, self.incarnation, *(s.incarnation for s in known)]) + 1
+        self.incarnation = following if number is None else number
         self.world = world
         self.launch_id = launch_id
         self.members.clear()
@@ -275,8 +310,34 @@ class Job:
             return True
         if snapshot.stage is Stage.DROPPED:
             return False
+        if self.in_round(snapshot.id):
+            return True
         newest = self.newest_committed()
         return snapshot.stage is Stage.OPEN or (newest is not None and snapshot.id == newest.id)
+
+    def protected(self) -> SnapshotId | None:
+        """The newest snapshot whose parity is committed."""
+        held = [r.plan.snapshot for r in self.rounds.values() if r.stage is RoundStage.COMMITTED]
+        return max(held, key=self.preference, default=None)
+
+    def in_round(self, snapshot: SnapshotId) -> bool:
+        """Whether other nodes' parity depends on this snapshot, or is about to."""
+        return any(
+            r.plan.snapshot == snapshot and r.stage is not RoundStage.FAILED
+            for r in self.rounds.values()
+        )
+
+    def sealed_here(self, snapshot: Snapshot) -> bool:
+        """Whether every rank that is on this node has sealed it.
+
+        What was sealed in an earlier incarnation is complete by the seals that there are: a rank
+        that had not sealed is missing on all nodes then, and the coordinator sees that.
+        """
+        if not snapshot.sealed or snapshot.sealing:
+            return False
+        if snapshot.id.incarnation != self.incarnation:
+            return True
+        return all(rank in snapshot.sealed for rank in self.members)
 
     def open_snapshots(self) -> list[Snapshot]:
         """Snapshots that some rank is still copying."""
@@ -333,6 +394,8 @@ class Job:
             return f"step {step} is still being copied by rank(s) {', '.join(map(str, late))}"
         if snapshot.id == self.flushing:
             return f"step {step} is being flushed to NVMe"
+        if self.in_round(snapshot.id):
+            return f"step {step} is being encoded, or is the newest that has parity"
         return f"step {step} is being read"
 
     def add_arena(self, found: ArenaReserved) -> None:
@@ -405,6 +468,8 @@ def adopted(event: Adopt) -> Job:
     for arena in event.arenas:
         job.add_arena(arena)
     job.durable = dict(event.durable)
+    for plan in event.parities:
+        job.rounds[plan.plan_id] = Round(plan, RoundStage.PREPARED)
     job.restored = event.restored
     job.restore_decided = event.restore_decided
     job.problems = tuple(event.problems)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from everstep.agent import actions, events
+from everstep.agent import actions, events, obeying, rounds
 from everstep.agent.actions import Action, Place
 from everstep.agent.durability import (
     flush_due,
@@ -28,6 +28,7 @@ from everstep.agent.job import (
     Stage,
     adopted,
 )
+from everstep.agent.obeying import adopt_part, settle_earlier
 from everstep.proto.errors import ArenaLost, OutOfSpace, RankClaimed, Refused, StaleIncarnation
 from everstep.proto.ids import SnapshotId, checked_name
 
@@ -45,6 +46,9 @@ class Rules:
     nvme_interval_steps: int | None = 100
     nvme_interval_s: float | None = None
     flush_on_exit: bool = True
+    node_id: str = ""
+    clustered: bool = False
+    """Whether commits are the coordinator's word, because ranks may live on other nodes."""
 
 
 @dataclass(slots=True)
@@ -104,7 +108,9 @@ class State:
             if len(self.jobs) >= self.rules.max_jobs:
                 raise Refused(f"this agent holds {self.rules.max_jobs} jobs (max_jobs) already.")
             job = Job(caller.job, caller.world, caller.incarnation, event.launch_id)
-        if caller.incarnation:
+        if event.decided is not None:
+            self._join_decided(job, event, event.decided)
+        elif caller.incarnation:
             self._rejoin(job, event)
         else:
             self._join(job, event)
@@ -135,7 +141,19 @@ class State:
         # resumed one nobody knows whether this rank was in it before.
         anew = not job.members or job.resumed or job.world != caller.world or launched_anew
         if anew or replaces:
-            self._begin_incarnation(job, caller.world, event.launch_id)
+            self.begin_incarnation(job, caller.world, event.launch_id)
+
+    def _join_decided(self, job: Job, event: events.Attach, decided: int) -> None:
+        """A process whose incarnation the coordinator knows."""
+        caller = event.caller
+        holder = job.members.get(caller.rank)
+        other = holder is not None and holder.process_id != caller.process_id
+        if decided < job.incarnation:
+            raise StaleIncarnation(caller.job, decided, job.incarnation)
+        if holder is not None and other and event.holder_alive:
+            raise RankClaimed(caller.job, caller.rank, holder.pid)
+        if decided > job.incarnation:
+            self.begin_incarnation(job, caller.world, event.launch_id, decided)
 
     def _rejoin(self, job: Job, event: events.Attach) -> None:
         """A process that knows its incarnation: it never ends another one, however late it is."""
@@ -149,10 +167,15 @@ class State:
         elif not job.has_member(caller):
             raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation)
 
-    def _begin_incarnation(self, job: Job, world: int, launch_id: str) -> None:
+    def begin_incarnation(
+        self, job: Job, world: int, launch_id: str, number: int | None = None
+    ) -> None:
+        """The job was started anew."""
         for snapshot in job.open_snapshots():
-            self.drop(job, snapshot, "the job was restarted before all ranks had sealed it")
-        job.begin_incarnation(world, launch_id)
+            # What is whole here may be committed on other nodes: the coordinator will say.
+            if not (self.rules.clustered and job.sealed_here(snapshot)):
+                self.drop(job, snapshot, "the job was restarted before all ranks had sealed it")
+        job.begin_incarnation(world, launch_id, number)
 
     def _session_lost(self, event: events.SessionLost) -> None:
         job = self.jobs.get(event.job)
@@ -283,7 +306,8 @@ class State:
         job = self.jobs[event.job]
         snapshot = job.snapshots[event.snapshot]
         snapshot.sealed[event.rank] = snapshot.sealing.pop(event.rank)
-        if not snapshot.missing_ranks() and snapshot.stage is Stage.OPEN:
+        alone = not self.rules.clustered
+        if alone and not snapshot.missing_ranks() and snapshot.stage is Stage.OPEN:
             self.commit(job, snapshot)
 
     def commit(self, job: Job, snapshot: Snapshot) -> None:
@@ -353,6 +377,9 @@ class State:
 
     def _adopt(self, event: events.Adopt) -> None:
         job = self.jobs[event.job] = adopted(event)
+        if self.rules.clustered:
+            adopt_part(self, job, event)
+            return
         for snapshot in sorted(job.snapshots.values(), key=lambda s: s.id, reverse=True):
             problem = job.problem_of_adopted(snapshot)
             if problem:
@@ -400,7 +427,8 @@ class State:
     def _damaged(self, event: events.Damaged) -> None:
         job = self.jobs.get(event.job)
         snapshot = job.snapshots.get(event.snapshot) if job else None
-        if job is not None and snapshot is not None and snapshot.stage is Stage.COMMITTED:
+        stages = (Stage.COMMITTED, Stage.OPEN) if self.rules.clustered else (Stage.COMMITTED,)
+        if job is not None and snapshot is not None and snapshot.stage in stages:
             job.count("damaged")
             job.damaged[snapshot.id] = event.reason
             self.drop(job, snapshot, event.reason)
@@ -412,6 +440,8 @@ class State:
         job.restored = event.snapshot
         job.restore_decided = True
         job.restoring = set(range(job.world)) if event.snapshot is not None else set()
+        if self.rules.clustered:
+            settle_earlier(self, job, event.snapshot)
         self.keep_membership(job)
 
 
@@ -435,4 +465,14 @@ _HANDLERS: dict[type, Callable[[State, Any], Any]] = {
     events.Unpin: State._unpin,
     events.Removed: State._removed,
     events.RestoreDecided: State._restore_decided,
+    events.CommitOrdered: obeying.commit_ordered,
+    events.DropOrdered: obeying.drop_ordered,
+    events.DurableOrdered: obeying.durable_ordered,
+    events.FlushOrdered: obeying.flush_ordered,
+    events.BeginOrdered: obeying.begin_ordered,
+    events.Installed: obeying.installed,
+    events.PrepareOrdered: rounds.prepare_ordered,
+    events.Encoded: rounds.encoded,
+    events.RoundEnded: rounds.round_ended,
+    events.ParityDamaged: rounds.parity_damaged,
 }
