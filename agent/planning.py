@@ -16,11 +16,25 @@ from typing import Any
 
 from everstep.agent.display import ranks as ranks_in_words
 from everstep.agent.inventory import MEMORY, NodeInventory
+from everstep.agent.rebuilding import Movement, Segment, expected_s, movements, rebuild_work
 from everstep.agent.sources import Decoded, Held, ParityAt, SnapshotPlan, Source
 from everstep.agent.stock import Erasure, Group, Stock, stocks
 from everstep.proto.ids import SnapshotId
 
-__all__ = ["Decoded", "Erasure", "Held", "ParityAt", "SnapshotPlan", "Source", "plan_snapshots"]
+__all__ = [
+    "Decoded",
+    "Erasure",
+    "Held",
+    "Movement",
+    "ParityAt",
+    "Segment",
+    "SnapshotPlan",
+    "Source",
+    "expected_s",
+    "movements",
+    "plan_snapshots",
+    "rebuild_work",
+]
 
 MAX_CHECKS = 20_000
 """How many sets of lost nodes are tried for one snapshot."""
