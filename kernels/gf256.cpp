@@ -9,7 +9,9 @@ namespace everstep {
 
 namespace {
 
-// Targets at least this large, together, are stored past the caches.
+// Targets at least this large, together, are stored past the caches: an ordinary store would first
+// read the line. That was faster from 1 MiB on (by 5 % there, by 30 % at 4 MiB, two targets), but
+// a parity unit of 1 MiB is digested next and stays where that finds it.
 constexpr uint64_t kStreamBytes = 2 << 20;
 
 constexpr uint8_t slow_product(unsigned left, unsigned right) {

@@ -1,11 +1,12 @@
 """Arithmetic over GF(2^8) with the polynomial 0x11D, the field of the Reed-Solomon codes.
 
 Owns the field (`multiply`, `inverse`) and its two bulk operations: `multiply_accumulate` adds
-a multiple of one buffer to another, `dot` and `dots` write sums of multiples of several. Promises
-the same bytes on every machine, and that sources are only read and nothing but the targets is
-written. Knows no code: which coefficients make one is for the caller to say.
+a multiple of one buffer to another; `dot`, `dots` and `Dots` write sums of multiples of several.
+Promises the same bytes on every machine, and that sources are only read and nothing but the
+targets is written. Knows no code: which coefficients make one is for the caller to say.
 
-A target must not overlap a source or another target; this is not checked.
+A target must not overlap a source or another target; this is not checked. A buffer that is not
+contiguous raises BufferError.
 """
 
 import ctypes
@@ -124,22 +125,60 @@ def dots(
     Raises:
         ValueError: If the arguments do not fit together, or a target is read-only.
     """
-    taken = [Bytes(source) for source in sources]
-    written = [Bytes(target, writable=True) for target in targets]
-    size = written[0].bytes if written else 0
-    _check_shape(rows, taken, written, size)
-    # bytes() refuses what is no element of the field.
-    coefficients = b"".join(map(bytes, rows))
-    if isa == "reference":
-        for row, target in zip(rows, targets, strict=True):
-            _reference_dot(row, sources, target)
-        return
-    addresses = (ctypes.c_void_p * len(taken))(*(source.address for source in taken))
-    lengths = (ctypes.c_uint64 * len(taken))(*(source.bytes for source in taken))
-    outputs = (ctypes.c_void_p * len(written))(*(target.address for target in written))
-    library.everstep_gf256_dots(
-        coefficients, len(written), len(taken), addresses, lengths, outputs, size, isa
-    )
+    Dots(rows, sources, targets).write(isa)
+
+
+class Dots:
+    """The arguments of one `dots`, made ready once for the same buffers over and over.
+
+    The buffers can neither move nor be freed while this object lives.
+
+    Args:
+        rows: For each target the sources' coefficients.
+        sources: As for `dot`.
+        targets: Writable contiguous buffers of the same length.
+
+    Raises:
+        ValueError: If the arguments do not fit together, or a target is read-only.
+    """
+
+    __slots__ = ("_arguments", "_held", "_rows", "_sources", "_targets")
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[int]],
+        sources: "Sequence[ReadableBuffer]",
+        targets: "Sequence[WriteableBuffer]",
+    ) -> None:
+        taken = [Bytes(source) for source in sources]
+        written = [Bytes(target, writable=True) for target in targets]
+        size = written[0].bytes if written else 0
+        _check_shape(rows, taken, written, size)
+        # bytes() refuses what is no element; a list, since it takes arrays as they lie.
+        self._rows = [bytes([*row]) for row in rows]
+        self._sources, self._targets = sources, targets
+        self._held = (taken, written)
+        self._arguments = (
+            b"".join(self._rows),
+            len(written),
+            len(taken),
+            (ctypes.c_void_p * len(taken))(*[source.address for source in taken]),
+            (ctypes.c_uint64 * len(taken))(*[source.bytes for source in taken]),
+            (ctypes.c_void_p * len(written))(*[target.address for target in written]),
+            size,
+        )
+
+    def write(self, isa: Isa = 0) -> None:
+        """Write the sums of what the sources hold now, whatever the targets held.
+
+        Args:
+            isa: Which code to run, see `native.Isa`.
+        """
+        if isa != "reference":
+            library.everstep_gf256_dots(*self._arguments, isa)
+            return
+        for row, target in zip(self._rows, self._targets, strict=True):
+            _reference_dot(row, self._sources, target)
 
 
 def _element(value: int) -> int:

@@ -25,6 +25,7 @@ Isa: TypeAlias = int | Literal["reference"]
 """Which code runs: 0 the best there is, 1 scalar, 2 AVX2, 3 AVX-512, or the Python reference."""
 
 _ADDRESS = ctypes.c_void_p
+_BYTE = ctypes.c_char
 _SIZE = ctypes.c_uint64
 _ISA = ctypes.c_int
 _RANGE = (_ADDRESS, _SIZE, _ADDRESS, _SIZE, _SIZE, _SIZE, _SIZE)
@@ -109,19 +110,29 @@ class Bytes:
 
     Raises:
         ValueError: If it is to be written and is read-only.
+        BufferError: If it is not contiguous.
 
     Attributes:
         address: Of the first byte; 0 for an empty buffer.
         bytes: How many there are.
     """
 
-    __slots__ = ("_array", "address", "bytes")
+    __slots__ = ("_held", "address", "bytes")
 
     def __init__(self, buffer: "ReadableBuffer", writable: bool = False) -> None:
         view = memoryview(buffer)
         if writable and view.readonly:
             raise ValueError("this buffer is read-only and was to be written")
         self.bytes = view.nbytes
+        self.address = 0
+        if not self.bytes:
+            return
         # ctypes' from_buffer refuses what is read-only, such as bytes or a mapped file.
-        self._array = numpy.frombuffer(view, dtype=numpy.uint8) if view.nbytes else None
-        self.address = 0 if self._array is None else int(self._array.ctypes.data)
+        if view.readonly or not view.c_contiguous:
+            array = numpy.frombuffer(view, dtype=numpy.uint8)
+            self._held: object = array
+            self.address = int(array.ctypes.data)
+        else:
+            # Five times as fast, which a call with ten buffers of 64 KiB feels.
+            self._held = _BYTE.from_buffer(view)
+            self.address = ctypes.addressof(self._held)
