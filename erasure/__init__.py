@@ -1,5 +1,7 @@
-"""Reed-Solomon coding between nodes: matrix, codec, placement.
+"""Reed-Solomon coding between nodes, as pure arithmetic.
 
-Empty in this version: a single node has the memory and NVMe levels. It will see bytes, never
-tensors, and import `everstep.kernels` and `everstep.proto` only.
+`rows` says which node holds which part of what, `matrix` which coefficients make and undo a
+parity, `codec` applies them to bytes, `placement` says which nodes form a group. Sees bytes, never
+tensors, does no I/O, and imports `everstep.kernels` and `everstep.proto` only. The agent moves the
+bytes and decides when.
 """

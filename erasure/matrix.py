@@ -63,6 +63,8 @@ def decoding_row(
     wanted_row = encoding_row(data_symbols, parities, wanted)
     if len(present) < data_symbols:
         raise TooFewSymbols(data_symbols, len(set(present)))
+    if not set(present) <= set(range(data_symbols + parities)):
+        raise ValueError(f"symbols {present} of {data_symbols} + {parities}")
     if len(set(present)) != len(present) or len(present) > data_symbols:
         raise ValueError(f"{present} are not {data_symbols} different symbols")
     # Present data symbols are unit vectors, so only the columns of the missing ones need solving:
