@@ -156,7 +156,8 @@ def _searched(nodes: Iterable[PlacedNode], sizes: Sequence[int], allowed: int) -
     order.sort(key=lambda node: (-node.stream_bytes, node.name))
     everywhere = Counter(domain for node in order for domain in node.domains)
     hopeless = {domain for domain, n in everywhere.items() if n > allowed * len(sizes)}
-    best, lowest = [], -1
+    best: list[list[_Node]] = []
+    lowest = -1
     for attempt in range(1 if hopeless else max(1, min(_ORDERS, _NODES_FILLED // len(order)))):
         if attempt:
             random.Random(attempt).shuffle(order)
