@@ -2,7 +2,7 @@
 
 Owns ``<root>/<job>/step-000000001234/`` with ``rank-00003.safetensors``, ``rank-00003.record`` and
 ``commit``, and ``<root>/<job>/layouts/<id>``. A snapshot exists exactly when its commit can be
-read, and the commit is written last.
+read, and the commit is written last. The parity that may lie beside them is `parity_nvme`'s.
 
 Promises that what `snapshots` lists survives power loss, and that a step which is taken again by a
 later incarnation never costs the earlier one: that is moved aside to ``.superseded-step-...``,
@@ -19,22 +19,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from everstep.kernels.digest import verify_units
 from everstep.proto import state_pb2
 from everstep.proto.envelope import open_envelope, seal
 from everstep.proto.errors import FormatInvalid
-from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import (
-    UNIT_BYTES,
     SnapshotId,
     checked_name,
     rank_stem,
     step_directory,
 )
 from everstep.storage.direct import ImageWriter
-from everstep.storage.directory import Directory, partial_name, storage_error
+from everstep.storage.directory import Directory, storage_error
 from everstep.storage.identity import (
-    DIGEST_BYTES,
     check_committed,
     check_digested,
     check_image_bytes,
@@ -43,9 +39,11 @@ from everstep.storage.identity import (
     parse_commit,
     parse_record,
 )
+from everstep.storage.images import damaged_units, publish_image
 from everstep.storage.jobs import Jobs
 from everstep.storage.level import Problem, ShardImage
 from everstep.storage.mapping import map_range
+from everstep.storage.parity_nvme import ParityNvme
 from everstep.storage.steps import (
     COMMIT,
     clear_uncommitted,
@@ -54,6 +52,7 @@ from everstep.storage.steps import (
     make_room,
     remove_step,
     remove_superseded,
+    steps_of,
     sweep_steps,
 )
 
@@ -91,6 +90,8 @@ class NvmeLevel:
         self.root = root
         self._jobs = Jobs(root, repairable=True)
         self._writer = ImageWriter(threads=write_threads, chunk_bytes=chunk_bytes, direct=direct)
+        self.parity = ParityNvme(root, self._jobs, self._writer)
+        """The parity in the same step directories."""
 
     def close(self) -> None:
         """End the writer threads."""
@@ -177,7 +178,8 @@ class NvmeLevel:
             if step.exists(COMMIT):
                 commit = find_step(directory, job, snapshot).commit
                 check_committed(commit, {rank: record}, where)
-            self._write_image(step, rank_stem(rank) + _IMAGE_SUFFIX, image, parsed)
+            name = rank_stem(rank) + _IMAGE_SUFFIX
+            publish_image(self._writer, step, name, image, parsed.unit_digests)
             step.publish(rank_stem(rank) + _RECORD_SUFFIX, sealed, "record")
 
     def commit(self, job: str, snapshot: SnapshotId, commit: bytes) -> None:
@@ -221,19 +223,17 @@ class NvmeLevel:
         """See `Level.verify`. Reads rather than maps: a bad sector is a bad unit, not a SIGBUS."""
         with self._shard(job, snapshot, rank) as shard:
             check_digested(shard.record, str(shard.path))
-            os.posix_fadvise(shard.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            units = range(len(shard.record.unit_digests) // DIGEST_BYTES)
-            return [unit for unit in units if not _unit_intact(shard, unit)]
+            record = shard.record
+            return damaged_units(shard.descriptor, record.image_bytes, record.unit_digests)
 
     def delete(self, job: str, snapshot: SnapshotId) -> None:
-        """See `Level.delete`."""
+        """See `Level.delete`. Its parity goes too, also where there is nothing else of it."""
         directory = self._jobs.open(job)
         if directory is None:
             return
         with directory, _writing(directory.path):
-            found, _ = committed_steps(directory, job)
-            if snapshot in found:
-                remove_step(directory, found[snapshot].directory_name)
+            for name in steps_of(directory, job, snapshot):
+                remove_step(directory, name)
 
     def remove_job(self, job: str) -> None:
         """See `Level.remove_job`."""
@@ -250,7 +250,8 @@ class NvmeLevel:
         if directory is None:
             return done
         with directory, _writing(directory.path):
-            return done + sweep_steps(directory, job)
+            done += sweep_steps(directory, job)
+        return done + self.parity.sweep(job)
 
     def problems(self, job: str) -> list[Problem]:
         """See `Level.problems`. Images are not read: that is `verify`."""
@@ -267,7 +268,7 @@ class NvmeLevel:
                     # Ranks without a trace here are on other nodes.
                     if names & {stem + _IMAGE_SUFFIX, stem + _RECORD_SUFFIX}:
                         problems += self._shard_problems(job, snapshot, shard.rank)
-        return problems + self._jobs.layout_problems(job)
+        return problems + self.parity.problems(job) + self._jobs.layout_problems(job)
 
     def _shard_problems(self, job: str, snapshot: SnapshotId, rank: int) -> list[Problem]:
         try:
@@ -290,30 +291,6 @@ class NvmeLevel:
                 raise FormatInvalid(str(path), f"{snapshot} was not begun") from error
             with step:
                 yield directory, step
-
-    def _write_image(
-        self, step: Directory, name: str, image: memoryview, record: state_pb2.Record
-    ) -> None:
-        partial = partial_name(name)
-        where = str(step.path / name)
-        try:
-            failpoint("storage.shard.before_write")
-            step.unlink(partial)
-            descriptor = step.open_file(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            try:
-                self._writer.write(descriptor, image.cast("B"), record.unit_digests, where)
-            finally:
-                os.close(descriptor)
-            failpoint("storage.shard.before_rename")
-            step.rename(partial, name)
-            failpoint("storage.shard.after_rename")
-            step.sync()
-        except OSError as error:
-            step.discard(partial)
-            raise storage_error(where, image.nbytes, error) from error
-        except BaseException:
-            step.discard(partial)
-            raise
 
     @contextmanager
     def _shard(self, job: str, snapshot: SnapshotId, rank: int) -> Iterator[_OpenShard]:
@@ -383,14 +360,3 @@ def _stored_records(
         else:
             records[rank] = envelope
     return records, strangers
-
-
-def _unit_intact(shard: _OpenShard, unit: int) -> bool:
-    expected = shard.record.unit_digests[unit * DIGEST_BYTES : (unit + 1) * DIGEST_BYTES]
-    offset = unit * UNIT_BYTES
-    wanted_bytes = min(UNIT_BYTES, shard.record.image_bytes - offset)
-    try:
-        data = os.pread(shard.descriptor, wanted_bytes, offset)
-    except OSError:
-        return False
-    return len(data) == wanted_bytes and not verify_units(data, UNIT_BYTES, expected)

@@ -273,6 +273,8 @@ class ParityMemory:
             return number
         names = folder.names()
         if sum(bool(_FILE.fullmatch(name)) for name in names) >= MAX_FILES:
+            if self._withdraw_damaged(folder, job):
+                return self._file_for(folder, job, length_bytes)
             raise OutOfSpace(
                 str(folder.path),
                 wanted_bytes,
@@ -284,6 +286,21 @@ class ParityMemory:
         number = max(map(_number, names), default=0) + 1
         reserve_file(folder, _file_name(number), wanted_bytes, self._keep_free_bytes)
         return number
+
+    def _withdraw_damaged(self, folder: Directory, job: str) -> bool:
+        """Remove the manifests that say nothing: else they would hold their files for ever."""
+        damaged = []
+        for name in folder.names():
+            match = _MANIFEST.fullmatch(name)
+            if match:
+                try:
+                    _read(folder, job, name, match[2])
+                except FormatInvalid:
+                    damaged.append(name)
+        before = self._free(folder, job)
+        for name in damaged:
+            folder.unlink(name)
+        return self._free(folder, job) != before
 
     def _free(self, folder: Directory, job: str) -> list[int]:
         """The files that no manifest claims, readable or not, and that nobody writes to."""
