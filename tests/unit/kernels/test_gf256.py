@@ -205,6 +205,17 @@ def test_the_same_buffers_over_and_over(isa: native.Isa) -> None:
         assert target == expected_dot([9, 200], [bytes(source) for source in sources], 300)
 
 
+def test_buffers_that_are_made_ready_can_neither_move_nor_shrink() -> None:
+    source, target = bytearray(300), bytearray(300)
+    prepared = gf256.Dots([[9]], [source], [target])
+    for buffer in (source, target):
+        with pytest.raises(BufferError):
+            buffer.clear()
+    del prepared
+    source.clear()
+    target.clear()
+
+
 @pytest.mark.parametrize("isa", [0, "reference"])
 def test_what_does_not_fit_is_refused_and_nothing_written(isa: native.Isa) -> None:
     target = bytearray(b"kept")
