@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from everstep.erasure.matrix import decoding_row, encoding_row
 from everstep.kernels import gf256
-from everstep.proto.errors import TooFewSymbols
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -106,8 +105,6 @@ class Codec:
         """
         symbols = [wanted] if wanted in present else []
         symbols += [symbol for symbol in dict.fromkeys(present) if symbol != wanted]
-        if len(symbols) < self.data_symbols:
-            raise TooFewSymbols(self.data_symbols, len(symbols))
         used = tuple(symbols[: self.data_symbols])
         row = decoding_row(self.data_symbols, self.parities, used, wanted)
         return {symbol: factor for symbol, factor in zip(used, row, strict=True) if factor}

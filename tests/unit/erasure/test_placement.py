@@ -250,8 +250,30 @@ def test_no_group_is_larger_than_the_code_allows() -> None:
     assert [len(group.members) for group in groups] == [200, 200]
 
 
+def test_many_parities_make_larger_groups() -> None:
+    groups = place(nodes_of(40), parities=5).groups
+    assert [(len(group.members), group.parities) for group in groups] == [(10, 5)] * 4
+
+
 def test_large_clusters_are_placed_at_once() -> None:
     nodes = nodes_of(4096, rack=[str(i) for i in range(127)], power=list("abcdefg"))
     placement = place(nodes)
     assert len(placement.groups) == 512
     assert placement.warnings == ()
+
+
+def test_racks_of_like_nodes_are_spread_over_the_groups() -> None:
+    """Far more nodes are alike by rack than could be exchanged afterwards."""
+    nodes = [PlacedNode(f"n{i}", {"rack": str(i // 32)}, i // 32) for i in range(2048)]
+    assert place(nodes).warnings == ()
+
+
+def test_a_large_rack_of_small_nodes_is_not_left_to_the_last_groups() -> None:
+    """Rack a has just as many nodes as all groups may take, and they come last by size."""
+    nodes = [
+        PlacedNode(f"n{i}", {"rack": "a" if i < 512 else f"b{i % 100}"}, i) for i in range(2048)
+    ]
+    placement = place(nodes)
+    assert placement.warnings == ()
+    for group in placement.groups:
+        assert sum(int(name[1:]) < 512 for name in group.members) == 2
