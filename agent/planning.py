@@ -75,9 +75,8 @@ def plan_snapshots(
 def _plan(
     stock: Stock, memory: Stock | None, nodes: int, prefer_node: Mapping[int, str]
 ) -> SnapshotPlan:
-    if stock.problem or not stock.world:
-        reason = stock.problem or "nobody says how many ranks it has"
-        return SnapshotPlan(stock.snapshot, stock.world, (), (reason,))
+    if stock.problem:
+        return SnapshotPlan(stock.snapshot, stock.world, (), (stock.problem,))
     each = {rank: _source(stock, rank, prefer_node.get(rank, "")) for rank in range(stock.world)}
     sources = tuple(source for source in each.values() if source is not None)
     lost = [rank for rank, source in each.items() if source is None]

@@ -4,8 +4,10 @@ they suffice for.
 Owns the question of truth. A rank's copies belong together only if their records are the same,
 byte for byte. If copies of one rank differ, then two snapshots go by one name (an agent's memory
 was lost and a number taken again, a disk came back from elsewhere), and no majority decides: only
-one whole set that was committed as one may be used, that of the parity plans or that on NVMe.
-Without such a set nothing may, for a copy that nobody contradicts may belong to either.
+one whole set that is known to have been committed as one may be used: that of a parity plan over
+all ranks, or that of all ranks on one node's NVMe. Plans of several groups, or the disks of several
+nodes, could be of either. Without such a set nothing may be used, and nor may a copy that nobody
+contradicts.
 
 Owns, too, when a row can be decoded: a symbol counts if all of it is there, at whatever node and
 level; zeros beyond the end of a stream are there always. Whether copies are sound it does not
@@ -200,7 +202,7 @@ def stocks(
     for snapshot, ones in held.items():
         stock = Stock(snapshot, max(one.world for _, one in ones))
         truth = _truth(stock, ones)
-        for node_id, one in ones if not stock.problem else ():
+        for node_id, one in ones:
             for shard in one.shards:
                 if truth.get(shard.rank) == identity_of(shard) and allowed(
                     node_id, snapshot, shard.rank, shard.level
@@ -233,39 +235,40 @@ def _agrees(plan: ParityPlan, truth: Mapping[int, Identity]) -> bool:
 
 def _truth(stock: Stock, ones: list[tuple[str, HeldSnapshot]]) -> dict[int, Identity]:
     """Which shard is each rank's; sets the stock's problem if that cannot be told."""
-    everyone: dict[int, set[Identity]] = defaultdict(set)
-    durable: dict[int, set[Identity]] = defaultdict(set)
-    planned: dict[int, set[Identity]] = defaultdict(set)
+    claims: dict[int, set[Identity]] = defaultdict(set)
     for _, one in ones:
         for shard in one.shards:
-            everyone[shard.rank].add(identity_of(shard))
-            if shard.level == NVME:
-                durable[shard.rank].add(identity_of(shard))
-        for plan in {parity.plan for parity in one.parities}:
-            for member in plan.members:
-                for planned_shard in member.shards:
-                    planned[planned_shard.rank].add(identity_of(planned_shard))
-                    everyone[planned_shard.rank].add(identity_of(planned_shard))
+            claims[shard.rank].add(identity_of(shard))
+    plans = {parity.plan for _, one in ones for parity in one.parities}
+    for plan in plans:
+        for rank, identity in _planned(plan).items():
+            claims[rank].add(identity)
     worlds = sorted({one.world for _, one in ones if one.world})
     if len(worlds) != 1:
-        stock.problem = f"its copies are of worlds of {' and '.join(map(str, worlds)) or 0} ranks"
+        stock.problem = (
+            f"its copies are of worlds of {' and '.join(map(str, worlds))} ranks"
+            if worlds
+            else "nobody says how many ranks it has"
+        )
         return {}
-    disputed = sorted(rank for rank, claims in everyone.items() if len(claims) > 1)
+    disputed = sorted(rank for rank, identities in claims.items() if len(identities) > 1)
     if not disputed:
-        return _sole(everyone)
-    sets = [_sole(claims) for claims in (planned, durable) if _is_whole(claims, stock.world)]
-    if len(sets) == 1 or (sets and sets[0] == sets[1]):
-        return sets[0]
-    stock.problem = _dispute(disputed[0], ones, len(sets))
+        return {rank: next(iter(identities)) for rank, identities in claims.items()}
+    sets = [_planned(plan) for plan in plans] + [_durable(one) for _, one in ones]
+    whole = [one for one in sets if len(one) == stock.world]
+    if whole and all(one == whole[0] for one in whole):
+        return whole[0]
+    stock.problem = _dispute(disputed[0], ones, len(whole))
     return {}
 
 
-def _sole(claims: Mapping[int, set[Identity]]) -> dict[int, Identity]:
-    return {rank: next(iter(identities)) for rank, identities in claims.items()}
+def _planned(plan: ParityPlan) -> dict[int, Identity]:
+    return {shard.rank: identity_of(shard) for member in plan.members for shard in member.shards}
 
 
-def _is_whole(claims: Mapping[int, set[Identity]], world: int) -> bool:
-    return all(len(claims.get(rank, ())) == 1 for rank in range(world))
+def _durable(one: HeldSnapshot) -> dict[int, Identity]:
+    """What one node's commit on NVMe names."""
+    return {shard.rank: identity_of(shard) for shard in one.shards if shard.level == NVME}
 
 
 def _dispute(rank: int, ones: list[tuple[str, HeldSnapshot]], whole_sets: int) -> str:
@@ -276,9 +279,9 @@ def _dispute(rank: int, ones: list[tuple[str, HeldSnapshot]], whole_sets: int) -
                 holders[identity_of(shard)].append(f"{node_id}/{shard.level}")
     sides = " against ".join(", ".join(sorted(nodes)) for nodes in holders.values())
     why = (
-        "what parity vouches for and what NVMe has are two different snapshots"
+        "the whole sets that parity plans and NVMe vouch for differ, too"
         if whole_sets
-        else "neither parity nor NVMe vouches for one whole set of them"
+        else "no parity plan and no node's NVMe vouches for one whole set of them"
     )
     where = sides if len(holders) > 1 else f"{sides or 'no copy'} against a parity plan"
     return f"two snapshots go by this name: the copies of rank {rank} differ ({where}), and {why}"
