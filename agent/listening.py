@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from everstep.agent.framing import HELLO, join_address
 
-_SEND_BUFFER_BYTES = 4 << 20
+_SEND_BUFFER_BYTES = 512 << 10
 _MAX_LINGERING = 32
 _LINGER_TIMEOUT_S = 2.0
 _TICK_S = 0.5

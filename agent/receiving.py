@@ -309,5 +309,5 @@ def receive_all(
             failures = 1 if first > before else failures + 1
             if failures > retries:
                 raise
-            pause_s = min(_SHORTEST_PAUSE_S * 2 ** (failures - 1), _LONGEST_PAUSE_S)
-            time.sleep(pause_s)
+            if failures > 1:
+                time.sleep(min(_SHORTEST_PAUSE_S * 2 ** (failures - 2), _LONGEST_PAUSE_S))

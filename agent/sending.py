@@ -230,8 +230,13 @@ class BulkServer:
                     target=self._serve, args=(connection, peer), name=f"bulk-{peer}", daemon=True
                 )
         if not busy:
-            thread.start()
-            return None
+            try:
+                thread.start()
+                return None
+            except RuntimeError:
+                # No more threads to be had.
+                with self._lock:
+                    del self._links[connection]
         self._note("refused_busy", peer, f"all {self._max_streams} streams are taken")
         # A client that expects TLS could not read it.
         return b"" if self._tls is not None else ANSWER.pack(MAGIC, Status.BUSY)
