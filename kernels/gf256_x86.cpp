@@ -1,10 +1,11 @@
 // The engines of gf256.h for x86: GFNI with AVX-512, and AVX2.
 //
 // For each block of the targets the loop goes over all sources with the sums in registers, so
-// that every source byte is read once and every target byte written once. A block is several lines
-// wide because processors take a load for dependent on an earlier store 4 KiB away: whole lines in
-// a row, stored at the end, keep the two apart. No line is asked for ahead of its load: with the
-// prefetches of stripes.cpp eight sources were a third slower, the hardware follows them all.
+// that every source byte is read once and every target byte written once. On Zen 4, measured:
+// blocks of four lines instead of one gain 13 % in the caches where all buffers are equally far
+// from their pages' beginnings (loads that look as if they followed a store 4 KiB away), and
+// asking for lines ahead, as stripes.cpp does, costs eight sources in DRAM over a third of their
+// speed and four of them a seventh or more, at 512 to 4096 bytes: the hardware follows them all.
 #include "gf256.h"
 
 #if defined(__x86_64__)
