@@ -4,6 +4,8 @@
     ├── Retryable                  try again, same arguments
     │   ├── AgentUnavailable       the agent is dead, stopped or not there yet
     │   ├── DeadlineExceeded       a bounded wait ended; names who is late
+    │   ├── PeerUnavailable        another agent did not answer, or stopped in mid-transfer
+    │   ├── CoordinatorUnknown     no agent coordinates yet
     │   ├── ArenaLost              a rank has no arena, or not any more: declare again
     │   ├── NotPersisted           a snapshot is in memory, but could not be flushed
     │   └── WriteFailed            a level could not store; what it held before is untouched
@@ -12,6 +14,8 @@
     │   ├── InvalidConfiguration   an option is unknown, malformed or contradicts another
     │   ├── RankClaimed            another living process holds this rank
     │   ├── StaleIncarnation       this process belongs to an incarnation that has ended
+    │   ├── StaleEpoch             an agent spoke for a place that is not its own any more
+    │   ├── Fenced                 this agent's place was taken: it writes nothing any more
     │   ├── OutOfSpace             memory or disk does not hold what was asked; nothing was written
     │   ├── NotCapturable          a leaf cannot be expressed without pickle; names path and type
     │   ├── StateMismatch          model and snapshot differ; lists missing, unexpected, reshaped

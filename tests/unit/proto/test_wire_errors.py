@@ -36,6 +36,7 @@ SAMPLES: Sequence[EverstepError] = (
     errors.Damaged("gone."),
     errors.ShardCorrupt("arena, rank 0", tuple(range(12))),
     errors.FormatInvalid("membership", "it is truncated"),
+    errors.TooFewSymbols(6, 5),
     errors.NothingRecoverable("job", ("step 3: rotten", "step 2: rotten")),
 )
 
