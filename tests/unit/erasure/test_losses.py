@@ -68,6 +68,11 @@ class EncodedGroup:
             for row, parity in self.rows.rows_of(member):
                 sources = [self.symbol(other, row) for other in self.rows.contributors(row)]
                 self.codec.encode(parity, sources, self.symbol(member, row))
+        everyone = range(self.rows.members)
+        self.symbol_of = [
+            [self.rows.symbol_of(member, row) for member in everyone] for row in everyone
+        ]
+        self.symbols = [[self.symbol(member, row) for member in everyone] for row in everyone]
 
     def symbol(self, member: int, row: int) -> memoryview:
         return self.part(self.held[member], member, row)
@@ -81,15 +86,17 @@ class EncodedGroup:
         return whole[units.start * UNIT_BYTES : units.stop * UNIT_BYTES]
 
     def present(self, row: int, lost: tuple[int, ...]) -> dict[int, memoryview]:
-        survivors = (member for member in range(self.rows.members) if member not in lost)
-        return {self.rows.symbol_of(member, row): self.symbol(member, row) for member in survivors}
+        numbered = zip(self.symbol_of[row], self.symbols[row], strict=True)
+        return {
+            symbol: held for member, (symbol, held) in enumerate(numbered) if member not in lost
+        }
 
     def rebuilt(self, member: int, lost: tuple[int, ...]) -> Held:
         """All that a lost member held, from what the survivors hold."""
         known = self.held[member]
         held = Held(stale(len(known.stream)), stale(len(known.parity)))
         for row in range(self.rows.members):
-            wanted = self.rows.symbol_of(member, row)
+            wanted = self.symbol_of[row][member]
             self.codec.decode(self.present(row, lost), wanted, self.part(held, member, row))
         return held
 

@@ -264,16 +264,16 @@ def test_large_clusters_are_placed_at_once() -> None:
 
 def test_racks_of_like_nodes_are_spread_over_the_groups() -> None:
     """Far more nodes are alike by rack than could be exchanged afterwards."""
-    nodes = [PlacedNode(f"n{i}", {"rack": str(i // 32)}, i // 32) for i in range(2048)]
+    nodes = [PlacedNode(f"n{i}", {"rack": str(i // 32)}, i // 32) for i in range(4096)]
     assert place(nodes).warnings == ()
 
 
 def test_a_large_rack_of_small_nodes_is_not_left_to_the_last_groups() -> None:
     """Rack a has just as many nodes as all groups may take, and they come last by size."""
     nodes = [
-        PlacedNode(f"n{i}", {"rack": "a" if i < 512 else f"b{i % 100}"}, i) for i in range(2048)
+        PlacedNode(f"n{i}", {"rack": "a" if i < 1024 else f"b{i % 100}"}, i) for i in range(4096)
     ]
     placement = place(nodes)
     assert placement.warnings == ()
     for group in placement.groups:
-        assert sum(int(name[1:]) < 512 for name in group.members) == 2
+        assert sum(int(name[1:]) < 1024 for name in group.members) == 2
