@@ -4,7 +4,8 @@ Owns ``<root>/<job>/staged/inc-000001-step-000000001234-rank-00003.image`` on a 
 as long as the shard's image, with memory behind the units that were asked for and no others.
 Promises that these units are allocated before anything is written, so that memory runs out early
 and never as a SIGBUS, and that nothing but them can be written through `StagedFile`. Does not
-verify what is written: whoever reads it does, and must not read the holes.
+verify what is written: whoever reads it does, and must not touch the holes through a mapping, since
+even reading one there takes memory, and is a SIGBUS if there is none.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A small file system, and shards to store."""
+"""A small file system, and shards and parity to store."""
 
 import ctypes
 import hashlib
@@ -16,6 +16,9 @@ from everstep.proto.envelope import seal
 from everstep.proto.ids import UNIT_BYTES, SnapshotId
 from everstep.storage.identity import record_digest
 from everstep.storage.level import Level
+from everstep.storage.nvme import NvmeLevel
+from everstep.storage.parity import ParityStore
+from everstep.storage.parity_memory import ParityMemory
 
 _LAYOUT_BODY = state_pb2.Layout(image_bytes=1).SerializeToString()
 LAYOUT_ID = hashlib.blake2b(_LAYOUT_BODY, digest_size=16).hexdigest()
@@ -91,9 +94,66 @@ class Take:
         assert level.layout(self.job, LAYOUT_ID) == self.layout
 
 
+@dataclass(frozen=True)
+class Parity:
+    """A member's parity of one plan, random but repeatable."""
+
+    plan_id: str
+    incarnation: int = 1
+    step: int = 5
+    size: int = 3 * UNIT_BYTES + 100
+    job: str = "job"
+
+    @property
+    def snapshot(self) -> SnapshotId:
+        return SnapshotId(self.incarnation, self.step)
+
+    @property
+    def data(self) -> bytes:
+        return random.Random(f"{self.plan_id} {self.size}").randbytes(self.size)
+
+    @property
+    def manifest(self) -> bytes:
+        manifest = state_pb2.ParityManifest(
+            plan=state_pb2.ParityPlan(
+                plan_id=self.plan_id,
+                job=self.job,
+                incarnation=self.incarnation,
+                step=self.step,
+                world=2,
+                code="cauchy-11d",
+                parities=1,
+                unit_bytes=UNIT_BYTES,
+                members=[state_pb2.PlannedMember(node_id=name) for name in ("n1", "n2")],
+            ),
+            unit_digests=digest_units(self.data, UNIT_BYTES),
+            parity_bytes=self.size,
+        )
+        return seal("parity_manifest", manifest.SerializeToString(deterministic=True))
+
+    def encode(self, store: ParityMemory) -> None:
+        with store.reserve(self.job, self.plan_id, self.size) as room:
+            room.view[:] = self.data
+            store.publish(self.job, self.manifest)
+
+    def save(self, nvme: NvmeLevel) -> None:
+        nvme.parity.store(self.job, self.snapshot, memoryview(self.data), self.manifest)
+
+    def assert_whole(self, store: ParityStore) -> None:
+        with store.open(self.job, self.plan_id) as image:
+            assert bytes(image.image) == self.data, self
+            assert image.record == self.manifest, self
+        assert store.verify(self.job, self.plan_id) == [], self
+
+
 @pytest.fixture
 def take() -> type[Take]:
     return Take
+
+
+@pytest.fixture
+def parity() -> type[Parity]:
+    return Parity
 
 
 def _mounter(tmp_path: Path, kind: str, options: str) -> Iterator[Path]:

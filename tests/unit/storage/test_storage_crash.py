@@ -12,6 +12,7 @@ import pytest
 import everstep.storage
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
+from everstep.storage.parity_memory import ParityMemory
 
 _MOMENTS = ("before_write", "after_write", "before_rename", "after_rename", "after_sync")
 
@@ -50,6 +51,25 @@ MEMORY_POINTS = [
     "storage.reserve.after_rename",
     "storage.release.before_unlink",
 ]
+PARITY_NVME_POINTS = [
+    *published("parity"),
+    "storage.shard.before_chunk@3",
+    "storage.shard.before_rename",
+    "storage.shard.after_rename",
+    # First the parity that is alone, then that of the snapshot which is deleted.
+    *(f"storage.withdraw.{m}_unlink@{n}" for n in (1, 2) for m in ("before", "after")),
+    "storage.unparity.after_unlink",
+    "storage.delete.before_commit",
+    "storage.delete.after_commit",
+]
+PARITY_MEMORY_POINTS = [
+    *published("manifest"),
+    "storage.grow.before_allocate",
+    "storage.grow.after_allocate",
+    "storage.withdraw.before_unlink",
+    "storage.withdraw.after_unlink",
+    "storage.unused.before_unlink",
+]
 
 # The device's own moments: the rest differ only by name, and take minutes.
 FAILED_POINTS = {
@@ -67,6 +87,10 @@ FAILED_POINTS = {
     "storage.reserve.before_allocate",
     "storage.reserve.after_rename",
     "storage.drop.before_unlink",
+    "storage.parity.before_write",
+    "storage.parity.after_rename",
+    "storage.manifest.after_write",
+    "storage.grow.after_allocate",
 }
 
 
@@ -184,6 +208,78 @@ def arenas(memory: MemoryLevel) -> list:
     return memory.arenas("job")
 
 
+@pytest.mark.parametrize(("point", "action"), cases(PARITY_NVME_POINTS, "error:EIO"))
+def test_parity_on_nvme_is_the_old_or_the_new(
+    tmp_path: Path, take, parity, point: str, action: str
+) -> None:
+    root = tmp_path / "nvme"
+    alone = parity("q", step=6)
+    with NvmeLevel(root) as nvme:
+        take(1, 5).save(nvme)
+        parity("p1").save(nvme)
+        alone.save(nvme)
+    result = run("parity-nvme", root, point, action)
+    assert_reached(result, action)
+    with NvmeLevel(root) as nvme:
+        for swept in (False, True):
+            if swept:
+                nvme.sweep("job")
+            plans = {manifest.plan.plan_id for manifest in nvme.parity.manifests("job")}
+            for plan_id in plans - {"q"}:
+                parity(plan_id).assert_whole(nvme.parity)
+            if "q" in plans:
+                alone.assert_whole(nvme.parity)
+            assert nvme.parity.problems("job") == nvme.problems("job") == []
+            # Parity goes before the snapshot it belongs to.
+            if take(1, 5).id in nvme.snapshots("job"):
+                take(1, 5).assert_whole(nvme)
+            else:
+                assert plans == set()
+            if ".parity." in point or ".shard." in point:
+                assert len(plans - {"q"}) == 1
+                assert "q" in plans
+            if point == "storage.parity.after_sync":
+                assert "p2" in plans
+        files = {path.name for path in root.rglob("*") if path.is_file()}
+        assert {name for name in files if name.startswith("parity-")} == {
+            f"parity-{plan_id}" for plan_id in plans
+        }
+        assert not [name for name in files if name.startswith(".")]
+        assert ("q" in plans) == (root / "job/step-000000000006").exists()
+
+
+@pytest.mark.parametrize(("point", "action"), cases(PARITY_MEMORY_POINTS, "error:ENOSPC"))
+def test_parity_in_memory_is_the_old_or_the_new(
+    tmp_path: Path, parity, point: str, action: str
+) -> None:
+    root = tmp_path / "memory"
+    store = ParityMemory(root, keep_free_bytes=0)
+    old, new = parity("p1"), parity("p2", size=5 << 20)
+    gone = parity("p0", size=1 << 20)
+    gone.encode(store)
+    old.encode(store)
+    store.delete("job", "p0")
+    result = run("parity-memory", root, point, action)
+    assert_reached(result, action)
+    if action != "kill":
+        assert result.stdout.strip() == "OutOfSpace", result.stdout
+    store = ParityMemory(root, keep_free_bytes=0)
+    store.sweep("job")
+    plans = {manifest.plan.plan_id for manifest in store.manifests("job")}
+    assert plans
+    for one in (old, new):
+        if one.plan_id in plans:
+            one.assert_whole(store)
+    assert store.problems("job") == []
+    assert not list(root.rglob(".*"))
+    # Every file has all its pages.
+    files = list(root.rglob("*.parity"))
+    assert all(path.stat().st_blocks * 512 >= path.stat().st_size for path in files)
+    new.encode(store)
+    new.assert_whole(store)
+    assert len(list(root.rglob("*.parity"))) <= 3
+
+
 def test_every_point_in_the_source_is_passed_here() -> None:
     sources = [
         path.read_text()
@@ -196,5 +292,9 @@ def test_every_point_in_the_source_is_passed_here() -> None:
     verbs = re.findall(r'\.publish\(.*, "([a-z]+)"\)', text)
     assert set(moments) == set(_MOMENTS)
     named |= {f"storage.{verb}.{moment}" for verb in verbs for moment in moments}
-    tested = {point.partition("@")[0] for point in NVME_POINTS + NVME_FRESH_POINTS + MEMORY_POINTS}
+    points = (
+        *(NVME_POINTS + NVME_FRESH_POINTS + PARITY_NVME_POINTS),
+        *(MEMORY_POINTS + PARITY_MEMORY_POINTS),
+    )
+    tested = {point.partition("@")[0] for point in points}
     assert named == tested
