@@ -7,7 +7,7 @@ to be heard; after a stall of this process nobody is late by its clock. Does not
 that is in agent/members.py. Pure: time is passed in.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from everstep.agent.view import View
 
@@ -104,20 +104,29 @@ class Liveness:
             return False
         return self.silence_s(node_id, now_s) < self._suspect_after_s
 
-    def first(self, without: str = "") -> str:
-        """The smallest member not taken for lost, this agent at the latest."""
+    def decider(self, claimant: str) -> str:
+        """Who decides on a claim: the coordinator, or who would be if it is its place."""
+        if self.coordinator != claimant:
+            return self.coordinator
+        return self._first({claimant} | self._silent | self._told)
+
+    def _first(self, lost: Container[str]) -> str:
+        """The smallest member that is not lost, this agent at the latest."""
         return next(
             entry.node_id
             for entry in self._view.members()
-            if entry.node_id == self._own
-            or (entry.node_id not in self._silent and entry.node_id != without)
+            if entry.node_id == self._own or entry.node_id not in lost
         )
 
     def advance(self, now_s: float) -> bool:
         """Let time pass for an agent that has a place; true if another one coordinates now."""
         before = self.coordinator
         while True:
-            chosen = self.first() if self._unsure or not self.coordinator else self.coordinator
+            chosen = (
+                self._first(self._silent)
+                if self._unsure or not self.coordinator
+                else self.coordinator
+            )
             self._unsure = False
             if chosen != self.coordinator:
                 self._follow(chosen, now_s)

@@ -148,9 +148,8 @@ class Members:
     def seek(self, seeds: Iterable[tuple[str, str]]) -> None:
         """Look for these agents from now on, instead of those named so far."""
         own = self.rules
-        self._seeds = tuple(
-            sorted({seed for seed in seeds if seed[0] != own.node_id and seed[1] != own.address})
-        )
+        # Another agent at the address that is listed for this one would be a duplicate of it.
+        self._seeds = tuple(sorted({seed for seed in seeds if seed[1] != own.address}))
         self._strange = None
         # Names that move from address to address must not pile up here.
         kept = set(self._targets())
@@ -297,7 +296,7 @@ class Members:
             first = min(own.node_id, claim.node_id) if self._may_lead else claim.node_id
             return ClaimAnswer(self.view, coordinator=first)
         self._advance(now_s)
-        decides = self._liveness.first(without=claim.node_id)
+        decides = self._liveness.decider(claim.node_id)
         if decides != own.node_id:
             return ClaimAnswer(self.view, coordinator=decides)
         refusal = self._refusal(claim, now_s)
@@ -388,7 +387,7 @@ class Members:
             node_id: self._probing.get(node_id) or _Schedule(self.rules.suspect_after_s)
             for node_id in silent
         }
-        contacts = []
+        contacts = list[Contact]()
         for entry in (self.view.get(node_id) for node_id in silent):
             if len(contacts) == CONTACTS_AT_ONCE:
                 break
@@ -412,11 +411,12 @@ class Members:
     def _strangers(self) -> Mapping[str, str]:
         """Agents that should be there and are not in the view."""
         if self._strange is None:
+            own = self.rules.node_id
             known = {entry.address for entry in self.view} | self._met
             self._strange = {
                 address: node_id
                 for node_id, address in self._seeds
-                if node_id not in self.view and address not in known
+                if address not in known and (node_id == own or node_id not in self.view)
             }
         return self._strange
 
