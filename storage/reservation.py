@@ -54,7 +54,8 @@ def reserve_ranges(
 
     Args:
         directory: Where, on a tmpfs.
-        name: The file's name; appears only once everything is allocated.
+        name: The file's name; appears only once everything is allocated, in place of an earlier
+            file of that name.
         length_bytes: Its length.
         ranges: Offset and length of what is to be written to; they do not overlap.
         keep_free_bytes: Memory that must remain available.
@@ -66,14 +67,15 @@ def reserve_ranges(
     with _reserving:
         _check_room(directory, needed_bytes, keep_free_bytes)
         partial = partial_name(name)
+        made = partial
         try:
             _allocate(directory, partial, length_bytes, ranges)
             failpoint("storage.reserve.before_rename")
             directory.rename(partial, name)
+            made = name
             failpoint("storage.reserve.after_rename")
         except OSError as error:
-            directory.discard(partial)
-            directory.discard(name)
+            directory.discard(made)
             raise _refused(directory, needed_bytes, error) from error
 
 

@@ -15,6 +15,7 @@ from everstep.proto import state_pb2
 from everstep.proto.envelope import open_envelope, open_repairing, seal
 from everstep.snapshot import layout, values
 from everstep.snapshot.layout import Leaf, LeafSpec, Part
+from everstep.storage.parity import parity_bytes, parse_manifest
 
 DATA = Path(__file__).parent / "data"
 
@@ -82,6 +83,44 @@ def commit_message() -> state_pb2.Commit:
     )
 
 
+def manifest_message() -> state_pb2.ParityManifest:
+    shard = state_pb2.PlannedShard
+    return state_pb2.ParityManifest(
+        plan=state_pb2.ParityPlan(
+            plan_id="5f3a-2-1234",
+            job="gpt",
+            incarnation=2,
+            step=1234,
+            world=3,
+            code="cauchy-11d",
+            parities=1,
+            unit_bytes=1 << 20,
+            members=[
+                state_pb2.PlannedMember(
+                    node_id="n1",
+                    shards=[
+                        shard(
+                            rank=0, image_bytes=4096, layout_id="aa" * 16, record_digest=bytes(16)
+                        ),
+                        shard(
+                            rank=2,
+                            image_bytes=2_500_000,
+                            layout_id="bb" * 16,
+                            record_digest=bytes([255] * 16),
+                        ),
+                    ],
+                ),
+                state_pb2.PlannedMember(node_id="n2"),
+            ],
+        ),
+        member=1,
+        unit_digests=bytes(range(32)),
+        records=[state_pb2.ShardRecord(rank=0, record=b"\x00record")],
+        encoded_unix_s=1790000002.75,
+        parity_bytes=2_000_000,
+    )
+
+
 BUILDERS = {
     "layout-v1.bin": lambda: layout.encode(
         layout.pack(PARTS, SPECS, ALIASES, CONTAINERS), repairable=True
@@ -91,6 +130,9 @@ BUILDERS = {
     ),
     "commit-v1.bin": lambda: seal(
         "commit", commit_message().SerializeToString(deterministic=True), repairable=True
+    ),
+    "parity_manifest-v1.bin": lambda: seal(
+        "parity_manifest", manifest_message().SerializeToString(deterministic=True), repairable=True
     ),
 }
 
@@ -163,6 +205,34 @@ def test_an_old_commit_says_the_same() -> None:
         (shard.rank, shard.layout_id, shard.image_bytes, shard.record_digest)
         for shard in found.shards
     ] == [(0, "aa" * 16, 4096, bytes(16)), (1, "bb" * 16, 8192, b"\xff" * 16)]
+
+
+def test_an_old_parity_manifest_says_the_same() -> None:
+    data = (DATA / "parity_manifest-v1.bin").read_bytes()
+    found = parse_manifest(data, "parity_manifest-v1.bin")
+    plan = found.plan
+    assert (plan.plan_id, plan.job, plan.incarnation, plan.step) == ("5f3a-2-1234", "gpt", 2, 1234)
+    assert (plan.world, plan.code, plan.parities, plan.unit_bytes) == (3, "cauchy-11d", 1, 1 << 20)
+    assert [
+        (member.node_id, shard.rank, shard.image_bytes, shard.layout_id, shard.record_digest)
+        for member in plan.members
+        for shard in member.shards
+    ] == [
+        ("n1", 0, 4096, "aa" * 16, bytes(16)),
+        ("n1", 2, 2_500_000, "bb" * 16, b"\xff" * 16),
+    ]
+    assert [member.node_id for member in plan.members] == ["n1", "n2"]
+    assert (found.member, found.unit_digests) == (1, bytes(range(32)))
+    assert [(one.rank, one.record) for one in found.records] == [(0, b"\x00record")]
+    assert found.encoded_unix_s == 1790000002.75
+    assert parity_bytes(found) == found.parity_bytes == 2_000_000
+
+
+def test_a_parity_manifest_without_its_length_is_of_whole_units() -> None:
+    manifest = manifest_message()
+    manifest.ClearField("parity_bytes")
+    sealed = seal("parity_manifest", manifest.SerializeToString())
+    assert parity_bytes(parse_manifest(sealed, "test")) == 2 << 20
 
 
 if __name__ == "__main__":
