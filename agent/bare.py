@@ -26,7 +26,9 @@ from everstep.storage.level import Problem
 from everstep.storage.nvme import NvmeLevel
 
 _ASIDE = ".superseded-"
-_IN_MEMORY_JOB = re.compile(r"membership|rank-\d+-g\d+-(s\d+\.arena|slot-\d+\.record)")
+_IN_MEMORY_JOB = re.compile(
+    r"membership|parity|staged|rank-\d+-g\d+-(s\d+\.arena|slot-\d+\.record)"
+)
 _RECORD = re.compile(r"rank-(\d{5,7})\.record")
 
 
