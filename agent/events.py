@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from everstep.agent.actions import Place
-from everstep.agent.plans import ParityPlan, PlannedMember
+from everstep.agent.plans import ParityPlan
 from everstep.proto.ids import SnapshotId
 
 
@@ -259,9 +259,8 @@ class CommitOrdered:
 
     job: str
     snapshot: SnapshotId
-    world: int
-    holders: tuple[PlannedMember, ...]
-    """Which node holds which shards."""
+    commit_id: bytes
+    """Digest of all ranks' records: parts of two runs never make up one snapshot."""
 
 
 @dataclass(frozen=True, slots=True)

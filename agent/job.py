@@ -18,7 +18,7 @@ from everstep.agent.events import (
     InFlight,
     Seal,
 )
-from everstep.agent.plans import ParityPlan, PlannedMember
+from everstep.agent.plans import ParityPlan
 from everstep.proto.ids import SnapshotId
 
 REMEMBERED_REFUSALS = 64
@@ -79,8 +79,8 @@ class Snapshot:
     withdrawn: bool = False
     """Whether its records were dropped."""
     reason: str = ""
-    holders: tuple[PlannedMember, ...] = ()
-    """Which node holds which shards, once that is known from the coordinator."""
+    commit_id: bytes = b""
+    """See `everstep.agent.events.CommitOrdered`; empty where this agent stands alone."""
 
     def missing_ranks(self) -> list[int]:
         """The ranks that have not sealed."""

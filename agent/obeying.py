@@ -22,7 +22,7 @@ def commit_ordered(state: "State", event: events.CommitOrdered) -> None:
     snapshot = job.snapshots.get(event.snapshot) if job is not None else None
     if job is None or snapshot is None:
         return
-    snapshot.holders = event.holders
+    snapshot.commit_id = event.commit_id
     if snapshot.stage is Stage.OPEN:
         state.commit(job, snapshot)
 

@@ -85,7 +85,11 @@ def round_ended(state: "State", event: events.RoundEnded) -> None:
 
 
 def _commit(state: "State", job: Job, known: Round) -> None:
+    newest = job.protected()
     known.stage = RoundStage.COMMITTED
+    if newest is not None and job.preference(known.plan.snapshot) < job.preference(newest):
+        _forget(state, job, known)
+        return
     job.count("protected")
     for older in [r for r in job.rounds.values() if r is not known and r.stage not in _UNDECIDED]:
         _forget(state, job, older)

@@ -206,14 +206,6 @@ class ReportRequest(_message.Message):
     view: View
     def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., sequence: _Optional[int] = ..., term: _Optional[int] = ..., jobs: _Optional[_Iterable[_Union[JobFact, _Mapping]]] = ..., view: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
 
-class Holder(_message.Message):
-    __slots__ = ("node_id", "shards")
-    NODE_ID_FIELD_NUMBER: _ClassVar[int]
-    SHARDS_FIELD_NUMBER: _ClassVar[int]
-    node_id: str
-    shards: _containers.RepeatedCompositeFieldContainer[_state_pb2.PlannedShard]
-    def __init__(self, node_id: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[_state_pb2.PlannedShard, _Mapping]]] = ...) -> None: ...
-
 class Order(_message.Message):
     __slots__ = ("job", "incarnation", "step", "commit", "drop", "durable", "prepare", "end_round", "begin", "flush")
     JOB_FIELD_NUMBER: _ClassVar[int]
@@ -239,12 +231,10 @@ class Order(_message.Message):
     def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., drop: _Optional[_Union[Drop, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., prepare: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., end_round: _Optional[_Union[EndRound, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., flush: _Optional[_Union[Flush, _Mapping]] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("world", "holders")
-    WORLD_FIELD_NUMBER: _ClassVar[int]
-    HOLDERS_FIELD_NUMBER: _ClassVar[int]
-    world: int
-    holders: _containers.RepeatedCompositeFieldContainer[Holder]
-    def __init__(self, world: _Optional[int] = ..., holders: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ...) -> None: ...
+    __slots__ = ("commit_id",)
+    COMMIT_ID_FIELD_NUMBER: _ClassVar[int]
+    commit_id: bytes
+    def __init__(self, commit_id: _Optional[bytes] = ...) -> None: ...
 
 class Flush(_message.Message):
     __slots__ = ()

@@ -105,20 +105,22 @@ class Record(_message.Message):
     def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., layout_id: _Optional[str] = ..., image_bytes: _Optional[int] = ..., unit_bytes: _Optional[int] = ..., unit_digests: _Optional[bytes] = ..., values: _Optional[_Iterable[_Union[Value, _Mapping]]] = ..., replica_samples: _Optional[bytes] = ..., captured_unix_s: _Optional[float] = ..., producer: _Optional[str] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("job", "incarnation", "step", "world", "shards", "committed_unix_s")
+    __slots__ = ("job", "incarnation", "step", "world", "shards", "committed_unix_s", "commit_id")
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_ID_FIELD_NUMBER: _ClassVar[int]
     job: str
     incarnation: int
     step: int
     world: int
     shards: _containers.RepeatedCompositeFieldContainer[CommittedShard]
     committed_unix_s: float
-    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[CommittedShard, _Mapping]]] = ..., committed_unix_s: _Optional[float] = ...) -> None: ...
+    commit_id: bytes
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[CommittedShard, _Mapping]]] = ..., committed_unix_s: _Optional[float] = ..., commit_id: _Optional[bytes] = ...) -> None: ...
 
 class CommittedShard(_message.Message):
     __slots__ = ("rank", "layout_id", "image_bytes", "record_digest")

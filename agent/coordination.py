@@ -1,0 +1,197 @@
+"""What the coordinator decides from the members' reports: commits, drops, durability.
+
+Owns the derivation of every decision that concerns more than one node; parity rounds are in
+`agent.protection`. Promises that decisions follow from the last reports alone, so that a new
+coordinator comes to the same ones once all members have reported to it; that the orders for a node
+are everything it still has to do; and that the work for a commit grows linearly with the nodes.
+Does no I/O and reads no clock.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from everstep.agent import events
+from everstep.agent.holdings import JobFact, Order, Report
+from everstep.agent.protection import Protection, ProtectionRules
+from everstep.agent.tables import JobTable
+from everstep.proto.ids import SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Who takes part, as the coordinator sees it at the moment."""
+
+    members: frozenset[str]
+    live: frozenset[str]
+    labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nobody is suspected."""
+        return self.members <= self.live
+
+
+class Coordination:
+    """One agent's work as coordinator, for as long as it is one."""
+
+    def __init__(self, rules: ProtectionRules) -> None:
+        self.term = 0
+        self.jobs: dict[str, JobTable] = {}
+        self.reported: dict[str, int] = {}
+        """The sequence number of each node's last report in this term."""
+        self._protection = Protection(rules)
+        self._changed: set[str] = set()
+
+    def take_over(self, term: int) -> None:
+        """Begin a term of office: what others said to someone else is not known."""
+        self.term = term
+        self.jobs.clear()
+        self.reported.clear()
+        self._changed.clear()
+        self._protection.take_over(term)
+
+    def forget(self, node_id: str) -> None:
+        """A node is no member any more, or was started anew."""
+        self.reported.pop(node_id, None)
+        for name in [name for name, table in self.jobs.items() if node_id in table.facts]:
+            self._replace(name, node_id, None)
+
+    def report(self, node_id: str, report: Report) -> None:
+        """Take a member's report; older ones than the last are ignored."""
+        if report.sequence <= self.reported.get(node_id, -1):
+            return
+        self.reported[node_id] = report.sequence
+        named = {fact.job: fact for fact in report.jobs}
+        for name in [n for n, t in self.jobs.items() if node_id in t.facts and n not in named]:
+            self._replace(name, node_id, None)
+        for name, fact in named.items():
+            self._replace(name, node_id, fact)
+
+    def _replace(self, name: str, node_id: str, fact: JobFact | None) -> None:
+        table = self.jobs.setdefault(name, JobTable())
+        before = table.incarnation
+        for snapshot in table.replace(node_id, fact):
+            known = table.snapshots.get(snapshot)
+            # Told once; whoever comes later hears it in the answer to its own report.
+            if known is not None and known.decided and not known.announced:
+                known.announced = True
+                self._changed |= set(known.parts)
+        self._announce_flushes(table, fact)
+        if table.incarnation > before:
+            self._changed |= set(table.facts)
+        if not table.facts:
+            del self.jobs[name]
+
+    def _announce_flushes(self, table: JobTable, fact: JobFact | None) -> None:
+        if fact is None:
+            return
+        for flushed in fact.flushed:
+            disk = table.flushed[flushed.snapshot]
+            if disk.whole and not disk.announced:
+                disk.announced = True
+                self._changed |= set(table.facts)
+        begun = fact.flushing
+        if begun is not None and table.flushing[begun] == 1 and begun not in table.flushed:
+            self._changed |= set(table.facts)
+
+    def begun(self, name: str, incarnation: int, world: int, launch_id: str) -> None:
+        """A job was started anew, on this coordinator's word: see `agent.assembly`."""
+        table = self.jobs.setdefault(name, JobTable())
+        if incarnation > table.incarnation:
+            table.incarnation, table.world, table.launch_id = incarnation, world, launch_id
+            table.newest_incarnation = max(table.newest_incarnation, incarnation)
+            self._changed |= set(table.facts)
+
+    def decide(self, cluster: Cluster, now_s: float) -> None:
+        """Start, end and give up parity rounds."""
+        self._changed |= self._protection.decide(self, cluster, now_s)
+
+    def changed(self, but: str = "") -> set[str]:
+        """The nodes for which there are new orders since this was asked last."""
+        found = self._changed - {but}
+        self._changed = set()
+        return found
+
+    def orders(self, node_id: str, cluster: Cluster) -> tuple[Order, ...]:
+        """Everything that a node still has to do."""
+        found: list[Order] = []
+        for name, table in self.jobs.items():
+            fact = table.facts.get(node_id)
+            if fact is not None:
+                found += self._orders_for(name, table, fact, cluster)
+        found += self._protection.orders(self, node_id, cluster)
+        return tuple(found)
+
+    def _orders_for(
+        self, name: str, table: JobTable, fact: JobFact, cluster: Cluster
+    ) -> Iterator[Order]:
+        if 0 < fact.incarnation < table.incarnation:
+            yield events.BeginOrdered(name, table.incarnation, table.world, table.launch_id)
+        for part in fact.snapshots:
+            if part.stage == "sealed":
+                order = self._verdict(name, part.snapshot, cluster)
+                if order is not None:
+                    yield order
+        for flushed in fact.flushed:
+            disk = table.flushed[flushed.snapshot]
+            if disk.whole or flushed.snapshot in table.durable:
+                yield events.DurableOrdered(name, flushed.snapshot)
+        wanted = _flush_wanted(table, fact)
+        if wanted is not None:
+            yield events.FlushOrdered(name, wanted)
+
+    def _verdict(self, name: str, snapshot: SnapshotId, cluster: Cluster) -> Order | None:
+        table = self.jobs[name]
+        known = table.snapshots[snapshot]
+        if known.committed_at or self.is_committed(name, snapshot):
+            return events.CommitOrdered(name, snapshot, known.commit_id)
+        if known.whole:
+            drifted = known.drifted_replicas()
+            what = "disagree on what is replicated" if drifted is None else "have drifted apart"
+            return events.DropOrdered(
+                name, snapshot, f"the ranks' replicas {what}", tuple(drifted or ())
+            )
+        if known.dropped_at:
+            node_id, fact = min(known.dropped_at.items())
+            reason = f"{node_id}: {fact.reason}"
+            return events.DropOrdered(name, snapshot, reason, fact.drifted)
+        everyone = cluster.whole and cluster.members <= set(self.reported)
+        if snapshot.incarnation < table.incarnation and everyone:
+            return events.DropOrdered(
+                name, snapshot, "not all ranks had sealed it when the job was started anew"
+            )
+        return None
+
+    def is_committed(self, name: str, snapshot: SnapshotId) -> bool:
+        """Whether a snapshot is committed, as far as the reports say.
+
+        A parity round is begun for nothing else: whoever remembers one proves the commit.
+        """
+        table = self.jobs.get(name)
+        known = table.snapshots.get(snapshot) if table is not None else None
+        if table is None or known is None:
+            return False
+        if known.committed_at or (known.whole and known.drifted_replicas() == ()):
+            return True
+        return any(
+            fact.snapshot == snapshot and fact.stage != "failed"
+            for nodes in table.rounds.values()
+            for fact in nodes.values()
+        )
+
+    def newest_committed(self, name: str) -> SnapshotId | None:
+        """The newest snapshot of a job whose every shard is in memory somewhere."""
+        table = self.jobs[name]
+        found = [s for s, known in table.snapshots.items() if known.whole]
+        return next((s for s in sorted(found, reverse=True) if self.is_committed(name, s)), None)
+
+
+def _flush_wanted(table: JobTable, fact: JobFact) -> SnapshotId | None:
+    """The newest commit here, if other nodes have begun to flush it."""
+    committed = [s.snapshot for s in fact.snapshots if s.stage == "committed"]
+    newest = max(committed, default=None)
+    if newest is None or fact.flushing is not None or newest in fact.flush_failed:
+        return None
+    begun = newest in table.flushed or newest in table.flushing
+    done = newest in fact.durable or any(f.snapshot == newest for f in fact.flushed)
+    return newest if begun and not done else None

@@ -1,0 +1,306 @@
+"""When parity is encoded, by whom, and when a round of it is over.
+
+Owns the coordinator's side of the two-phase commit of parity. Promises one round of a job at a
+time: a commit that comes meanwhile is skipped, never queued; that a round is committed only when
+every member of every group has published its parity; and that a round which an earlier coordinator
+left behind is decided only once all its members that are still members have reported in this term,
+so that two coordinators never decide it differently. Does no I/O and reads no clock.
+
+Two-phase commit blocks: while a member of an orphaned round is silent and not replaced, no new
+round of that job begins. The parity before it, and what it protects, stay meanwhile.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from everstep.agent import events
+from everstep.agent.holdings import RoundFact
+from everstep.agent.plans import MAX_MEMBERS, ParityPlan, PlannedMember, PlannedShard
+from everstep.agent.tables import JobTable
+from everstep.erasure.placement import PlacedNode, Placement, place
+from everstep.proto.ids import SnapshotId
+
+if TYPE_CHECKING:
+    from everstep.agent.coordination import Cluster, Coordination
+
+_GIVEN_UP = "given up by a new coordinator: not all members had finished it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectionRules:
+    """What the configuration says of parity."""
+
+    enabled: bool = True
+    parities: int = 0
+    """0: by the number of nodes."""
+    group_size: int = 0
+    interval_steps: int | None = 1
+    interval_s: float | None = None
+    timeout_s: float = 60.0
+    retry_s: float = 5.0
+
+
+@dataclass(slots=True)
+class _Round:
+    """A round that this coordinator has begun."""
+
+    snapshot: SnapshotId
+    plans: tuple[ParityPlan, ...]
+    by_node: dict[str, ParityPlan]
+    started_s: float
+    waiting: set[str]
+    commit: bool | None = None
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """The last round of a job that has ended."""
+
+    snapshot: SnapshotId
+    ended_s: float
+    committed: bool
+    node_ids: frozenset[str]
+
+
+@dataclass(slots=True)
+class _Progress:
+    """A job's rounds in this term."""
+
+    round: _Round | None = None
+    last: _Attempt | None = None
+    orphans: dict[str, bool] = field(default_factory=dict)
+    """Decisions on rounds of earlier terms, by plan."""
+    count: int = 0
+
+
+class Protection:
+    """All jobs' parity rounds, for one coordinator."""
+
+    def __init__(self, rules: ProtectionRules) -> None:
+        self._rules = rules
+        self._term = 0
+        self._jobs: dict[str, _Progress] = {}
+        self._placements: dict[object, Placement] = {}
+        self.warnings: tuple[str, ...] = ()
+        """Of the last placement."""
+
+    def take_over(self, term: int) -> None:
+        """See `Coordination.take_over`."""
+        self._term = term
+        self._jobs.clear()
+
+    def decide(self, facts: "Coordination", cluster: "Cluster", now_s: float) -> set[str]:
+        """Start, end and give up rounds; return the nodes that get new orders."""
+        changed: set[str] = set()
+        for name in [name for name in self._jobs if name not in facts.jobs]:
+            del self._jobs[name]
+        for name, table in facts.jobs.items():
+            progress = self._jobs.setdefault(name, _Progress())
+            changed |= self._decide_orphans(progress, table, facts, cluster)
+            if progress.round is not None:
+                changed |= self._go_on(progress, table, now_s)
+            if progress.round is None and self._rules.enabled:
+                changed |= self._begin(name, progress, facts, cluster, now_s)
+        return changed
+
+    def _decide_orphans(
+        self, progress: _Progress, table: JobTable, facts: "Coordination", cluster: "Cluster"
+    ) -> set[str]:
+        changed: set[str] = set()
+        own = {p.plan_id for p in progress.round.plans} if progress.round is not None else set()
+        for plan_id, nodes in table.rounds.items():
+            if plan_id in own or plan_id in progress.orphans:
+                continue
+            if all(fact.stage == "committed" for fact in nodes.values()):
+                continue
+            decision = _orphan_decision(nodes, facts, cluster)
+            if decision is not None:
+                progress.orphans[plan_id] = decision
+                changed |= set(nodes)
+        for plan_id in [p for p in progress.orphans if p not in table.rounds]:
+            del progress.orphans[plan_id]
+        return changed
+
+    def _go_on(self, progress: _Progress, table: JobTable, now_s: float) -> set[str]:
+        known = progress.round
+        assert known is not None
+        if known.commit is None:
+            for node_id in list(known.waiting):
+                fact = table.rounds.get(known.by_node[node_id].plan_id, {}).get(node_id)
+                if fact is not None and fact.stage == "prepared":
+                    known.waiting.discard(node_id)
+                elif fact is not None and fact.stage == "failed":
+                    known.commit = False
+                    known.reason = f"{node_id}: {fact.problem}"
+            late = ", ".join(sorted(known.waiting)[:16])
+            if known.commit is None and not known.waiting:
+                known.commit = True
+            elif known.commit is None and now_s - known.started_s > self._rules.timeout_s:
+                known.commit = False
+                known.reason = f"not done within {self._rules.timeout_s:g} s; late: {late}"
+            return set(known.by_node) if known.commit is not None else set()
+        if not any(_unsettled(table, plan, known.commit) for plan in known.plans):
+            nodes = frozenset(known.by_node)
+            progress.last = _Attempt(known.snapshot, now_s, known.commit, nodes)
+            progress.round = None
+        return set()
+
+    def _begin(
+        self,
+        name: str,
+        progress: _Progress,
+        facts: "Coordination",
+        cluster: "Cluster",
+        now_s: float,
+    ) -> set[str]:
+        table = facts.jobs[name]
+        if any(f.stage != "committed" for nodes in table.rounds.values() for f in nodes.values()):
+            return set()  # something earlier is not settled yet
+        newest = facts.newest_committed(name)
+        if newest is None or not self._due(progress, table, newest, cluster, now_s):
+            return set()
+        holders = {
+            node_id: part
+            for node_id, part in table.snapshots[newest].parts.items()
+            if node_id in cluster.live
+        }
+        held = {shard.rank for part in holders.values() for shard in part.shards}
+        if len(held) != table.snapshots[newest].world or len(cluster.live) < 2:
+            return set()
+        progress.count += 1
+        plans = self._plans(name, newest, table, cluster, progress.count)
+        by_node = {member.node_id: plan for plan in plans for member in plan.members}
+        if not by_node:
+            return set()
+        progress.round = _Round(newest, plans, by_node, now_s, set(by_node))
+        return set(by_node)
+
+    def _due(
+        self,
+        progress: _Progress,
+        table: JobTable,
+        newest: SnapshotId,
+        cluster: "Cluster",
+        now_s: float,
+    ) -> bool:
+        protected = _protected(table, cluster)
+        last = progress.last
+        if protected is not None and newest <= protected:
+            return False
+        if last is not None and last.snapshot == newest:
+            # Given up, or weakened since by a node that is gone.
+            return now_s - last.ended_s >= self._rules.retry_s
+        before = protected or (last.snapshot if last is not None else None)
+        if before is None or before.incarnation != newest.incarnation:
+            return True
+        if self._rules.interval_steps:
+            every = self._rules.interval_steps
+            return newest.step // every > before.step // every
+        if self._rules.interval_s is None or last is None:
+            return True
+        return now_s - last.ended_s >= self._rules.interval_s
+
+    def _plans(
+        self, name: str, snapshot: SnapshotId, table: JobTable, cluster: "Cluster", number: int
+    ) -> tuple[ParityPlan, ...]:
+        known = table.snapshots[snapshot]
+        shards: dict[str, list[PlannedShard]] = {node_id: [] for node_id in cluster.live}
+        taken: set[int] = set()
+        for node_id in sorted(known.parts):
+            for shard in known.parts[node_id].shards if node_id in shards else ():
+                if shard.rank not in taken:
+                    taken.add(shard.rank)
+                    planned = PlannedShard(
+                        shard.rank, shard.image_bytes, shard.layout_id, shard.record_digest
+                    )
+                    shards[node_id].append(planned)
+        placement = self._place(shards, cluster)
+        return tuple(
+            ParityPlan(
+                plan_id=f"{self._term}-{snapshot.incarnation}-{snapshot.step}-{number}-{index}",
+                job=name,
+                snapshot=snapshot,
+                world=known.world,
+                parities=group.parities,
+                members=tuple(
+                    PlannedMember(node_id, tuple(sorted(shards[node_id], key=lambda s: s.rank)))
+                    for node_id in group.members
+                ),
+            )
+            for index, group in enumerate(placement.groups)
+            if len(group.members) <= MAX_MEMBERS
+        )
+
+    def _place(self, shards: dict[str, list[PlannedShard]], cluster: "Cluster") -> Placement:
+        nodes = tuple(
+            PlacedNode(node_id, cluster.labels.get(node_id, {}), sum(s.image_bytes for s in held))
+            for node_id, held in sorted(shards.items())
+        )
+        key = tuple((n.node_id, tuple(sorted(n.labels.items())), n.stream_bytes) for n in nodes)
+        known = self._placements.get(key)
+        if known is None:
+            self._placements.clear()
+            known = place(nodes, self._rules.group_size, self._rules.parities)
+            self._placements[key] = known
+        self.warnings = known.warnings
+        return known
+
+    def orders(
+        self, facts: "Coordination", node_id: str, cluster: "Cluster"
+    ) -> Iterator["events.PrepareOrdered | events.RoundEnded"]:
+        """A node's part in the rounds that are not over for it."""
+        for name, progress in self._jobs.items():
+            table = facts.jobs.get(name)
+            if table is None:
+                continue
+            yield from _own_orders(progress.round, table, name, node_id)
+            for plan_id, commit in progress.orphans.items():
+                fact = table.rounds.get(plan_id, {}).get(node_id)
+                if fact is not None and fact.stage != "committed":
+                    yield events.RoundEnded(name, plan_id, commit, "" if commit else _GIVEN_UP)
+
+
+def _own_orders(
+    known: _Round | None, table: JobTable, name: str, node_id: str
+) -> Iterator["events.PrepareOrdered | events.RoundEnded"]:
+    plan = known.by_node.get(node_id) if known is not None else None
+    if known is None or plan is None:
+        return
+    fact = table.rounds.get(plan.plan_id, {}).get(node_id)
+    if fact is None and known.commit is None:
+        yield events.PrepareOrdered(plan)
+    elif fact is not None and known.commit is not None and fact.stage != "committed":
+        yield events.RoundEnded(name, plan.plan_id, known.commit, known.reason)
+
+
+def _orphan_decision(
+    nodes: dict[str, RoundFact], facts: "Coordination", cluster: "Cluster"
+) -> bool | None:
+    stages = {fact.stage for fact in nodes.values()}
+    if "committed" in stages:
+        return True
+    involved = {m for fact in nodes.values() for m in fact.members} & cluster.members
+    if not involved <= set(facts.reported):
+        return None  # a silent one may have committed it
+    return stages == {"prepared"} and involved <= set(nodes)
+
+
+def _unsettled(table: JobTable, plan: ParityPlan, commit: bool) -> bool:
+    """Whether some member has still to hear, or to do, what was decided."""
+    facts = table.rounds.get(plan.plan_id, {})
+    return any(fact.stage != "committed" for fact in facts.values()) if commit else bool(facts)
+
+
+def _protected(table: JobTable, cluster: "Cluster") -> SnapshotId | None:
+    """The newest snapshot whose every group is whole: all its members there, and committed."""
+    weak: set[SnapshotId] = set()
+    found: set[SnapshotId] = set()
+    for nodes in table.rounds.values():
+        for fact in nodes.values():
+            found.add(fact.snapshot)
+            if fact.stage != "committed" or not set(fact.members) <= set(nodes) & cluster.live:
+                weak.add(fact.snapshot)
+            break
+    return max(found - weak, default=None)

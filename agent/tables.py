@@ -1,0 +1,201 @@
+"""What the coordinator knows of one job: every node's last report, added up.
+
+Owns the sums that decisions need, kept up to date report by report, so that the work for a commit
+grows with the number of nodes and not with its square. Promises that what a node said before its
+last report leaves no trace. Decides nothing: see `agent.coordination`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import xxhash
+
+from everstep.agent.holdings import FlushedFact, JobFact, RoundFact, ShardFact, SnapshotFact
+from everstep.proto.ids import SnapshotId
+
+Key = TypeVar("Key")
+
+
+def _uncount(counter: Counter[Key], keys: Iterable[Key]) -> None:
+    for key in keys:
+        counter[key] -= 1
+        if not counter[key]:
+            del counter[key]
+
+
+def _fingerprint(shard: ShardFact) -> int:
+    data = shard.rank.to_bytes(4, "big") + shard.record_digest
+    return int.from_bytes(xxhash.xxh3_128_digest(data), "big")
+
+
+@dataclass(slots=True)
+class SnapshotTable:
+    """All nodes' parts of one snapshot."""
+
+    world: int
+    parts: dict[str, SnapshotFact] = field(default_factory=dict)
+    ranks: Counter[int] = field(default_factory=Counter)
+    committed_at: set[str] = field(default_factory=set)
+    dropped_at: dict[str, SnapshotFact] = field(default_factory=dict)
+    samples: Counter[bytes] = field(default_factory=Counter)
+    """How many shards have which samples of the replicated leaves."""
+    announced: bool = False
+    """Whether the nodes that hold it were told what becomes of it."""
+    _records: int = 0
+
+    def add(self, node_id: str, fact: SnapshotFact) -> None:
+        """A node's part."""
+        if fact.stage == "dropped":
+            self.dropped_at[node_id] = fact
+            return
+        self.parts[node_id] = fact
+        for shard in fact.shards:
+            self.ranks[shard.rank] += 1
+            if self.ranks[shard.rank] == 1:
+                self._records ^= _fingerprint(shard)
+        self.samples.update(shard.replica_samples for shard in fact.shards)
+        if fact.stage == "committed":
+            self.committed_at.add(node_id)
+
+    def remove(self, node_id: str) -> None:
+        """A node's part, as it was added."""
+        self.dropped_at.pop(node_id, None)
+        self.committed_at.discard(node_id)
+        fact = self.parts.pop(node_id, None)
+        shards = fact.shards if fact is not None else ()
+        for shard in shards:
+            if self.ranks[shard.rank] == 1:
+                self._records ^= _fingerprint(shard)
+        _uncount(self.ranks, [shard.rank for shard in shards])
+        _uncount(self.samples, [shard.replica_samples for shard in shards])
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank's shard is somewhere."""
+        return len(self.ranks) == self.world
+
+    @property
+    def decided(self) -> bool:
+        """Whether it can be said what becomes of it."""
+        return bool(self.whole or self.committed_at or self.dropped_at)
+
+    @property
+    def commit_id(self) -> bytes:
+        """A digest of all ranks' records, kept up to date shard by shard."""
+        return self._records.to_bytes(16, "big")
+
+    def drifted_replicas(self) -> tuple[int, ...] | None:
+        """Which replicated leaves differ between ranks; None if even their plans do."""
+        if len(self.samples) <= 1:
+            return ()
+        first = next(iter(self.samples))
+        if any(len(other) != len(first) or other[:8] != first[:8] for other in self.samples):
+            return None
+        return tuple(
+            index
+            for index, at in enumerate(range(8, len(first), 8))
+            if any(other[at : at + 8] != first[at : at + 8] for other in self.samples)
+        )
+
+    def shards(self) -> dict[int, ShardFact]:
+        """One shard for each rank that there is, ascending."""
+        found = {s.rank: s for fact in self.parts.values() for s in fact.shards}
+        return dict(sorted(found.items()))
+
+
+@dataclass(slots=True)
+class FlushedTable:
+    """All nodes' parts of one snapshot on NVMe."""
+
+    world: int
+    ranks: Counter[int] = field(default_factory=Counter)
+    nodes: set[str] = field(default_factory=set)
+    announced: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank's shard is on some disk."""
+        return len(self.ranks) == self.world
+
+
+@dataclass(slots=True)
+class JobTable:
+    """All nodes' parts of one job."""
+
+    facts: dict[str, JobFact] = field(default_factory=dict)
+    snapshots: dict[SnapshotId, SnapshotTable] = field(default_factory=dict)
+    flushed: dict[SnapshotId, FlushedTable] = field(default_factory=dict)
+    flushing: Counter[SnapshotId] = field(default_factory=Counter)
+    durable: Counter[SnapshotId] = field(default_factory=Counter)
+    """How many nodes know a snapshot to be durable everywhere."""
+    rounds: dict[str, dict[str, RoundFact]] = field(default_factory=dict)
+    """By plan, by node."""
+    incarnation: int = 0
+    world: int = 0
+    launch_id: str = ""
+    newest_incarnation: int = 0
+
+    def replace(self, node_id: str, fact: JobFact | None) -> set[SnapshotId]:
+        """Take a node's newest report of the job; None if it has nothing of it.
+
+        Returns:
+            The snapshots about which it says something else than before.
+        """
+        before = self.facts.pop(node_id, None)
+        if before == fact:
+            if fact is not None:
+                self.facts[node_id] = fact
+            return set()
+        touched = set()
+        if before is not None:
+            touched |= self._subtract(node_id, before)
+        if fact is not None:
+            self.facts[node_id] = fact
+            touched |= self._add(node_id, fact)
+        return touched
+
+    def _subtract(self, node_id: str, fact: JobFact) -> set[SnapshotId]:
+        for part in fact.snapshots:
+            table = self.snapshots[part.snapshot]
+            table.remove(node_id)
+            if not table.parts and not table.dropped_at:
+                del self.snapshots[part.snapshot]
+        for flushed in fact.flushed:
+            self._remove_flushed(node_id, flushed)
+        _uncount(self.flushing, [fact.flushing] if fact.flushing is not None else ())
+        _uncount(self.durable, fact.durable)
+        for known in fact.rounds:
+            nodes = self.rounds[known.plan_id]
+            nodes.pop(node_id, None)
+            if not nodes:
+                del self.rounds[known.plan_id]
+        return {part.snapshot for part in fact.snapshots}
+
+    def _remove_flushed(self, node_id: str, flushed: FlushedFact) -> None:
+        table = self.flushed[flushed.snapshot]
+        table.nodes.discard(node_id)
+        _uncount(table.ranks, flushed.ranks)
+        if not table.nodes:
+            del self.flushed[flushed.snapshot]
+
+    def _add(self, node_id: str, fact: JobFact) -> set[SnapshotId]:
+        for part in fact.snapshots:
+            table = self.snapshots.setdefault(part.snapshot, SnapshotTable(part.world))
+            table.add(node_id, part)
+        for flushed in fact.flushed:
+            disk = self.flushed.setdefault(flushed.snapshot, FlushedTable(flushed.world))
+            disk.nodes.add(node_id)
+            disk.ranks.update(flushed.ranks)
+        if fact.flushing is not None:
+            self.flushing[fact.flushing] += 1
+        self.durable.update(fact.durable)
+        for known in fact.rounds:
+            self.rounds.setdefault(known.plan_id, {})[node_id] = known
+        if fact.incarnation > self.incarnation:
+            self.incarnation = fact.incarnation
+            self.world = fact.world
+            self.launch_id = fact.launch_id
+        self.newest_incarnation = max(self.newest_incarnation, fact.newest_incarnation)
+        return {part.snapshot for part in fact.snapshots}
