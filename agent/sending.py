@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 _SLICE_BYTES = 128 << 10
 """What a rate lets through at a time, so that a slow stream still moves steadily."""
-_BACKLOG = 16
+_BACKLOG = 128
 _CLOSE_TIMEOUT_S = 5.0
 _LOG_INTERVAL_S = 10.0
 _RESET = struct.pack("ii", 1, 0)
@@ -149,9 +149,7 @@ class BulkServer:
         self._counters: Counter[str] = Counter()
         self._links: dict[socket.socket, threading.Thread] = {}
         self._stopping = threading.Event()
-        self._listener = Listener(
-            host, port, max_streams + _BACKLOG, begin=self._begin, tick=self._expire
-        )
+        self._listener = Listener(host, port, _BACKLOG, begin=self._begin, tick=self._expire)
         self._address = ""
         self._logged_s = -_LOG_INTERVAL_S
 
