@@ -125,7 +125,7 @@ def show_recover(report: Report) -> None:
     """Show a `recover_report`."""
     table(
         f"snapshots of job {report['job']}",
-        ("step>", "incarnation>", "level", "state", "to decode", "survives>", "memory alone>"),
+        ("step>", "incarnation>", "level", "state", "to decode", "survives loss of>", "in memory>"),
         [
             (
                 one["step"],
@@ -157,7 +157,7 @@ def _losses(losses: int | None) -> str | None:
 
 def _show_chosen(report: Report) -> None:
     chosen = report["chosen"]
-    line(f"step {chosen['step']} of incarnation {chosen['incarnation']} is recovered")
+    line(f"to be recovered: step {chosen['step']}, incarnation {chosen['incarnation']}")
     if not report["movements"]:
         line("nothing has to travel: every shard is in memory where it is wanted")
         return
