@@ -84,9 +84,14 @@ class Liveness:
         self._known.clear()
 
     def silent(self) -> tuple[str, ...]:
-        """Whom this agent itself takes for lost, ascending."""
+        """Whom this agent itself takes for lost, and as coordinator who was replaced, ascending."""
         if "silent" not in self._known:
-            self._known["silent"] = tuple(sorted(self._silent - {self._own}))
+            leads = self.coordinator == self._own
+            self._known["silent"] = tuple(
+                entry.node_id
+                for entry in self._view
+                if entry.node_id in self._silent or (leads and entry.replaced_by)
+            )
         return self._known["silent"]
 
     def silence_s(self, node_id: str, now_s: float) -> float:

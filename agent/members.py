@@ -380,7 +380,7 @@ class Members:
         """Reports to those whom this agent itself takes for lost, the smallest ids first.
 
         One of them may coordinate again; and if it is this agent that the others have given up,
-        their answers are how it finds out.
+        their answers are how it finds out. Those that were replaced find out by it, too.
         """
         silent = self._liveness.silent()
         schedules = self._probing = {
@@ -391,9 +391,9 @@ class Members:
         for entry in (self.view.get(node_id) for node_id in silent):
             if len(contacts) == CONTACTS_AT_ONCE:
                 break
-            if entry is None or entry.replaced_by or now_s < schedules[entry.node_id].next_s:
+            if entry is None or now_s < schedules[entry.node_id].next_s:
                 continue
-            smaller = entry.node_id < self._liveness.coordinator
+            smaller = entry.node_id < self._liveness.coordinator and not entry.replaced_by
             longest_s = (1 if smaller else _RARELY) * self.rules.suspect_after_s
             schedules[entry.node_id].take(now_s, longest_s)
             contacts.append(Contact(Message.PROBE, entry.node_id, entry.address))
@@ -404,7 +404,7 @@ class Members:
         known = {
             entry.address: entry.node_id
             for entry in self.view.members()
-            if entry.node_id != self.rules.node_id
+            if entry.address != self.rules.address
         }
         return {address: node_id for node_id, address in self._seeds} | known
 
@@ -450,7 +450,10 @@ class Members:
         schedule.wait_s = self.rules.heartbeat_s
         if answer.refusal:
             self.refusal = answer.refusal
-            self.expelled = self.expelled or bool(self.fenced_by)
+            # Not at once: a holder that died lately still counts as alive for a while.
+            patient_s = now_s - (self._search.started_s or 0.0)
+            if self.fenced_by and patient_s >= 2 * self.rules.suspect_after_s:
+                self.expelled = True
         if answer.coordinator == own:
             self._search.fellows[contact.address] = now_s
             return

@@ -108,9 +108,9 @@ class World:
                 )
                 return
             receiver.learned(view, self.now_s)
+            refused = not receiver.joined  # whoever has no place does not answer for it
             try:
                 receiver.heard(*source.boot, view.epoch, self.now_s, report=True)
-                refused = False
             except StaleEpoch:
                 refused = True
             boot, shown = target.boot, receiver.view
