@@ -9,6 +9,7 @@ goes with it. Manifests carry parity of their own. Does not promise that bytes o
 `verify` tells.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -116,7 +117,8 @@ class ParityNvme:
                     self._store(step, manifest, image, sealed)
             except BaseException:
                 # Best effort: what stays goes with the next `sweep`.
-                _give_up(directory, name)
+                with contextlib.suppress(OSError, FormatInvalid):
+                    _clear_unpublished(directory, name, job, plan_id)
                 raise
 
     def _store(
@@ -294,8 +296,10 @@ def _check_file(directory: Directory, stored: _Stored) -> None:
     check_parity_bytes(stored.manifest, held_bytes, where)
 
 
-def _give_up(directory: Directory, name: str) -> None:
-    try:
+def _clear_unpublished(directory: Directory, name: str, job: str, plan_id: str) -> None:
+    """Remove parity whose manifest could not be written, and the directory if it is empty then."""
+    manifest = read_manifest(directory, name, job)
+    if manifest is None or manifest.plan.plan_id != plan_id:
+        with directory.child(name) as step:
+            step.unlink(parity_name(plan_id))
         remove_unheld(directory, name)
-    except (OSError, FormatInvalid):
-        pass

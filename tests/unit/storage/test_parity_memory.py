@@ -1,5 +1,6 @@
 """The pool of parity files in memory; what every store does is in tests/contract."""
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -292,3 +293,37 @@ def test_what_the_manifest_says_of_whole_units(store: ParityMemory, parity) -> N
     assert manifest.unit_digests == digest_units(one.data, UNIT_BYTES)
     one.encode(store)
     assert store.manifests("job") == [manifest]
+
+
+def test_a_file_that_the_kernel_does_not_let_grow(store: ParityMemory, parity, monkeypatch) -> None:
+    parity("p1", size=UNIT_BYTES).encode(store)
+    store.delete("job", "p1")
+    before = pool(store)
+
+    def half(descriptor: int, offset: int, length: int) -> None:
+        os.truncate(descriptor, offset + length // 2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", half)
+    with pytest.raises(OutOfSpace, match="No space left"):
+        store.reserve("job", "p2", 2 * UNIT_BYTES)
+    assert pool(store) == before
+
+
+def test_a_new_file_never_takes_a_lost_ones_place(store: ParityMemory, parity) -> None:
+    parity("p1").encode(store)
+    (path,) = store.root.rglob("*.parity")
+    path.unlink()
+    parity("p2").encode(store)
+    assert plans(store) == ["p2"]
+    with pytest.raises(FormatInvalid, match="missing"):
+        store.open("job", "p1")
+    parity("p2").assert_whole(store)
+
+
+def test_the_same_plan_gives_its_earlier_file_back(store: ParityMemory, parity) -> None:
+    for size in (10, 20, 30, 40):
+        one = parity("p1", size=size)
+        one.encode(store)
+        one.assert_whole(store)
+    assert len(pool(store)) == 2

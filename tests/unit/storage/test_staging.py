@@ -1,5 +1,6 @@
 """Staged shards: memory behind the units that were asked for, and nowhere else."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -164,3 +165,18 @@ def test_the_memory_level_knows_the_folder(staging: Staging) -> None:
     assert (staging.root / "job/staged" / NAME).exists()
     memory.remove_job("job")
     assert list(staging.root.iterdir()) == []
+
+
+def test_what_the_kernel_refuses_costs_nothing(staging: Staging, monkeypatch) -> None:
+    staging.create("job", SNAPSHOT, 3, BYTES, [range(1)]).close()
+    path = staging.root / "job/staged" / NAME
+    before = path.stat()
+
+    def refuse(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OutOfSpace, match="No space left"):
+        staging.create("job", SNAPSHOT, 3, BYTES, [range(2)])
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_ino == before.st_ino
