@@ -51,6 +51,12 @@ class World:
         self.later(self.random.uniform(0, TICK_S), lambda: self._tick(process))
         return process
 
+    def list_also(self, address: str) -> None:
+        """An operator adds an address to the list that all agents read."""
+        self.seeds = (*self.seeds, ("", address))
+        for process in self.at.values():
+            process.members.seek(self.seeds)
+
     def later(self, delay_s: float, what: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (self.now_s + delay_s, next(self._count), what))
 
