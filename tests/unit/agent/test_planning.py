@@ -115,6 +115,13 @@ def test_zeros_beyond_the_end_of_a_stream_need_no_holder() -> None:
     assert only([everyone[1], everyone[3]]).recoverable
 
 
+def test_of_an_empty_image_the_record_is_needed_still() -> None:
+    nodes = all_nodes(plan_of([[0], [0]], 1))
+    # No symbol is, but one of the manifests is.
+    assert only(nodes[:1]).recoverable
+    assert only(nodes).further_losses == 1
+
+
 def test_memory_comes_before_nvme_and_the_wanted_node_before_others() -> None:
     plan = even(3, 1)
     shard = plan.members[0].shards[0]
