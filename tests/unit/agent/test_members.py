@@ -1,6 +1,5 @@
 """Places, claims, suspicion and fencing: one agent at a time, then storms of seeded worlds."""
 
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
