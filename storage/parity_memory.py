@@ -282,8 +282,8 @@ class ParityMemory:
                 f"All {MAX_FILES} parity files of the job are in use: an older plan's parity must "
                 "be deleted before another is encoded.",
             )
-        # Also past manifests whose file is gone, or they would seem to describe the new one.
-        number = max(map(_number, names), default=0) + 1
+        # Also past manifests and rooms whose file is gone, or they would seem to be of the new one.
+        number = max({*map(_number, names), *self._taken_numbers(job)}, default=0) + 1
         reserve_file(folder, _file_name(number), wanted_bytes, self._keep_free_bytes)
         return number
 
@@ -306,11 +306,15 @@ class ParityMemory:
         """The files that no manifest claims, readable or not, and that nobody writes to."""
         names = folder.names()
         claimed = {_number(name) for name in names if _MANIFEST.fullmatch(name)}
-        for (owner, _), taken in self._taken.items():
-            if owner == job:
-                claimed.add(taken.number if isinstance(taken, ParityRoom) else taken)
         files = {_number(name) for name in names if _FILE.fullmatch(name)}
-        return sorted(files - claimed)
+        return sorted(files - claimed - self._taken_numbers(job))
+
+    def _taken_numbers(self, job: str) -> set[int]:
+        return {
+            taken.number if isinstance(taken, ParityRoom) else taken
+            for (owner, _), taken in self._taken.items()
+            if owner == job
+        }
 
     def _mapped(
         self, job: str, number: int, length_bytes: int, *, write: bool = True

@@ -220,12 +220,20 @@ def test_a_full_tmpfs_refuses_and_changes_nothing(small_tmpfs: Path, parity) -> 
     kept.assert_whole(store)
 
 
-def test_others_keep_their_memory(tmp_path: Path) -> None:
+def test_others_keep_their_memory(tmp_path: Path, parity) -> None:
     available = psutil.virtual_memory().available
     store = ParityMemory(tmp_path, keep_free_bytes=2 * available)
     with pytest.raises(OutOfSpace, match="everyone else"):
         store.reserve("job", "p1", UNIT_BYTES)
     assert pool(store) == {}
+    parity("p1", size=UNIT_BYTES).encode(ParityMemory(tmp_path, keep_free_bytes=0))
+    store.delete("job", "p1")
+    before = pool(store)
+    with pytest.raises(OutOfSpace, match="everyone else"):
+        store.reserve("job", "p2", 2 * UNIT_BYTES)
+    assert pool(store) == before
+    # What is there already takes nothing from anyone.
+    store.reserve("job", "p2", UNIT_BYTES).close()
 
 
 def test_no_room_for_the_manifest(small_tmpfs: Path, parity) -> None:
@@ -327,3 +335,15 @@ def test_the_same_plan_gives_its_earlier_file_back(store: ParityMemory, parity) 
         one.encode(store)
         one.assert_whole(store)
     assert len(pool(store)) == 2
+
+
+def test_a_room_of_a_removed_job_never_publishes_anothers_file(store, parity) -> None:
+    old, new = parity("p1"), parity("p2")
+    with store.reserve("job", "p1", old.size) as room:
+        room.view[:] = old.data
+        MemoryLevel(store.root, keep_free_bytes=0).remove_job("job")
+        new.encode(store)
+        with pytest.raises(FormatInvalid, match="removed"):
+            store.publish("job", old.manifest)
+    assert plans(store) == ["p2"]
+    new.assert_whole(store)
