@@ -108,12 +108,13 @@ class Node:
     def cluster(self, now_s: float) -> Cluster:
         """Who takes part, as this node sees it."""
         view, live = self.members.view, self.members.live(now_s)
-        if self._cluster is None or self._cluster[:2] != (view, live):
+        known = self._cluster
+        if known is None or known[0] is not view or known[1] is not live:
             entries = view.members()
             labels = {entry.node_id: dict(entry.labels) for entry in entries}
             ids = frozenset(entry.node_id for entry in entries)
-            self._cluster = (view, live, Cluster(ids, frozenset(live), labels))
-        return self._cluster[2]
+            known = self._cluster = (view, live, Cluster(ids, frozenset(live), labels))
+        return known[2]
 
     def _lead(self, now_s: float) -> None:
         leads = self.members.is_coordinator(now_s)
@@ -168,8 +169,8 @@ class Node:
         for node_id in sorted(changed - {self.node_id}):
             entry = self.members.view.get(node_id)
             if entry is not None:
-                orders = self._orders_for(node_id, now_s)
-                step.sends.append(SendOrders(node_id, entry.address, orders))
+                told = self._orders_for(node_id, now_s)
+                step.sends.append(SendOrders(node_id, entry.address, told))
 
     def _orders_for(self, node_id: str, now_s: float) -> Orders:
         coordinator = self.members.coordinator(now_s)
@@ -196,7 +197,6 @@ class Node:
         if self._leads:
             if report.term > self._term:
                 self._begin_term(report.term)
-                self.coordination.report(self.node_id, self._report())
             if self._boots.get(node_id, boot_id) != boot_id:
                 self.coordination.forget(node_id)
             self._boots[node_id] = boot_id
