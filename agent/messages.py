@@ -124,8 +124,10 @@ def parsed_report(message: wire.ReportRequest) -> Report:
 
 
 def _name(snapshot: SnapshotId | None) -> wire.SnapshotName | None:
-    if snapshot is None:
-        return None
+    return _name_of(snapshot) if snapshot is not None else None
+
+
+def _name_of(snapshot: SnapshotId) -> wire.SnapshotName:
     return wire.SnapshotName(incarnation=snapshot.incarnation, step=snapshot.step)
 
 
@@ -165,9 +167,9 @@ def _job_message(fact: JobFact) -> wire.JobFact:
             )
             for part in fact.flushed
         ],
-        durable=[_name(snapshot) for snapshot in fact.durable],
+        durable=[_name_of(snapshot) for snapshot in fact.durable],
         flushing=_name(fact.flushing),
-        flush_failed=[_name(snapshot) for snapshot in fact.flush_failed],
+        flush_failed=[_name_of(snapshot) for snapshot in fact.flush_failed],
         restore_decided=fact.restore_decided,
         restored=_name(fact.restored),
     )
