@@ -1,5 +1,7 @@
 """Options of agents that have peers: how they are given, what they lead to, what is refused."""
 
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +181,18 @@ def test_bulk_beyond_loopback_needs_tls_or_a_word_too() -> None:
     assert loaded(bulk__listen="0.0.0.0:7500", agent__insecure=True).bulk_listen == "0.0.0.0:7500"
     pems = {f"tls__{name}": f"/etc/{name}" for name in ("certificate", "key", "authority")}
     assert loaded(bulk__listen="0.0.0.0:7500", **pems).bulk_listen == "0.0.0.0:7500"
+
+
+def test_the_example_for_kubernetes_is_accepted(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[3] / "deploy/kubernetes"
+    text = (folder / "cluster.yaml").read_text().partition("everstep.toml: |\n")[2]
+    file = tmp_path / "everstep.toml"
+    file.write_text(textwrap.dedent(text.partition("\n---")[0]))
+    patch = (folder / "cluster-patch.yaml").read_text()
+    flags = dict(re.findall(r"^ +- --([a-z-]+)=?(.*)$", patch, re.MULTILINE))
+    assert flags == {"node-id": "$(NODE_NAME)", "listen": "$(POD_IP):7400", "insecure": ""}
+    given = {"agent.node_id": "gpu-7", "agent.listen": "10.1.2.3:7400", "agent.insecure": True}
+    config = load(file, given, ENVIRON)
+    assert config.cluster.peers_dns == "everstep-agents:7400"
+    assert config.address == "10.1.2.3:7400"
+    assert config.bulk_listen.endswith(":7401")
