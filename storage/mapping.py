@@ -8,6 +8,9 @@ import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module does not name it yet
+_POPULATED_AT_ONCE_BYTES = 1 << 20
+
 
 def map_range(
     descriptor: int, offset: int, length_bytes: int, *, writable: bool = False
@@ -35,6 +38,20 @@ def map_range(
     )
     with memoryview(mapping) as whole:
         return whole[lead_bytes:], mapping
+
+
+def populate(mapping: mmap.mmap) -> None:
+    """Map every page of a writable mapping now: one by one, as they are written to, takes longer.
+
+    Best effort: an older kernel does without.
+    """
+    # In pieces, since other threads wait for each call.
+    for offset in range(0, len(mapping), _POPULATED_AT_ONCE_BYTES):
+        length_bytes = min(_POPULATED_AT_ONCE_BYTES, len(mapping) - offset)
+        try:
+            mapping.madvise(_MADV_POPULATE_WRITE, offset, length_bytes)
+        except OSError:
+            return
 
 
 @contextmanager

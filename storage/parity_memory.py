@@ -2,7 +2,8 @@
 
 Owns ``<root>/<job>/parity/``: ``000001.parity`` is a file of the pool, wholly allocated, and
 ``000001-<plan id>.manifest`` says whose parity is in it. A file without a manifest is free, and is
-used again: touching a page for the first time costs 7.5 times as much as writing to it.
+used again: touching a page for the first time costs 7.5 times as much as writing to it. Files are
+unmapped between rounds, or a removed job's memory would stay taken.
 
 Promises that parity is listed exactly while its manifest is there, which appears in one move and
 names the file by its own name; that room is refused early and whole, never as a SIGBUS; and that
@@ -31,7 +32,7 @@ from everstep.proto.ids import UNIT_BYTES, checked_name
 from everstep.storage.directory import Directory, storage_error
 from everstep.storage.jobs import PARITY, Jobs, sweep_partial
 from everstep.storage.level import Problem
-from everstep.storage.mapping import map_range
+from everstep.storage.mapping import map_range, populate
 from everstep.storage.parity import (
     MAX_PARITY_BYTES,
     ParityImage,
@@ -143,6 +144,8 @@ class ParityMemory:
             self._taken[key] = number
         try:
             view, mapping = self._mapped(job, number, length_bytes)
+            if mapping is not None:
+                populate(mapping)
         except BaseException:
             self._taken.pop(key, None)
             raise

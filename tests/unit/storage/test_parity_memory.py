@@ -1,7 +1,9 @@
 """The pool of parity files in memory; what every store does is in tests/contract."""
 
 import errno
+import mmap
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -39,6 +41,22 @@ def test_reserved_pages_are_all_there(store: ParityMemory) -> None:
         assert status.st_mode & 0o777 == 0o600
         assert room.path.parent.stat().st_mode & 0o777 == 0o700
     assert plans(store) == []
+
+
+def test_a_room_is_mapped_before_it_is_written_to(store: ParityMemory) -> None:
+    with mmap.mmap(-1, mmap.PAGESIZE) as probe:
+        try:
+            probe.madvise(23)
+        except OSError:
+            pytest.skip("the kernel is older than 5.14")
+    pages = 16 * UNIT_BYTES // mmap.PAGESIZE
+    store.reserve("job", "p1", 16 * UNIT_BYTES).close()
+    with store.reserve("job", "p2", 16 * UNIT_BYTES) as room:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        for offset in range(0, 16 * UNIT_BYTES, mmap.PAGESIZE):
+            room.view[offset] = 1
+        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+    assert faults < pages // 4
 
 
 def test_rounds_use_the_same_files_again(store: ParityMemory, parity) -> None:

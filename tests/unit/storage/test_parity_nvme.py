@@ -100,6 +100,9 @@ def test_shards_come_to_parity_that_was_alone(nvme: NvmeLevel, take, parity) -> 
     snapshot.begin_and_store(nvme)
     assert len(nvme.sweep("job")) == 1
     assert entries(nvme) == {STEP: ["parity-p1", "parity.manifest"]}
+    snapshot.begin_and_store(nvme)
+    nvme.begin("job", snapshot.id)
+    assert entries(nvme) == {STEP: ["parity-p1", "parity.manifest"]}
     snapshot.save(nvme)
     snapshot.assert_whole(nvme)
     one.assert_whole(nvme.parity)
@@ -254,3 +257,13 @@ def test_a_full_disk(small_tmpfs: Path, take, parity) -> None:
         take(1, 5, sizes=(UNIT_BYTES,)).assert_whole(nvme)
         assert list(entries(nvme)) == [STEP]
         assert not list(small_tmpfs.rglob("*.partial"))
+
+
+def test_a_directory_under_another_steps_name(nvme: NvmeLevel, parity) -> None:
+    parity("p1").save(nvme)
+    (nvme.root / "job" / STEP).rename(nvme.root / "job/step-000000000008")
+    assert plans(nvme) == []
+    (problem,) = nvme.problems("job")
+    assert "step 5" in problem.reason
+    with pytest.raises(FormatInvalid):
+        nvme.parity.open("job", "p1")
