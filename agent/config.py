@@ -450,6 +450,11 @@ def _check_cluster(config: Config, require: Callable[[bool, str, str], None]) ->
     if cluster.replaces:
         checked_name("node", cluster.replaces)
     require(
+        cluster.configured or not cluster.replaces,
+        "cluster.replaces",
+        "needs peers, of which one lets this agent take that place",
+    )
+    require(
         cluster.replaces != config.agent.node_id,
         "cluster.replaces",
         f"{cluster.replaces} is this node; leave it out to rejoin under the same id",

@@ -110,12 +110,19 @@ class _Search:
 class Members:
     """The membership as one agent knows it."""
 
-    def __init__(self, rules: MemberRules, seeds: Iterable[tuple[str, str]] = ()) -> None:
-        """Start without a place, or with the only one if there are no `seeds`.
+    def __init__(
+        self,
+        rules: MemberRules,
+        seeds: Iterable[tuple[str, str]] = (),
+        *,
+        expects_others: bool = False,
+    ) -> None:
+        """Start without a place, or with the only one if no others are there.
 
         Args:
             rules: This agent.
-            seeds: Node id, or an empty text if that is unknown, and address of other agents.
+            seeds: Node id, or an empty text if that is unknown, and address of all agents.
+            expects_others: Whether there may be others although there are no `seeds` yet.
         """
         self.rules = rules
         self.view = View()
@@ -136,8 +143,10 @@ class Members:
         self._liveness = Liveness(rules.node_id, rules.suspect_after_s)
         self._due_s: float | None = None
         self._report_s = float("-inf")
+        self._unlisted = expects_others
+        """Nobody is known at all, not even this agent: no reason to think that it is alone."""
         self.seek(seeds)
-        if not self._seeds:
+        if not self._seeds and not self._unlisted:
             self._found()
 
     @property
@@ -147,7 +156,8 @@ class Members:
 
     def seek(self, seeds: Iterable[tuple[str, str]]) -> None:
         """Look for these agents from now on, instead of those named so far."""
-        own = self.rules
+        own, seeds = self.rules, tuple(seeds)
+        self._unlisted = self._unlisted and not seeds
         # Another agent at the address that is listed for this one would be a duplicate of it.
         self._seeds = tuple(sorted({seed for seed in seeds if seed[1] != own.address}))
         self._strange = None
@@ -478,7 +488,7 @@ class Members:
         if not self._may_lead or now_s - search.answered_s < quiet_s:
             return
         oldest_s = now_s - rules.suspect_after_s
-        all_wait = all(
+        all_wait = not self._unlisted and all(
             search.fellows.get(address, float("-inf")) > oldest_s for address in self._targets()
         )
         if all_wait or now_s - search.started_s >= rules.join_timeout_s:

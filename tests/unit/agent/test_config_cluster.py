@@ -137,6 +137,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("cluster.address", "0.0.0.0:7400"),
     ("cluster.address", "host:0"),
     ("cluster.replaces", "self"),
+    ("cluster.replaces", "n1"),
     ("cluster.labels", ["rack"]),
     ("cluster.labels", ["rack=a", "rack=b"]),
     ("cluster.labels", ["rack=a b"]),
@@ -175,6 +176,7 @@ def test_options_that_contradict_each_other() -> None:
         load(None, {"bulk.listen": "127.0.0.1:7500"}, ENVIRON)
     with pytest.raises(InvalidName):
         loaded(cluster__replaces="../n1")
+    assert loaded(cluster__replaces="n1", cluster__peers=PEERS).cluster.replaces == "n1"
 
 
 def test_bulk_beyond_loopback_needs_tls_or_a_word_too() -> None:

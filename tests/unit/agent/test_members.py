@@ -132,6 +132,18 @@ def test_an_agent_that_reaches_nobody_goes_on_alone_and_keeps_looking() -> None:
     assert later[-1] > 150
 
 
+def test_an_agent_that_hears_of_nobody_yet_waits() -> None:
+    members = Members(rules("n2"), expects_others=True)
+    assert not members.joined and members.due(0) == ()
+    members.seek([("", "h2:1"), ("", "h1:1")])
+    assert messages(members.due(1)) == [(Message.CLAIM, "h1:1")]
+    members = Members(rules("n2"), expects_others=True)
+    members.due(0)
+    members.seek([("", "h2:1")])
+    members.due(1)
+    assert members.joined, "it is the only one that is listed"
+
+
 def test_of_agents_that_start_together_the_smallest_founds_when_all_others_wait() -> None:
     one, two = Members(rules("n1", "x"), SEEDS), Members(rules("n2", "y"), SEEDS)
     to_two, to_three = one.due(0)
@@ -166,6 +178,12 @@ def test_a_redirected_claim_goes_where_it_was_told() -> None:
     (contact,) = members.due(0)
     members.claim_answered(contact, ClaimAnswer(THREE, coordinator="n1"), 0.1)
     assert (Message.CLAIM, "n1") in messages(members.due(0.1))
+    for contact in Members(rules("n4"), SEEDS).due(0):
+        members = Members(rules("n4"), SEEDS)
+        members.due(0)
+        members.claim_answered(contact, ClaimAnswer(THREE, coordinator="n1"), 0.1)
+        told = (Message.CLAIM, "n1") in messages(members.due(0.6))
+        assert told == (contact.node_id != "n1"), "not again where it has just been"
 
 
 def test_one_of_two_that_claim_the_same_id_wins() -> None:
@@ -178,6 +196,41 @@ def test_one_of_two_that_claim_the_same_id_wins() -> None:
     assert not answer.refusal
     granted = answer.view.get("n3")
     assert granted is not None and (granted.boot_id, granted.since_epoch) == ("other", 4)
+
+
+def test_a_place_that_only_its_claimant_knows_of_does_not_win_against_a_live_one() -> None:
+    members = member("n1")
+    alone = View([Entry("n3", 3, "z", address="h9:1")])
+    answer = members.claimed(claim("n3", "z", alone, address="h9:1"), 1)
+    assert answer.refusal and answer.view == THREE
+
+
+def test_a_place_that_was_granted_elsewhere_is_taken_as_it_is() -> None:
+    other = View([entry("n4", 7, "x"), entry("n5", 8, "y")])
+    answer = member("n1").claimed(claim("n4", "x", other), 1)
+    assert answer.view == THREE.merge(other)
+
+
+def test_an_agent_that_was_refused_founds_nothing_for_long() -> None:
+    members = Members(rules("n1", "new"), SEEDS)
+    (contact, *_) = members.due(0)
+    for now in range(1, 60):
+        members.claim_answered(contact, ClaimAnswer(THREE, "held", "n2"), now)
+        members.due(now)
+    for now in range(60, 89):
+        members.due(now)
+        assert not members.joined
+    members.due(90)
+    assert members.joined and members.view.get("n1") == entry("n1", 4, "new")
+
+
+def test_whoever_coordinated_still_knows_who_is_lost() -> None:
+    members = member("n2")
+    assert members.coordinator(5) == "n2"
+    assert members.suspected(10) == ("n1", "n3")
+    members.heard("n1", "b", 3, 10)
+    assert members.coordinator(10) == "n1"
+    assert members.suspected(10) == ("n3",)
 
 
 def test_a_restart_at_the_same_address_does_not_wait_for_suspicion() -> None:
@@ -259,6 +312,18 @@ def test_a_zombie_is_refused_and_fenced() -> None:
                 zombie.claim_answered(contact, others.claimed(zombie.claim(), now), now)
     assert zombie.expelled
     assert zombie.due(31) == ()
+
+
+def test_a_refusal_for_a_holder_that_died_lately_is_not_the_last_word() -> None:
+    newer = View([Entry("n2", 4, "new", address="h9:1")]).merge(THREE)
+    others, zombie = member("n1"), member("n2")
+    others.learned(newer, 20)
+    zombie.learned(newer, 20)
+    contact = next(c for c in zombie.due(20) if c.node_id == "n1")
+    zombie.claim_answered(contact, others.claimed(zombie.claim(), 21), 21)
+    assert zombie.refusal and zombie.fenced_by and not zombie.expelled
+    zombie.claim_answered(contact, others.claimed(zombie.claim(), 25), 25)
+    assert zombie.joined
 
 
 def test_a_zombie_takes_its_place_again_when_the_newer_one_is_gone() -> None:
