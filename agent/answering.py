@@ -1,0 +1,271 @@
+"""What other agents ask of this one: the service `Peers`.
+
+Owns the admission of callers and the way of each request to the room that answers it. Promises
+that nothing is answered to an agent that does not hold its place in the membership, or that speaks
+another version of the protocol, and that an error raised on purpose arrives as itself. Decides
+nothing.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from everstep.agent import events, messages
+from everstep.agent.assembly import Assembly, RankHeld
+from everstep.agent.config import Config
+from everstep.agent.events import Caller
+from everstep.agent.node import Step
+from everstep.agent.peers import PEER_PROTOCOL, Peers
+from everstep.proto import peer_pb2 as wire
+from everstep.proto.agent_pb2 import Session
+from everstep.proto.errors import (
+    CoordinatorUnknown,
+    DeadlineExceeded,
+    EverstepError,
+    FormatInvalid,
+    Refused,
+    StaleEpoch,
+)
+from everstep.proto.ids import checked_name
+from everstep.proto.peer_pb2_grpc import PeersServicer
+from everstep.proto.wire_errors import METADATA_KEY, encode, status_of
+
+log = logging.getLogger("everstep.agent")
+_AGAIN_S = 0.1
+_DIGEST_BYTES = 16
+Handler = Callable[[Any], Awaitable[Any]]
+
+
+def caller_of(session: Session) -> Caller:
+    """A trainer process as the wire names it.
+
+    Raises:
+        InvalidName: If the job's name is not acceptable.
+    """
+    return events.Caller(
+        job=checked_name("job", session.job),
+        rank=session.rank,
+        world=session.world,
+        process_id=session.process_id[:128],
+        incarnation=session.incarnation,
+    )
+
+
+def digests_of(candidates: tuple[str, ...], joined: bytes) -> tuple[bytes, ...]:
+    """One digest for each candidate.
+
+    Raises:
+        FormatInvalid: If there are more, or fewer.
+    """
+    if len(joined) != _DIGEST_BYTES * len(candidates):
+        raise FormatInvalid("Declare", "does not have one digest a candidate")
+    return tuple(joined[at : at + _DIGEST_BYTES] for at in range(0, len(joined), _DIGEST_BYTES))
+
+
+class Answering:
+    """Requests by the name of their method, from peers and from this agent itself."""
+
+    def __init__(self, config: Config, peers: Peers, perform: Callable[[Step], None]) -> None:
+        self._config = config
+        self._peers = peers
+        self._node = peers.node
+        self._perform = perform
+        self._assembly = Assembly(peers.node.coordination)
+        self._agreements: dict[tuple[str, int, int], asyncio.Future[tuple[int, ...]]] = {}
+        self.handlers: dict[str, Handler] = {"Join": self._join, "Agree": self._agree}
+        """By method; other rooms add theirs."""
+        self.refused: dict[str, int] = {}
+        """How many calls of a peer were refused, by node."""
+
+    async def handle(self, method: str, request: Any) -> Any:
+        """Answer a request whose sender was admitted.
+
+        Raises:
+            EverstepError: What the handler raises.
+        """
+        handler = self.handlers.get(method)
+        if handler is None:
+            raise Refused(f"this agent does not answer {method}.")
+        return await handler(request)
+
+    def admit(self, sender: wire.Sender) -> None:
+        """Let only members speak.
+
+        Raises:
+            StaleEpoch: If the sender does not hold its place.
+            Refused: If it speaks another version.
+        """
+        try:
+            checked_name("node", sender.node_id)
+            if sender.protocol != PEER_PROTOCOL:
+                raise Refused(
+                    f"{sender.node_id} speaks version {sender.protocol} of the agents' protocol, "
+                    f"this agent version {PEER_PROTOCOL}. Run the same release on all nodes."
+                )
+            self._node.members.heard(sender.node_id, sender.boot_id, sender.epoch, time.monotonic())
+        except EverstepError:
+            self.count_refused(sender.node_id)
+            raise
+
+    def count_refused(self, node_id: str) -> None:
+        """One more call of this peer was refused."""
+        name = node_id[:128] if node_id in self._node.members.view else "strangers"
+        self.refused[name] = self.refused.get(name, 0) + 1
+
+    def claim(self, request: wire.ClaimRequest) -> wire.ClaimReply:
+        """See `Node.claimed`."""
+        answer, step = self._node.claimed(messages.parsed_claim(request), time.monotonic())
+        self._perform(step)
+        return messages.answer_message(answer)
+
+    def report(self, request: wire.ReportRequest) -> wire.OrdersReply:
+        """See `Node.reported`. Who does not hold its place is shown who does."""
+        members = self._node.members
+        sender = request.sender
+        try:
+            orders, step = self._node.reported(
+                checked_name("node", sender.node_id),
+                sender.boot_id,
+                messages.parsed_view(request.view),
+                messages.parsed_report(request),
+                time.monotonic(),
+            )
+        except StaleEpoch:
+            self.count_refused(sender.node_id)
+            view = messages.view_message(members.view)
+            return wire.OrdersReply(sender=self._peers.sender(), view=view)
+        self._perform(step)
+        return messages.orders_message(orders, self._peers.sender(), members.view)
+
+    def orders(self, request: wire.OrdersRequest) -> wire.OrdersAck:
+        """See `Node.answered`."""
+        told = request.orders
+        step = self._node.answered(
+            checked_name("node", told.sender.node_id),
+            told.sender.boot_id,
+            messages.parsed_view(told.view),
+            messages.parsed_orders(told),
+            time.monotonic(),
+        )
+        self._perform(step)
+        return wire.OrdersAck()
+
+    def coordinates(self) -> None:
+        """Return only if this agent may decide for all.
+
+        Raises:
+            CoordinatorUnknown: If it does not coordinate, or does not know yet what all hold.
+        """
+        members = self._node.members
+        now_s = time.monotonic()
+        if not members.ready(now_s):
+            raise CoordinatorUnknown(members.waiting_for(now_s))
+
+    async def _join(self, request: wire.JoinRequest) -> wire.JoinReply:
+        """A rank that is held may be held by a process that is just dying: wait for its end."""
+        caller = caller_of(request.session)
+        deadline = time.monotonic() + 1.5 * self._config.cluster.suspect_after_s
+        while True:
+            self.coordinates()
+            live = frozenset(self._peers.live())
+            try:
+                incarnation = self._assembly.join(
+                    request.sender.node_id,
+                    caller,
+                    request.launch_id[:256],
+                    live,
+                    joins_live=request.live,
+                )
+                break
+            except RankHeld:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_AGAIN_S)
+        self._peers.wake()
+        launch_id = self._assembly.launch_id(caller.job)
+        return wire.JoinReply(incarnation=incarnation, launch_id=launch_id)
+
+    async def _agree(self, request: wire.AgreeRequest) -> wire.AgreeReply:
+        caller = caller_of(request.session)
+        self.coordinates()
+        candidates = tuple(request.candidates)
+        digests = digests_of(candidates, request.candidate_digests)
+        key = (caller.job, caller.incarnation, request.round)
+        for old in [k for k in self._agreements if k[0] == caller.job and k[1:] < key[1:]]:
+            self._agreements.pop(old).cancel()
+        future = self._agreements.setdefault(key, asyncio.get_running_loop().create_future())
+        agreed = self._assembly.declare(caller, request.round, candidates, digests)
+        if agreed is not None and not future.done():
+            future.set_result(agreed)
+        timeout_s = self._config.limits.declare_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return wire.AgreeReply(agreed=await asyncio.shield(future))
+        except TimeoutError:
+            late = self._assembly.undeclared(caller.job, request.round)
+            named = tuple(f"rank {rank}" for rank in late)
+            what = f"comparing replicas of {caller.job}"
+            raise DeadlineExceeded(what, timeout_s, named) from None
+
+
+class PeerService(PeersServicer):
+    """The gRPC face of `Answering`."""
+
+    def __init__(self, answering: Answering, stream: Callable[[Any], AsyncIterator[Any]]) -> None:
+        """Answer with `answering`; `stream` answers `Mend`."""
+        self._answering = answering
+        self._stream = stream
+        for method in ("Join", "Agree", "Decide", "Inventory", "Check", "Describe", "Open"):
+            setattr(self, method, self._relayed(method))
+        self.Rebuild = self._relayed("Rebuild")
+
+    async def Claim(self, request: wire.ClaimRequest, context: Any) -> wire.ClaimReply:
+        """See peer.proto."""
+        return await _answered(context, _soon(lambda: self._answering.claim(request)))
+
+    async def Report(self, request: wire.ReportRequest, context: Any) -> wire.OrdersReply:
+        """See peer.proto."""
+        return await _answered(context, _soon(lambda: self._answering.report(request)))
+
+    async def Orders(self, request: wire.OrdersRequest, context: Any) -> wire.OrdersAck:
+        """See peer.proto."""
+        return await _answered(context, _soon(lambda: self._answering.orders(request)))
+
+    async def Mend(
+        self, request: wire.MendRequest, context: Any
+    ) -> AsyncIterator[wire.MendProgress]:
+        """See peer.proto."""
+        try:
+            self._answering.admit(request.sender)
+            async for progress in self._stream(request):
+                yield progress
+        except EverstepError as error:
+            await _abort(context, error)
+
+    def _relayed(self, method: str) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def relayed(request: Any, context: Any) -> Any:
+            async def answer() -> Any:
+                self._answering.admit(request.sender)
+                return await self._answering.handle(method, request)
+
+            return await _answered(context, answer())
+
+        return relayed
+
+
+async def _soon(answer: Callable[[], Any]) -> Any:
+    return answer()
+
+
+async def _answered(context: Any, answer: Awaitable[Any]) -> Any:
+    try:
+        return await answer
+    except EverstepError as error:
+        return await _abort(context, error)
+
+
+async def _abort(context: Any, error: EverstepError) -> None:
+    metadata = ((METADATA_KEY, encode(error)),)
+    await context.abort(status_of(error), str(error)[:2000], trailing_metadata=metadata)
