@@ -7,7 +7,7 @@ to be heard; after a stall of this process nobody is late by its clock. Does not
 that is in agent/members.py. Pure: time is passed in.
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 
 from everstep.agent.view import View
 
@@ -37,6 +37,8 @@ class Liveness:
         """The coordinator may be another one."""
         self._known: dict[str, tuple[str, ...]] = {}
         """Answers that hold until something changes."""
+        self._waiting: dict[str, None] | None = None
+        """Likewise, but for those that reported since."""
 
     def follow_view(self, view: View, now_s: float) -> None:
         """Another view holds. What an old boot did says nothing about the new one in its place."""
@@ -55,7 +57,7 @@ class Liveness:
         """This agent has no place any more."""
         self.coordinator = ""
         self._reported.clear()
-        self._known.clear()
+        self._unsettle()
 
     def heard(self, node_id: str, now_s: float) -> None:
         """A message of the present holder of a place came."""
@@ -66,22 +68,22 @@ class Liveness:
 
     def reported(self, node_id: str) -> None:
         """The message was a report, and this agent coordinates."""
-        if node_id not in self._reported:
-            self._reported.add(node_id)
-            self._known.clear()
+        self._reported.add(node_id)
+        if self._waiting is not None:
+            self._waiting.pop(node_id, None)
 
     def told(self, suspected: Iterable[str]) -> None:
         """The coordinator says who is lost."""
         lost = frozenset(suspected) - {self._own}
         if lost != self._told:
             self._told = lost
-            self._known.clear()
+            self._unsettle()
 
     def woke(self, now_s: float) -> None:
         """This process did not run for a while: others may have spoken meanwhile, and acted."""
         self._awake_s = now_s
         self._reported.clear()
-        self._known.clear()
+        self._unsettle()
 
     def silent(self) -> tuple[str, ...]:
         """Whom this agent itself takes for lost, and as coordinator who was replaced, ascending."""
@@ -161,16 +163,20 @@ class Liveness:
             )
         return self._known["live"]
 
-    def waiting_for(self) -> tuple[str, ...]:
-        """Live members that have not reported since this agent coordinates."""
-        if "waiting_for" not in self._known:
+    def waiting_for(self) -> Collection[str]:
+        """Live members that have not reported since this agent coordinates, ascending."""
+        if self._waiting is None:
             there = self._reported | {self._own}
-            self._known["waiting_for"] = tuple(n for n in self.live() if n not in there)
-        return self._known["waiting_for"]
+            self._waiting = dict.fromkeys(n for n in self.live() if n not in there)
+        return self._waiting.keys()
+
+    def _unsettle(self) -> None:
+        self._known.clear()
+        self._waiting = None
 
     def _reconsider(self) -> None:
         """Something changed: the coordinator may be another one."""
-        self._known.clear()
+        self._unsettle()
         self._deadline_s = float("-inf")
         self._unsure = True
 
@@ -178,7 +184,7 @@ class Liveness:
         was_own = self.coordinator == self._own
         self.coordinator = chosen
         self._reported.clear()
-        self._known.clear()
+        self._unsettle()
         self._deadline_s = float("-inf")
         if chosen == self._own:
             # All get the time to find out that this agent coordinates; the lost stay lost.
@@ -204,6 +210,6 @@ class Liveness:
             if left_s <= 0:
                 self._silent.add(node_id)
                 self._reported.discard(node_id)
-                self._known.clear()
+                self._unsettle()
             else:
                 self._deadline_s = min(self._deadline_s, now_s + left_s)

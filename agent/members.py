@@ -194,7 +194,7 @@ class Members:
     def waiting_for(self, now_s: float) -> tuple[str, ...]:
         """Live members that have not reported to this agent since it coordinates."""
         self._advance(now_s)
-        return self._liveness.waiting_for()
+        return tuple(self._liveness.waiting_for())
 
     def ready(self, now_s: float) -> bool:
         """Whether this agent coordinates and knows what every live member holds."""

@@ -224,6 +224,13 @@ def test_the_version(cli: Cli) -> None:
         ("gc", "nvme", "--keep-newest", "0"),
         ("agent", "--nvme-dir", "relative"),
         ("agent", "--config", "missing.toml"),
+        ("agent", "--listen", "127.0.0.1:0", "--peer", "n1"),
+        ("agent", "--listen", "0.0.0.0:7400"),
+        ("agent", "--listen", "127.0.0.1:0", "--label", "rack"),
+        ("agent", "--peers-dns", "agents:7400"),
+        ("agent", "--peers-slurm", "gpu[1-:7400", "--listen", "127.0.0.1:0"),
+        ("agent", "--parity", "2"),
+        ("agent", "--listen", "127.0.0.1:0", "--replaces", "n1"),
         ("doctor", "--memory-dir", "relative"),
     ],
 )
