@@ -217,19 +217,27 @@ class PeerService(PeersServicer):
         """Answer with `answering`; `stream` answers `Mend`."""
         self._answering = answering
         self._stream = stream
-        for method in ("Join", "Agree", "Decide", "Inventory", "Check", "Describe", "Open"):
+        for method in (
+            "Join",
+            "Agree",
+            "Decide",
+            "Inventory",
+            "Check",
+            "Describe",
+            "Open",
+            "Rebuild",
+        ):
             setattr(self, method, self._relayed(method))
-        self.Rebuild = self._relayed("Rebuild")
 
-    async def Claim(self, request: wire.ClaimRequest, context: Any) -> wire.ClaimReply:
+    async def Claim(self, request: wire.ClaimRequest, context: Any) -> Any:
         """See peer.proto."""
         return await _answered(context, _soon(lambda: self._answering.claim(request)))
 
-    async def Report(self, request: wire.ReportRequest, context: Any) -> wire.OrdersReply:
+    async def Report(self, request: wire.ReportRequest, context: Any) -> Any:
         """See peer.proto."""
         return await _answered(context, _soon(lambda: self._answering.report(request)))
 
-    async def Orders(self, request: wire.OrdersRequest, context: Any) -> wire.OrdersAck:
+    async def Orders(self, request: wire.OrdersRequest, context: Any) -> Any:
         """See peer.proto."""
         return await _answered(context, _soon(lambda: self._answering.orders(request)))
 

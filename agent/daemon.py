@@ -21,6 +21,7 @@ import grpc
 
 from everstep.agent import events
 from everstep.agent.adoption import adoptions
+from everstep.agent.cluster import opened
 from everstep.agent.config import Config
 from everstep.agent.door import Door
 from everstep.agent.pipeline import Pipeline
@@ -116,6 +117,8 @@ def _build(config: Config) -> Pipeline:
         nvme_interval_steps=config.nvme.interval.every_steps or None,
         nvme_interval_s=config.nvme.interval.every_s or None,
         flush_on_exit=config.nvme.flush_on_exit,
+        node_id=config.agent.node_id,
+        clustered=config.cluster.configured,
     )
     return Pipeline(config, State(rules, no_longer_kept), memory, nvme)
 
@@ -137,6 +140,9 @@ def _connection_limit(wanted: int) -> int:
 async def _serve(config: Config) -> bool:
     """Serve until told to end; say whether everything under way came to its end."""
     pipeline = _build(config)
+    cluster, peer_server = None, None
+    if config.cluster.configured:
+        cluster, peer_server = await opened(config, pipeline)
     for adopted in await asyncio.to_thread(lambda: list(adoptions(pipeline.memory, pipeline.nvme))):
         pipeline.submit(adopted)
     limit = config.limits.max_message_bytes
@@ -147,7 +153,8 @@ async def _serve(config: Config) -> bool:
             ("grpc.max_send_message_length", limit),
         ],
     )
-    add_AgentServicer_to_server(Service(config, pipeline, installed_version()), server)
+    service = Service(config, pipeline, installed_version(), cluster)
+    add_AgentServicer_to_server(service, server)
     private_directory(config.private_socket.parent, os.getuid())
     config.private_socket.unlink(missing_ok=True)
     server.add_insecure_port(format_address(config.private_socket))
@@ -160,6 +167,9 @@ async def _serve(config: Config) -> bool:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    if cluster is not None and peer_server is not None:
+        await peer_server.start()
+        await cluster.start()
     await server.start()
     await door.start()
     # What was made so far lives as long as the process.
@@ -167,7 +177,11 @@ async def _serve(config: Config) -> bool:
     gc.freeze()
     log.info("agent %s answers at %s", config.agent.node_id, config.agent.socket)
     await ended.wait()
-    return await _end(config, pipeline, door, server)
+    in_order = await _end(config, pipeline, door, server)
+    if cluster is not None and peer_server is not None:
+        await cluster.close()
+        await peer_server.stop(_GRACE_S)
+    return in_order
 
 
 async def _end(config: Config, pipeline: Pipeline, door: Door, server: grpc.aio.Server) -> bool:

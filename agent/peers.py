@@ -158,8 +158,8 @@ class Peers:
         else:
             view = self.node.members.view
             orders = messages.orders_message(message.orders, self.sender(), view)
-            request = wire.OrdersRequest(orders=orders)
-            await self._stub(message.address).Orders(request, timeout=timeout_s)
+            pushed = wire.OrdersRequest(orders=orders)
+            await self._stub(message.address).Orders(pushed, timeout=timeout_s)
 
     async def _claim(self, contact: Contact, message: SendClaim, timeout_s: float) -> None:
         request = messages.claim_message(message.claim, self.sender())

@@ -8,7 +8,7 @@ outcome of every longer action comes back to the state machine as an event. Deci
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from everstep.agent import actions, events
 from everstep.agent.config import Config
 from everstep.agent.job import Job, Snapshot
+from everstep.agent.node import Node, Send, Step
 from everstep.agent.notices import Notices
 from everstep.agent.state import State
 from everstep.proto.envelope import seal
@@ -43,6 +44,9 @@ class Pipeline:
         self.memory = memory
         self.nvme = nvme
         self.notices = Notices()
+        self.node: Node | None = None
+        """Set by the daemon where there are other agents; see `join_cluster`."""
+        self._send: Callable[[list[Send]], None] = lambda sends: None
         self.digesters = ThreadPoolExecutor(config.memory.digest_threads, "everstep-digest")
         # One thread for each job's flush at most; the levels' own threads do the writing.
         self.workers = ThreadPoolExecutor(config.agent.max_jobs, "everstep-level")
@@ -57,9 +61,9 @@ class Pipeline:
             actions.ReleaseArena: self._release_arena,
             actions.NotifyCommitted: self._notify_committed,
             actions.NotifyDropped: self._notify_dropped,
-            actions.Flush: lambda action: self._spawn(self._flush(action)),
-            actions.VerifyAdopted: lambda action: self._spawn(self._verify_adopted(action)),
-            actions.DeleteDurable: lambda action: self._spawn(self._delete_durable(action)),
+            actions.Flush: lambda action: self.spawn(self._flush(action)),
+            actions.VerifyAdopted: lambda action: self.spawn(self._verify_adopted(action)),
+            actions.DeleteDurable: lambda action: self.spawn(self._delete_durable(action)),
             actions.ReplicasAgreed: self._replicas_agreed,
         }
 
@@ -72,10 +76,37 @@ class Pipeline:
         Raises:
             Refused: From the decision; nothing was done then.
         """
+        if self.node is not None:
+            step = self.node.handle(event, time.monotonic())
+            self.perform(step)
+            return step.reply
         outcome = self.state.handle(event, time.monotonic())
         for action in outcome.actions:
             self._performers[type(action)](action)
         return outcome.reply
+
+    def perform(self, step: Step) -> None:
+        """Act on what the node came to, then send what it wants sent."""
+        for action in step.actions:
+            self._performers[type(action)](action)
+        self._send(step.sends)
+
+    def join_cluster(
+        self,
+        node: Node,
+        send: Callable[[list[Send]], None],
+        performers: Mapping[type, Callable[[Any], None]],
+    ) -> None:
+        """From now on decisions are the node's, together with others.
+
+        Args:
+            node: This agent among its peers.
+            send: Sends messages to them.
+            performers: What acts on the actions that concern parity.
+        """
+        self.node = node
+        self._send = send
+        self._performers.update(performers)
 
     async def settled(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until a condition on the state holds; it is looked at after each longer action."""
@@ -100,7 +131,8 @@ class Pipeline:
         self.digesters.shutdown(wait=False, cancel_futures=True)
         self.workers.shutdown(wait=False, cancel_futures=True)
 
-    def _spawn(self, coroutine: Any) -> None:
+    def spawn(self, coroutine: Any) -> None:
+        """Run a longer action; `idle` waits for its end."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         self._idle.clear()
@@ -113,7 +145,8 @@ class Pipeline:
         if not task.cancelled() and task.exception() is not None:
             log.error("an action failed", exc_info=task.exception())
 
-    async def _announce_progress(self) -> None:
+    async def announce_progress(self) -> None:
+        """Let `settled` look again."""
         async with self._progress:
             self._progress.notify_all()
 
@@ -162,7 +195,7 @@ class Pipeline:
                 # Writing checks what it reads: the copy in memory is no snapshot any more.
                 self.submit(events.Damaged(action.job, action.snapshot, problem))
         self.submit(events.FlushEnded(action.job, action.snapshot, problem))
-        await self._announce_progress()
+        await self.announce_progress()
         # Unmapping takes a tenth of a flush's time: nobody need wait for it.
         await loop.run_in_executor(self.workers, mapped.close)
 
@@ -183,6 +216,7 @@ class Pipeline:
             step=snapshot.id.step,
             world=snapshot.world,
             committed_unix_s=time.time(),
+            commit_id=snapshot.commit_id,
         )
         for rank, shard in sorted(snapshot.sealed.items()):
             layout = self.memory.layout(job.name, shard.layout_id)
@@ -214,7 +248,7 @@ class Pipeline:
             damaged = str(error)
             log.error("job %s: adopted %s is damaged: %s", job.name, action.snapshot, error)
         self.submit(events.AdoptedVerified(action.job, action.snapshot, damaged))
-        await self._announce_progress()
+        await self.announce_progress()
 
     async def _delete_durable(self, action: actions.DeleteDurable) -> None:
         assert self.nvme is not None

@@ -15,6 +15,8 @@ from typing import Any
 
 from everstep.agent import events, reports
 from everstep.agent.actions import Place
+from everstep.agent.answering import caller_of, digests_of
+from everstep.agent.cluster import Cluster
 from everstep.agent.config import Config
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Recovery, Wanted
@@ -32,7 +34,7 @@ from everstep.proto.errors import (
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import checked_name
 from everstep.proto.wire_errors import METADATA_KEY, encode, status_of
-from everstep.snapshot.record import open_record
+from everstep.snapshot.record import open_record, record_digest
 
 log = logging.getLogger("everstep.agent")
 Handler = Callable[[Any, Any, Any], Awaitable[Any]]
@@ -65,9 +67,12 @@ def process_alive(pid: int, started_s: float) -> bool:
 class Service(AgentServicer):
     """What trainers and the CLI call."""
 
-    def __init__(self, config: Config, pipeline: Pipeline, version: str) -> None:
+    def __init__(
+        self, config: Config, pipeline: Pipeline, version: str, cluster: Cluster | None = None
+    ) -> None:
         self._config = config
         self._pipeline = pipeline
+        self._cluster = cluster
         self._state = pipeline.state
         self._recovery = Recovery(pipeline, config.limits.restore_timeout_s)
         self._version = version
@@ -76,11 +81,11 @@ class Service(AgentServicer):
     async def Attach(self, request: wire.AttachRequest, context: Any) -> AsyncIterator[wire.Notice]:
         """Hold a trainer's session open; see agent.proto."""
         try:
-            incarnation = self._attach(request)
+            incarnation = await self._attach(request)
         except EverstepError as error:
             await _abort(context, error)
             return
-        caller = _caller(request.session)
+        caller = caller_of(request.session)
         queue = self._pipeline.notices.subscribe(caller.job, caller.rank)
         try:
             yield self._attached(incarnation)
@@ -94,8 +99,11 @@ class Service(AgentServicer):
                 lost = events.SessionLost(caller.job, caller.rank, caller.process_id)
                 self._pipeline.submit(lost)
 
-    def _attach(self, request: wire.AttachRequest) -> int:
-        caller = _caller(request.session)
+    async def _attach(self, request: wire.AttachRequest) -> int:
+        caller = caller_of(request.session)
+        decided, launch_id = None, request.launch_id[:256]
+        if self._cluster is not None:
+            decided, launch_id = await self._cluster.join(request.session, launch_id)
         job = self._state.jobs.get(caller.job)
         holder = job.members.get(caller.rank) if job is not None else None
         alive = (
@@ -112,19 +120,24 @@ class Service(AgentServicer):
         incarnation: int = self._pipeline.submit(
             events.Attach(
                 caller=caller,
-                launch_id=request.launch_id[:256],
+                launch_id=launch_id,
                 pid=request.pid,
                 pid_started_s=request.pid_started_s,
                 holder_alive=alive,
                 nvme_interval_steps=request.nvme_interval_steps if has_interval else None,
                 in_flight=in_flight,
+                decided=decided,
             )
         )
         log.info("job %s: rank %d attached, pid %d", caller.job, caller.rank, request.pid)
         return incarnation
 
     def _attached(self, incarnation: int) -> wire.Notice:
-        levels = ["memory"] + (["nvme"] if self._pipeline.nvme is not None else [])
+        levels = ["memory"]
+        if self._cluster is not None and self._cluster.protects:
+            levels.append("parity")
+        if self._pipeline.nvme is not None:
+            levels.append("nvme")
         return wire.Notice(
             attached=wire.Attached(
                 incarnation=incarnation,
@@ -137,7 +150,7 @@ class Service(AgentServicer):
     @_answered
     async def Declare(self, request: wire.DeclareRequest, context: Any) -> wire.DeclareReply:
         """Agree on replicated leaves, reserve the arena; see agent.proto."""
-        caller = _caller(request.session)
+        caller = caller_of(request.session)
         agreed: tuple[int, ...] = ()
         if not request.layout:
             agreed = await self._agree(caller, request)
@@ -154,13 +167,11 @@ class Service(AgentServicer):
         )
 
     async def _agree(self, caller: events.Caller, request: wire.DeclareRequest) -> tuple[int, ...]:
+        if self._cluster is not None:
+            self._state.check(caller)
+            return await self._cluster.agree(request)
         candidates = tuple(request.candidates)
-        if len(request.candidate_digests) != 16 * len(candidates):
-            raise FormatInvalid("Declare", "does not have one digest a candidate")
-        digests = tuple(
-            request.candidate_digests[at : at + 16]
-            for at in range(0, len(request.candidate_digests), 16)
-        )
+        digests = digests_of(candidates, request.candidate_digests)
         future = self._pipeline.notices.agreement(caller.job, request.round)
         self._pipeline.submit(events.Declare(caller, request.round, candidates, digests))
         timeout_s = self._config.limits.declare_timeout_s
@@ -177,7 +188,9 @@ class Service(AgentServicer):
     @_answered
     async def Offer(self, request: wire.OfferRequest, context: Any) -> wire.OfferReply:
         """Grant a slot for a step, or say why not."""
-        caller = _caller(request.session)
+        caller = caller_of(request.session)
+        if self._cluster is not None:
+            self._cluster.check_place()
         self._pipeline.check_arena(caller.job, caller.rank)
         reply = self._pipeline.submit(events.Offer(caller, request.step, request.patient))
         failpoint("agent.offer.decided")
@@ -188,7 +201,7 @@ class Service(AgentServicer):
     @_answered
     async def Seal(self, request: wire.SealRequest, context: Any) -> wire.SealReply:
         """Take note of a complete shard."""
-        caller = _caller(request.session)
+        caller = caller_of(request.session)
         record = open_record(request.record, f"record of rank {caller.rank}")
         fits = (record.job, record.rank, record.step, record.world, record.incarnation) == (
             caller.job,
@@ -209,6 +222,7 @@ class Service(AgentServicer):
                 replica_samples=record.replica_samples,
                 captured_unix_s=record.captured_unix_s,
                 envelope=request.record,
+                record_digest=record_digest(request.record),
             )
         )
         failpoint("agent.seal.before_reply")
@@ -218,13 +232,13 @@ class Service(AgentServicer):
     async def Abandon(self, request: wire.AbandonRequest, context: Any) -> wire.AbandonReply:
         """Drop a step that a rank will not seal."""
         reason = request.reason[:500]
-        self._pipeline.submit(events.Abandon(_caller(request.session), request.step, reason))
+        self._pipeline.submit(events.Abandon(caller_of(request.session), request.step, reason))
         return wire.AbandonReply()
 
     @_answered
     async def Restore(self, request: wire.RestoreRequest, context: Any) -> wire.RestoreReply:
         """Say which snapshot to load, and where its checked copies lie."""
-        caller = _caller(request.session)
+        caller = caller_of(request.session)
         job = self._state.jobs.get(caller.job)
         if job is None or job.incarnation != caller.incarnation:
             raise StaleIncarnation(caller.job, caller.incarnation, job.incarnation if job else 0)
@@ -233,6 +247,8 @@ class Service(AgentServicer):
             raise Refused(f"there is no level {unknown[0]!r}; levels are memory and nvme.")
         to_step = request.to_step if request.HasField("to_step") else None
         wanted = Wanted(to_step, frozenset(request.levels), tuple(request.rejected))
+        if self._cluster is not None:
+            return await self._cluster.restore(job, caller.rank, wanted)
         return await self._recovery.decide(job, wanted)
 
     @_answered
@@ -255,7 +271,7 @@ class Service(AgentServicer):
     @_answered
     async def Detach(self, request: wire.DetachRequest, context: Any) -> wire.DetachReply:
         """End a session in good order."""
-        self._pipeline.submit(events.Detach(_caller(request.session)))
+        self._pipeline.submit(events.Detach(caller_of(request.session)))
         return wire.DetachReply()
 
     @_answered
@@ -278,13 +294,3 @@ class Service(AgentServicer):
     async def Collect(self, request: wire.CollectRequest, context: Any) -> wire.CollectReply:
         """Free what the retention rule does not keep, or a whole job."""
         return await reports.collect(self._pipeline, self._config, request)
-
-
-def _caller(session: wire.Session) -> events.Caller:
-    return events.Caller(
-        job=checked_name("job", session.job),
-        rank=session.rank,
-        world=session.world,
-        process_id=session.process_id[:128],
-        incarnation=session.incarnation,
-    )

@@ -1,0 +1,207 @@
+"""This agent's part in a cluster: puts together the rooms that talk to other agents.
+
+Owns their start and end, the gRPC port for other agents, and what the trainers' service asks of
+the cluster: to join an incarnation, to agree on replicas, to restore. Promises that a fenced agent
+takes no snapshot, and that everything asked here ends within its deadline.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from everstep.agent.answering import Answering, PeerService
+from everstep.agent.config import Config
+from everstep.agent.discovery import Discovery
+from everstep.agent.job import Job
+from everstep.agent.members import MemberRules, Members
+from everstep.agent.node import Node, Send
+from everstep.agent.options import format_endpoint, split_endpoint
+from everstep.agent.peers import Peers
+from everstep.agent.pipeline import Pipeline
+from everstep.agent.protection import ProtectionRules
+from everstep.agent.recovery import Wanted
+from everstep.agent.tls import server_credentials
+from everstep.proto import agent_pb2, peer_pb2
+from everstep.proto.errors import (
+    CoordinatorUnknown,
+    Fenced,
+    InvalidConfiguration,
+    PeerUnavailable,
+    StaleEpoch,
+)
+from everstep.proto.peer_pb2_grpc import add_PeersServicer_to_server
+
+log = logging.getLogger("everstep.agent")
+_AGAIN_S = 0.1
+
+
+class Cluster:
+    """Everything of one agent that concerns others."""
+
+    def __init__(self, config: Config, pipeline: Pipeline, node: Node, peers: Peers) -> None:
+        self.config = config
+        self.pipeline = pipeline
+        self.node = node
+        self.peers = peers
+        self.answering = Answering(config, peers, pipeline.perform)
+        peers.local = self.answering
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def protects(self) -> bool:
+        """Whether commits are protected by parity in peers' memory."""
+        return self.config.parity.parities != 0
+
+    def check_place(self) -> None:
+        """Return only if this agent holds its place.
+
+        Raises:
+            Fenced: If another agent does.
+        """
+        if self.node.members.fenced_by:
+            raise Fenced(self.node.node_id, self.node.members.fenced_by)
+
+    async def join(self, session: agent_pb2.Session, launch_id: str) -> tuple[int, str]:
+        """The incarnation that a trainer of this node belongs to, and its launch.
+
+        Raises:
+            EverstepError: If the coordinator refuses, or there is none in time.
+        """
+        request = peer_pb2.JoinRequest(session=session, launch_id=launch_id)
+        reply = await self.ask_coordinator("Join", request, self.config.limits.declare_timeout_s)
+        return int(reply.incarnation), str(reply.launch_id)
+
+    async def agree(self, declared: agent_pb2.DeclareRequest) -> tuple[int, ...]:
+        """Which replicated leaves are equal on all ranks of all nodes.
+
+        Raises:
+            EverstepError: If not all ranks declare in time, or there is no coordinator.
+        """
+        request = peer_pb2.AgreeRequest(
+            session=declared.session,
+            round=declared.round,
+            candidates=declared.candidates,
+            candidate_digests=declared.candidate_digests,
+        )
+        reply = await self.ask_coordinator("Agree", request, self.config.limits.declare_timeout_s)
+        return tuple(reply.agreed)
+
+    async def restore(self, job: Job, rank: int, wanted: Wanted) -> agent_pb2.RestoreReply:
+        """See `everstep.agent.restoring`."""
+        raise NotImplementedError
+
+    async def ask_coordinator(self, method: str, request: Any, timeout_s: float) -> Any:
+        """Ask whoever coordinates, and wait, bounded, until somebody does.
+
+        Raises:
+            EverstepError: What it raises; `Retryable` if nobody answered in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self.check_place()
+            now_s = time.monotonic()
+            coordinator = self.node.members.coordinator(now_s)
+            try:
+                if not coordinator:
+                    raise CoordinatorUnknown(())
+                return await self.peers.call(coordinator, method, request, deadline - now_s)
+            except (CoordinatorUnknown, PeerUnavailable, StaleEpoch):
+                if time.monotonic() + _AGAIN_S > deadline:
+                    raise
+                await asyncio.sleep(_AGAIN_S)
+
+    async def mend(self, request: peer_pb2.MendRequest) -> AsyncIterator[peer_pb2.MendProgress]:
+        """See `everstep.agent.mending`."""
+        raise NotImplementedError
+        yield
+
+    async def start(self) -> None:
+        """Take part from now on."""
+        self._running = asyncio.get_running_loop().create_task(self.peers.run())
+
+    async def close(self) -> None:
+        """Take part no more."""
+        if self._running is not None:
+            self._running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._running
+        await self.peers.close()
+
+
+async def opened(config: Config, pipeline: Pipeline) -> tuple[Cluster, grpc.aio.Server]:
+    """Open the port for other agents; nothing is answered before the server is started.
+
+    Raises:
+        InvalidConfiguration: If the port cannot be had, or the configuration names no peers.
+    """
+    discovery = Discovery(config.cluster)
+    seeds = await asyncio.to_thread(discovery.seeds)
+    server = grpc.aio.server(
+        maximum_concurrent_rpcs=config.limits.max_concurrent_calls,
+        options=[
+            ("grpc.max_receive_message_length", config.limits.max_message_bytes),
+            ("grpc.max_send_message_length", config.limits.max_message_bytes),
+            ("grpc.so_reuseport", 0),
+        ],
+    )
+    node = Node(
+        pipeline.state,
+        Members(_member_rules(config, _listen(config, server)), seeds),
+        _protection_rules(config),
+    )
+
+    def send(sends: list[Send]) -> None:
+        peers.send(sends)
+
+    peers = Peers(config, node, pipeline.perform, discovery)
+    cluster = Cluster(config, pipeline, node, peers)
+    pipeline.join_cluster(node, send, {})
+    add_PeersServicer_to_server(PeerService(cluster.answering, cluster.mend), server)
+    return cluster, server
+
+
+def _listen(config: Config, server: grpc.aio.Server) -> str:
+    """Open the port; return the address at which others reach it."""
+    credentials = server_credentials(config.tls)
+    listen = config.agent.listen
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, credentials)
+    except RuntimeError as error:
+        raise InvalidConfiguration("agent.listen", f"{listen} cannot be had: {error}") from error
+    host, wanted = split_endpoint(config.address)
+    return format_endpoint(host, wanted or port)
+
+
+def _member_rules(config: Config, address: str) -> MemberRules:
+    options = config.cluster
+    return MemberRules(
+        node_id=config.agent.node_id,
+        boot_id=uuid.uuid4().hex,
+        address=address,
+        labels=options.labels,
+        replaces=options.replaces,
+        heartbeat_s=options.heartbeat_s,
+        suspect_after_s=options.suspect_after_s,
+        join_timeout_s=options.join_timeout_s,
+    )
+
+
+def _protection_rules(config: Config) -> ProtectionRules:
+    options = config.parity
+    return ProtectionRules(
+        enabled=options.parities != 0,
+        parities=options.parities or 0,
+        group_size=options.group_size,
+        interval_steps=options.interval.every_steps or None,
+        interval_s=options.interval.every_s or None,
+        timeout_s=options.timeout_s,
+    )
