@@ -5,6 +5,7 @@
     │   ├── AgentUnavailable       the agent is dead, stopped or not there yet
     │   ├── DeadlineExceeded       a bounded wait ended; names who is late
     │   ├── PeerUnavailable        another agent did not answer, or stopped in mid-transfer
+    │   ├── PeerBusy               another agent has no room for it right now
     │   ├── CoordinatorUnknown     no agent coordinates yet
     │   ├── ArenaLost              a rank has no arena, or not any more: declare again
     │   ├── NotPersisted           a snapshot is in memory, but could not be flushed
@@ -102,6 +103,23 @@ class PeerUnavailable(Retryable):
         super().__init__(
             f"the agent of {peer} did not deliver: {detail}. Nothing was changed here; what it "
             "holds counts as lost until it answers again. See `everstep status`."
+        )
+
+
+class PeerBusy(Retryable):
+    """Another agent does as much at one time as it may.
+
+    Attributes:
+        peer: Its node id.
+        detail: What there is too much of.
+    """
+
+    def __init__(self, peer: str, detail: str) -> None:
+        self.peer = peer
+        self.detail = detail
+        super().__init__(
+            f"the agent of {peer} has no room for more right now: {detail}. Nothing was changed; "
+            "it is asked again."
         )
 
 
