@@ -130,7 +130,7 @@ class Members:
         self.fenced_by = ""
         """Who holds this agent's place or has replaced it; empty while it is not fenced."""
         self.expelled = False
-        """Fenced for good: it was replaced, or whoever holds its place is alive."""
+        """Fenced, and asking for nothing more: it was replaced, or its place's holder is alive."""
         self.refusal = ""
         """Why the last claim was refused; empty once this agent has joined."""
         self._seeds: tuple[tuple[str, str], ...] = ()
@@ -270,8 +270,10 @@ class Members:
         elif entry.replaced_by:
             self._leave(now_s)
             self.fenced_by, self.expelled = entry.replaced_by, True
-        elif not self.joined and not self.expelled:
-            self.joined, self.fenced_by, self.refusal = True, "", ""
+        elif not self.joined:
+            # Even if it was given up: the place must not stay with one that does not fill it.
+            self.joined, self.expelled = True, False
+            self.fenced_by = self.refusal = ""
             self._schedules.clear()
 
     def _leave(self, now_s: float) -> None:

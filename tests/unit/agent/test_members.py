@@ -312,6 +312,10 @@ def test_a_zombie_is_refused_and_fenced() -> None:
                 zombie.claim_answered(contact, others.claimed(zombie.claim(), now), now)
     assert zombie.expelled
     assert zombie.due(31) == ()
+    zombie.learned(View([entry("n2", 5)]), 32)
+    assert zombie.joined and not zombie.fenced_by, (
+        "a place is not left to one that does not fill it"
+    )
 
 
 def test_a_refusal_for_a_holder_that_died_lately_is_not_the_last_word() -> None:
