@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.wire [--rounds N] [--megabytes M]``. Two processes on two cores, over the
 loopback interface: one serves a file in tmpfs, the other receives it into warm memory, over one
-stream and over two. Ours checks the digest of every unit. They take turns.
+stream and over two. Ours checks the digest of every unit; the bare loop has the same send buffer,
+which is worth more to it than what the kernel chooses. They take turns.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import mmap
 import os
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from benchmarks.workload import scratch
 STREAMS = (1, 2)
 CORES = 2
 TIMEOUT_S = 30.0
+SEND_BUFFER_BYTES = 512 << 10
 _RANGE = struct.Struct("!QQ")
 
 
@@ -46,6 +49,7 @@ def serve(path: str) -> None:
         for index, digest in enumerate(digests)
     ]
     bare = socket.create_server(("127.0.0.1", 0))
+    bare.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     threading.Thread(target=serve_bare, args=(bare, file), daemon=True).start()
     server = BulkServer(
         "127.0.0.1",
@@ -97,6 +101,7 @@ class Sender:
             [sys.executable, "-u", "-m", "benchmarks.wire", "--serve", str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
             text=True,
         )
         told = self._read()
@@ -188,15 +193,15 @@ def run(rounds: int, megabytes: int) -> Report:
                     if turn:
                         times[name].append(taken)
             plural = f"{streams} stream{'s' if streams > 1 else ''}"
-            medians = []
             for name, samples in times.items():
                 key = f"{name.replace(' ', '_')}_{streams}"
                 median = report.seconds(f"{name}, {plural}", samples, key)
                 speed = f"{size / median / 1e9:9.2f} GB/s"
                 report.add(f"  {name}", size / median, speed, f"{key}_bytes_per_s")
-                medians.append(median)
+            pairs = zip(times["bare loop"], times["bulk plane"], strict=True)
+            ratio = statistics.median(loop / plane for loop, plane in pairs)
             title = f"speed of the bulk plane over the bare loop, {plural}"
-            report.target(title, medians[1] / medians[0], 0.7, at_least=True)
+            report.target(title, ratio, 0.7, at_least=True)
     return report
 
 
