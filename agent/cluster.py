@@ -152,7 +152,7 @@ async def opened(config: Config, pipeline: Pipeline) -> tuple[Cluster, grpc.aio.
     )
     node = Node(
         pipeline.state,
-        Members(_member_rules(config, _listen(config, server)), seeds),
+        Members(_member_rules(config, _listen(config, server)), seeds, expects_others=True),
         _protection_rules(config),
     )
 

@@ -1,0 +1,182 @@
+"""Which snapshot all ranks of an incarnation restore, as the coordinator decides it.
+
+Owns the decision over all nodes; `agent.recovery` is its counterpart where an agent stands alone.
+Promises one answer for all ranks of an incarnation, whoever asks and however often; that an answer
+which some node already acted on is given again by the next coordinator; and that it is whole or an
+error which says what is missing (P0). Moves no bytes: see `agent.restoring`.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from everstep.agent.answering import Answering
+from everstep.agent.coordination import Coordination
+from everstep.agent.gathering import Findings, Gathering, Wishes
+from everstep.agent.holdings import JobFact
+from everstep.agent.job import Job
+from everstep.agent.planning import SnapshotPlan
+from everstep.proto import peer_pb2
+from everstep.proto.errors import (
+    DeadlineExceeded,
+    NothingRecoverable,
+    Refused,
+    StaleIncarnation,
+    StateMismatch,
+)
+from everstep.proto.ids import SnapshotId
+
+Asked = tuple[int | None, frozenset[str]]
+
+
+@dataclass(slots=True)
+class _Decision:
+    asked: Asked
+    task: "asyncio.Task[peer_pb2.DecideReply]"
+
+
+class Deciding:
+    """All jobs' restores, while this agent coordinates."""
+
+    def __init__(
+        self,
+        answering: Answering,
+        coordination: Coordination,
+        gathering: Gathering,
+        timeout_s: float,
+    ) -> None:
+        self._answering = answering
+        self._coordination = coordination
+        self._gathering = gathering
+        self._timeout_s = timeout_s
+        self._decisions: dict[tuple[str, int], _Decision] = {}
+        answering.handlers["Decide"] = self.decide
+
+    async def decide(self, request: peer_pb2.DecideRequest) -> peer_pb2.DecideReply:
+        """The one answer for the incarnation of those who ask.
+
+        Raises:
+            CoordinatorUnknown: If this agent does not coordinate.
+            NothingRecoverable: If there are snapshots, but no whole one.
+            StateMismatch: If the one to take was saved by another number of ranks.
+            Refused: If this incarnation was asked to restore something else before.
+            DeadlineExceeded: If the search takes longer than `restore_timeout_s`.
+        """
+        self._answering.coordinates()
+        to_step = request.to_step if request.HasField("to_step") else None
+        asked = (to_step, frozenset(request.levels))
+        if request.live:
+            return await self._search(request.job, request.incarnation, asked, live=True)
+        table = self._coordination.jobs.get(request.job)
+        present = table.incarnation if table is not None else 0
+        if request.incarnation != present:
+            raise StaleIncarnation(request.job, request.incarnation, present)
+        key = (request.job, request.incarnation)
+        for ended in [k for k in self._decisions if k[0] == request.job and k != key]:
+            del self._decisions[ended]
+        known = self._decisions.get(key)
+        if known is None or (
+            known.task.done() and (known.task.cancelled() or known.task.exception())
+        ):
+            search = self._search(request.job, request.incarnation, asked, live=False)
+            task = asyncio.get_running_loop().create_task(search)
+            known = self._decisions[key] = _Decision(asked, task)
+        elif known.asked != asked:
+            raise _asked_otherwise(request.job)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await asyncio.shield(known.task)
+        except TimeoutError:
+            what = f"checking the snapshots of {request.job}"
+            raise DeadlineExceeded(what, self._timeout_s) from None
+
+    async def _search(
+        self, job: str, incarnation: int, asked: Asked, *, live: bool
+    ) -> peer_pb2.DecideReply:
+        findings = await self._gathering.gather(job)
+        facts = self._facts(job, incarnation)
+        wishes = Wishes(
+            levels=asked[1],
+            to_step=asked[0],
+            prefer_node={m.rank: node_id for node_id, f in facts.items() for m in f.members},
+            preference=_preference(facts, incarnation),
+            excluded=self._drifted(job),
+        )
+        bound = None if live else _decided_before(facts)
+        if bound is not None:
+            if bound[0] is None:
+                return peer_pb2.DecideReply(found=False)
+            decided = bound[0]
+            plan = await self._gathering.checked(
+                job, findings, wishes, lambda p: p.snapshot == decided
+            )
+        else:
+            plan = await self._gathering.checked(job, findings, wishes, lambda p: True)
+        if plan is None:
+            if bound is None and not findings.anything and asked[0] is None:
+                return peer_pb2.DecideReply(found=False)
+            raise NothingRecoverable(job, tuple(_reasons(findings, wishes)))
+        self._check_world(job, plan)
+        return peer_pb2.DecideReply(found=True, plan=plan.encoded(), rejected=findings.rejected)
+
+    def _facts(self, job: str, incarnation: int) -> dict[str, JobFact]:
+        table = self._coordination.jobs.get(job)
+        facts = table.facts if table is not None else {}
+        return {n: fact for n, fact in facts.items() if fact.incarnation == incarnation}
+
+    def _drifted(self, job: str) -> frozenset[SnapshotId]:
+        table = self._coordination.jobs.get(job)
+        return frozenset(
+            snapshot
+            for snapshot, known in (table.snapshots if table is not None else {}).items()
+            if known.whole and known.drifted_replicas() != () and not known.committed_at
+        )
+
+    def _check_world(self, job: str, plan: SnapshotPlan) -> None:
+        table = self._coordination.jobs.get(job)
+        if table is not None and plan.world != table.world:
+            raise StateMismatch(
+                f"{plan.snapshot} of job {job!r} was saved by {plan.world} rank(s), and this launch "
+                f"has {table.world}. Start {plan.world} rank(s), or restore an older step with "
+                "`to=`. Nothing was loaded."
+            )
+
+
+def _decided_before(facts: dict[str, JobFact]) -> tuple[SnapshotId | None] | None:
+    for fact in facts.values():
+        if fact.restore_decided:
+            return (fact.restored,)
+    return None
+
+
+def _preference(
+    facts: dict[str, JobFact], incarnation: int
+) -> Callable[[SnapshotId], tuple[bool, SnapshotId]]:
+    restored = max((f.restored for f in facts.values() if f.restored is not None), default=None)
+    job = Job("", 1, incarnation, restored=restored)
+    return job.preference
+
+
+def _reasons(findings: Findings, wishes: Wishes) -> list[str]:
+    reasons = [
+        f"step {copy.step}, rank {copy.rank}, {copy.level}: {copy.reason}"
+        for copy in findings.rejected
+    ]
+    plans = findings.plans(wishes)
+    reasons += [f"{plan.snapshot}: {what}" for plan in plans for what in plan.missing]
+    reasons += [
+        f"{node.node_id}: {what}" for node in findings.inventories for what in node.problems
+    ]
+    if findings.silent:
+        reasons.append(f"not reached, and counted as lost: {', '.join(findings.silent)}")
+    if not plans and wishes.to_step is not None:
+        reasons.append(f"step {wishes.to_step} is on no node that was reached")
+    return reasons[:40]
+
+
+def _asked_otherwise(job: str) -> Refused:
+    return Refused(
+        f"this launch of job {job!r} restores something else already, for all its ranks alike. "
+        "Nothing was loaded. Ask for the same step and levels on every rank, and once; to go to "
+        "another step later, use `rewind` on every rank."
+    )
