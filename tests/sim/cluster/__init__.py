@@ -1,0 +1,1 @@
+"""A seeded world of many agents; see `simulation`."""

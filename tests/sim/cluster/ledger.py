@@ -1,0 +1,249 @@
+"""What was promised to whom, and what must hold after every step, whatever happened.
+
+Owns the ledger, kept apart from the agents' own state, and the comparison with what really is in
+the nodes' files. A breach raises `BrokenPromise`. Losses count against a promise of parity from the
+moment a node had its part of the round: what is promised is the loss of any m nodes of a group.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from everstep.agent import events
+from everstep.agent.holdings import Orders
+from everstep.agent.inventory import NodeInventory
+from everstep.agent.job import RoundStage
+from everstep.agent.planning import plan_snapshots
+from everstep.agent.plans import ParityPlan
+from everstep.proto.ids import SnapshotId
+
+from .files import JOB, Disk, Memory, Token, inventory
+
+
+class BrokenPromise(AssertionError):
+    """The decisions of the agents broke one of the promises of the design."""
+
+
+def insist(holds: bool, promise: str) -> None:
+    """Raise unless it holds."""
+    if not holds:
+        raise BrokenPromise(promise)
+
+
+class Held(Protocol):
+    """A node, as far as the ledger sees it."""
+
+    node_id: str
+    memory: Memory
+    disk: Disk
+    lost: bool
+
+
+@dataclass(slots=True)
+class Promise:
+    """What trainers were told of the newest snapshot at a level."""
+
+    snapshot: SnapshotId
+    round_id: str = ""
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The ledger."""
+
+    hosts: Mapping[str, Held]
+    dirty: bool = False
+    disk_trouble: float = 0.0
+    slow_encoding: float = 0.3
+    plans: dict[str, ParityPlan] = field(default_factory=dict)
+    rounds: dict[str, set[str]] = field(default_factory=dict)
+    """Plans by round."""
+    prepared_at: dict[str, set[str]] = field(default_factory=dict)
+    lost_of: dict[str, set[str]] = field(default_factory=dict)
+    """By plan: members that had their part and lost it, and themselves."""
+    promised: dict[str, Promise] = field(default_factory=dict)
+    void: set[tuple[str, SnapshotId]] = field(default_factory=set)
+    """What lost a part since: whoever is told of it again is told of what was."""
+    commits: dict[SnapshotId, bool] = field(default_factory=dict)
+    ends: dict[str, bool] = field(default_factory=dict)
+    told_levels: dict[str, int] = field(default_factory=dict)
+    newest: dict[str, SnapshotId] = field(default_factory=dict)
+    written: dict[SnapshotId, set[Token]] = field(default_factory=dict)
+    full_checks: int = 0
+
+    # What happens.
+
+    def planned(self, plan: ParityPlan) -> None:
+        """A node begins its part of a round."""
+        self.plans[plan.plan_id] = plan
+        self.rounds.setdefault(round_of(plan.plan_id), set()).add(plan.plan_id)
+
+    def prepared(self, plan: ParityPlan, node_id: str) -> None:
+        """A node has its part of a round."""
+        self.prepared_at.setdefault(plan.plan_id, set()).add(node_id)
+
+    def told(self, host: "Teller", snapshot: SnapshotId, level: str) -> None:
+        """Trainers are told that a snapshot is committed at a level."""
+        self.told_levels[level] = self.told_levels.get(level, 0) + 1
+        self.dirty = True
+        if level not in self.newest or snapshot > self.newest[level]:
+            self.newest[level] = snapshot
+        known = self.promised.get(level)
+        if known is not None and known.snapshot >= snapshot or (level, snapshot) in self.void:
+            return
+        round_id = ""
+        if level == "parity":
+            job = host.agent.job  # type: ignore[attr-defined]
+            round_id = next(
+                round_of(known.plan.plan_id)
+                for known in job.rounds.values()
+                if known.plan.snapshot == snapshot and known.stage is RoundStage.COMMITTED
+            )
+            whole = {
+                shard.rank
+                for plan_id in self.rounds[round_id]
+                for member in self.plans[plan_id].members
+                for shard in member.shards
+            }
+            world = host.agent.job.snapshots[snapshot].world if snapshot in job.snapshots else 0  # type: ignore[attr-defined]
+            insist(len(whole) >= world, f"{snapshot} is told to have parity, but {whole} have")
+        self.promised[level] = Promise(snapshot, round_id)
+
+    def wiped(self, node_id: str, *, disk: bool) -> None:
+        """A node's memory, and maybe its disk, are about to go."""
+        self.dirty = True
+        host = self.hosts[node_id]
+        self.void |= {("memory", r.token.snapshot) for r in host.memory.records.values()}
+        if disk:
+            self.void |= {("nvme", snapshot) for snapshot in host.disk.steps}
+        for level, promise in list(self.promised.items()):
+            if (level, promise.snapshot) in self.void:
+                del self.promised[level]
+        for plan_id, nodes in self.prepared_at.items():
+            if node_id in nodes:
+                self.lost_of.setdefault(plan_id, set()).add(node_id)
+
+    def ordered(self, orders: Orders) -> None:
+        """Orders leave a coordinator: nobody may ever have said otherwise."""
+        for order in orders.orders:
+            if isinstance(order, events.CommitOrdered | events.DropOrdered):
+                commit = isinstance(order, events.CommitOrdered)
+                before = self.commits.setdefault(order.snapshot, commit)
+                insist(before == commit, f"{order} after the opposite")
+            elif isinstance(order, events.RoundEnded):
+                before = self.ends.setdefault(order.plan_id, order.commit)
+                if before and not order.commit and self._superseded(order.plan_id):
+                    continue  # somebody who missed the end of it gives up what is left of it
+                insist(before == order.commit, f"{order} after the opposite")
+
+    def _superseded(self, plan_id: str) -> bool:
+        snapshot = self.plans[plan_id].snapshot
+        return any(
+            commit and self.plans[other].snapshot >= snapshot and round_of(other) != round_of(plan_id)
+            for other, commit in self.ends.items()
+        )
+
+    def restored(
+        self, snapshot: SnapshotId | None, tokens: Iterable[Token], asked: set[str]
+    ) -> None:
+        """A restore was decided; `asked` are the nodes whose holdings were known."""
+        one = {(token.incarnation, token.step, token.launch) for token in tokens}
+        insist(len(one) == (snapshot is not None), f"restored from {one} for {snapshot}")
+        insist(
+            snapshot is None or {(s, t) for s, t, _ in one} == {(snapshot.incarnation, snapshot.step)},
+            f"{one} for {snapshot}",
+        )
+        for level, promise in list(self.promised.items()):
+            if snapshot is not None and promise.snapshot <= snapshot:
+                continue
+            there = {host.node_id for host in self.hosts.values() if not host.lost}
+            if level == "parity" and not self._counts(promise):
+                del self.promised[level]
+                continue
+            insist(
+                bool(there - asked),
+                f"restored {snapshot}, though {promise} was told and all nodes were asked",
+            )
+            del self.promised[level]  # the job went on without it, and says so
+
+    # What must hold.
+
+    def look(self) -> None:
+        """Compare with what is there, if anything went away."""
+        if not self.dirty:
+            return
+        self.dirty = False
+        if not self.promised:
+            return
+        present: list[NodeInventory] | None = None
+        for level, promise in list(self.promised.items()):
+            if level == "parity" and not self._counts(promise):
+                del self.promised[level]
+                continue
+            if self._quickly(level, promise):
+                continue
+            self.full_checks += 1
+            if present is None:
+                present = [inventory(h.node_id, h.memory, h.disk) for h in self._remaining()]
+            levels = {"memory": (), "parity": (), "nvme": ("nvme",)}[level]
+            plans = plan_snapshots(present, levels=levels)
+            found = [p for p in plans if p.snapshot >= promise.snapshot]
+            insist(
+                any(plan.recoverable for plan in found),
+                f"{promise} was told at {level}, and is not recoverable: "
+                f"{[(p.snapshot, p.missing) for p in found]}",
+            )
+
+    def _remaining(self) -> list[Held]:
+        return [host for host in self.hosts.values() if not host.lost]
+
+    def _counts(self, promise: Promise) -> bool:
+        return all(
+            len(self.lost_of.get(plan_id, ())) <= self.plans[plan_id].parities
+            for plan_id in self.rounds[promise.round_id]
+        )
+
+    def _quickly(self, level: str, promise: Promise) -> bool:
+        """Whether it is plain that the very snapshot is there."""
+        if level == "parity":
+            return all(self._group_holds(self.plans[p]) for p in self.rounds[promise.round_id])
+        ranks: set[int] = set()
+        world = -1
+        for host in self._remaining():
+            if level == "nvme":
+                found = host.disk.steps.get(promise.snapshot)
+                if found is not None and found.committed:
+                    ranks |= set(found.records)
+                    world = found.world
+                continue
+            for slot, record in host.memory.records.items():
+                token = record.token
+                if token.snapshot == promise.snapshot and host.memory.slots[slot] == token:
+                    ranks.add(token.rank)
+                    world = record.world
+        return len(ranks) == world
+
+    def _group_holds(self, plan: ParityPlan) -> bool:
+        broken = 0
+        for member in plan.members:
+            host = self.hosts[member.node_id]
+            memory = host.memory
+            whole = not host.lost and plan.plan_id in memory.parities
+            if not whole or not all(memory.sound(s.rank, s.record_digest) for s in member.shards):
+                broken += 1
+        return broken <= plan.parities
+
+
+class Teller(Protocol):
+    """Where trainers are told something."""
+
+    node_id: str
+    agent: object
+
+
+def round_of(plan_id: str) -> str:
+    """What a round's plans have in common."""
+    return plan_id.rpartition("-")[0]
+
+
+assert JOB

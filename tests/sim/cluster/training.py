@@ -1,0 +1,447 @@
+"""The trainers of one job on many nodes, and the launcher that starts them again.
+
+Owns a model of what the trainers' side does: join an incarnation, restore, take the same steps
+together, seal them, end together. What the coordinator's join and recovery do is modelled as the
+design has it: one number for a launch, and the newest snapshot that the planner finds.
+"""
+
+from dataclasses import dataclass, field
+
+from everstep.agent import events
+from everstep.agent.actions import Place
+from everstep.agent.planning import plan_snapshots
+from everstep.agent.sources import Decoded, Held
+from everstep.proto.errors import EverstepError, Refused, StaleIncarnation
+from everstep.proto.ids import SnapshotId
+
+from .files import JOB, LAYOUT, Record, Token, adopted_shard, inventory, token_of
+from .host import Agent, Host, World
+from .ledger import insist
+
+PATIENCE_S = 8.0
+TURN_S = 0.25
+
+
+@dataclass(eq=False, slots=True)
+class Trainer:
+    """One rank's process."""
+
+    launch: int
+    rank: int
+    host: Host
+    process_id: str
+    alive: bool = True
+    incarnation: int = 0
+    session: Agent | None = None
+    """The agent process that it is attached to."""
+    copying: tuple[int, Place] | None = None
+    """The step that is being copied, or whose seal nobody has taken yet."""
+    copied: bool = False
+
+    @property
+    def agent(self) -> Agent | None:
+        """The agent that answers now."""
+        agent = self.host.agent
+        return agent if agent is not None and self.host.runs and self.session is agent else None
+
+
+@dataclass(slots=True)
+class Launch:
+    """One start of all ranks."""
+
+    number: int
+    world: int
+    trainers: list[Trainer]
+    began_s: float
+    stage: str = "joining"
+    stage_s: float = 0.0
+    restored: SnapshotId | None = None
+    digests: dict[int, bytes] = field(default_factory=dict)
+    step: int = 0
+    untold: list[str] = field(default_factory=list)
+
+    @property
+    def launch_id(self) -> str:
+        """As the trainers say it."""
+        return f"launch-{self.number}"
+
+    @property
+    def incarnation(self) -> int:
+        """The ranks' if it is one."""
+        found = {trainer.incarnation for trainer in self.trainers}
+        return found.pop() if len(found) == 1 else 0
+
+
+class Training:
+    """The job, from launch to launch."""
+
+    def __init__(self, world: World, ranks: int, slots: int, interval: int) -> None:
+        self.world = world
+        self.ranks = ranks
+        self.slots = slots
+        self.interval = interval
+        self.launches = 0
+        self.launch: Launch | None = None
+        self.zombies: list[Trainer] = []
+        self.step_s = 0.7
+        self.sealed = 0
+        self.candidates: list[Host] = []
+
+    @property
+    def now_s(self) -> float:
+        """The launcher's time."""
+        return self.world.clock.now_s
+
+    def turn(self) -> None:
+        """What the launcher and the ranks do next."""
+        launch = self.launch
+        if launch is None or any(not t.alive for t in launch.trainers) or self._stuck(launch):
+            self._relaunch()
+        elif launch.stage == "joining":
+            self._join(launch)
+        elif launch.stage == "restoring":
+            self._restore(launch)
+        elif launch.stage == "telling":
+            self._tell(launch)
+        else:
+            self._go_on(launch)
+        delay_s = TURN_S
+        if self.launch is not None and self.launch.stage == "running":
+            delay_s = self.step_s
+        self.world.clock.later(delay_s, self.turn)
+
+    def _stuck(self, launch: Launch) -> bool:
+        return launch.stage != "running" and self.now_s - launch.began_s > 3 * PATIENCE_S
+
+    def _relaunch(self) -> None:
+        self.candidates = [h for h in self.world.hosts.values() if not h.lost and h.runs and h.agent.node.members.joined]  # type: ignore[union-attr] # noqa: E501
+        for trainer in self.launch.trainers if self.launch is not None else ():
+            self.kill(trainer)
+        self.launch = None
+        if not self.candidates:
+            return
+        self.launches += 1
+        count = self.world.chance.randint(1, min(self.ranks, len(self.candidates)))
+        if self.world.chance.random() < 0.7:
+            count = min(self.ranks, len(self.candidates))
+        places = sorted(self.world.chance.sample(self.candidates, count), key=lambda h: h.node_id)
+        trainers = [
+            Trainer(self.launches, rank, places[rank * count // self.ranks], f"p{self.launches}-{rank}")
+            for rank in range(self.ranks)
+        ]
+        self.launch = Launch(self.launches, self.ranks, trainers, self.now_s)
+        self.world.seen["launch"] += 1
+
+    def kill(self, trainer: Trainer) -> None:
+        """A rank's process ends."""
+        if not trainer.alive:
+            return
+        trainer.alive = False
+        agent = trainer.session
+        if agent is not None and agent.here:
+            self.world.clock.later(
+                self.world.chance.uniform(0, 0.5), self._session_lost, agent, trainer
+            )
+
+    def _session_lost(self, agent: Agent, trainer: Trainer) -> None:
+        if agent.here and agent.host.runs:
+            agent.feed(events.SessionLost(JOB, trainer.rank, trainer.process_id))
+
+    # Joining.
+
+    def _join(self, launch: Launch) -> None:
+        for trainer in launch.trainers:
+            if trainer.agent is None and trainer.alive:
+                self._attach(launch, trainer)
+        if any(not trainer.alive or trainer.agent is None for trainer in launch.trainers):
+            return
+        if not launch.incarnation:
+            self.kill(launch.trainers[0])  # ranks of two incarnations: it cannot go on
+            return
+        launch.stage, launch.stage_s = "restoring", self.now_s
+
+    def coordinator_of(self, agent: Agent) -> Agent | None:
+        """The coordinator that an agent can ask, if it is one and knows enough."""
+        node_id = agent.node.members.coordinator(agent.now_s)
+        host = self.world.hosts.get(node_id)
+        if host is None or host.agent is None or not host.runs:
+            return None
+        there = host.agent
+        if not self.world.network.call(agent.host.address, host.address):
+            return None
+        return there if there.node.members.ready(there.now_s) else None
+
+    def _attach(self, launch: Launch, trainer: Trainer) -> None:
+        agent = trainer.host.agent
+        if agent is None or not trainer.host.runs or not agent.node.members.joined:
+            return
+        coordinator = self.coordinator_of(agent)
+        if coordinator is None:
+            return
+        try:
+            number = self._number(launch, trainer, coordinator)
+            copying = trainer.copying
+            caller = events.Caller(
+                JOB, trainer.rank, launch.world, trainer.process_id, trainer.incarnation
+            )
+            trainer.incarnation = agent.feed(
+                events.Attach(
+                    caller=caller,
+                    launch_id=launch.launch_id,
+                    pid=launch.number * 1000 + trainer.rank,
+                    pid_started_s=0.0,
+                    holder_alive=self._holder_alive(agent, trainer),
+                    in_flight=events.InFlight(*copying) if copying is not None else None,
+                    decided=number,
+                )
+            )
+        except StaleIncarnation:
+            self.kill(trainer)
+            return
+        except Refused:
+            return
+        if not agent.here:
+            return
+        trainer.session = agent
+        job = agent.job
+        assert job is not None
+        if trainer.rank not in job.arenas:
+            self._reserve(agent, trainer.rank)
+            trainer.copying = None
+
+    def _number(self, launch: Launch, trainer: Trainer, coordinator: Agent) -> int:
+        coordination = coordinator.node.coordination
+        table = coordination.jobs.get(JOB)
+        present = table.incarnation if table is not None else 0
+        if trainer.incarnation:
+            if trainer.incarnation < present:
+                raise StaleIncarnation(JOB, trainer.incarnation, present)
+            return trainer.incarnation
+        if table is not None and table.launch_id == launch.launch_id:
+            return present
+        known = [fact.newest_incarnation for fact in table.facts.values()] if table else []
+        number = max([0, present, *known]) + 1
+        coordination.begun(JOB, number, launch.world, launch.launch_id)
+        return number
+
+    def _holder_alive(self, agent: Agent, trainer: Trainer) -> bool:
+        job = agent.job
+        holder = job.members.get(trainer.rank) if job is not None else None
+        if holder is None or holder.process_id == trainer.process_id:
+            return False
+        return any(z.alive and z.process_id == holder.process_id for z in self.zombies)
+
+    def _reserve(self, agent: Agent, rank: int) -> None:
+        job = agent.job
+        assert job is not None
+        generation = job.next_generation(rank)
+        memory = agent.host.memory
+        memory.arenas[rank, generation] = self.slots
+        agent.feed(
+            events.ArenaReserved(JOB, rank, generation, self.world.image_bytes, self.slots)
+        )
+
+    # Restoring.
+
+    def _restore(self, launch: Launch) -> None:
+        agent = launch.trainers[0].agent
+        coordinator = self.coordinator_of(agent) if agent is not None else None
+        if coordinator is None:
+            return
+        members = coordinator.node.members
+        now_s = coordinator.now_s
+        if members.suspected(now_s) and self.now_s - launch.stage_s < PATIENCE_S / 2:
+            return  # somebody may come back
+        hosts = [self.world.hosts[node_id] for node_id in members.live(now_s)]
+        network = self.world.network
+        if not all(h.runs and network.call(coordinator.host.address, h.address) for h in hosts):
+            return
+        plans = plan_snapshots([inventory(h.node_id, h.memory, h.disk) for h in hosts])
+        chosen = next((plan for plan in plans if plan.recoverable), None)
+        tokens = []
+        for source in chosen.sources if chosen is not None else ():
+            token = self._token(chosen.snapshot, source)
+            if token is None:
+                return
+            tokens.append(token)
+        asked = {host.node_id for host in hosts}
+        launch.restored = chosen.snapshot if chosen is not None else None
+        self.world.ledger.restored(launch.restored, tokens, asked)
+        self.world.seen["restored" if chosen is not None else "fresh start"] += 1
+        if chosen is not None and chosen.decoded:
+            self.world.seen["decoded"] += 1
+        if self.world.trace:
+            self.world.trace(f"  restore {launch.incarnation} from {launch.restored} by {asked}")
+        launch.digests = {token.rank: token.digest for token in tokens}
+        launch.step = launch.restored.step if launch.restored is not None else 0
+        launch.untold = sorted(asked | {t.host.node_id for t in launch.trainers})
+        launch.stage = "telling"
+
+    def _token(self, snapshot: SnapshotId, source: Held | Decoded) -> Token | None:
+        if isinstance(source, Decoded):
+            shards = source.plan.members[source.member].shards
+            return next(token_of(s.record_digest) for s in shards if s.rank == source.rank)
+        host = self.world.hosts[source.node_id]
+        if source.level == "nvme":
+            return host.disk.steps[snapshot].records[source.rank].token
+        for slot, record in host.memory.records.items():
+            if slot[0] == source.rank and record.token.snapshot == snapshot:
+                if host.memory.slots[slot] == record.token:
+                    return record.token
+        return None
+
+    def _tell(self, launch: Launch) -> None:
+        """Bring the shards to where the ranks are, and say what was decided."""
+        restored = launch.restored
+        for trainer in launch.trainers:
+            agent = trainer.agent
+            if agent is None:
+                self.kill(trainer)
+                return
+            if restored is None or agent.host.memory.sound(trainer.rank, launch.digests[trainer.rank]):
+                continue
+            if not self._install(launch, trainer, agent, restored):
+                self.kill(trainer)
+                return
+        for node_id in list(launch.untold):
+            host = self.world.hosts[node_id]
+            agent = host.agent
+            needed = any(t.host is host for t in launch.trainers)
+            if agent is not None and host.runs and self.world.chance.random() < 0.8:
+                agent.feed(events.RestoreDecided(JOB, launch.incarnation, restored))
+                launch.untold.remove(node_id)
+            elif not needed:
+                launch.untold.remove(node_id)
+        if not launch.untold:
+            launch.stage = "running"
+            self.world.seen["running"] += 1
+
+    def _install(
+        self, launch: Launch, trainer: Trainer, agent: Agent, snapshot: SnapshotId
+    ) -> bool:
+        there = [
+            inventory(h.node_id, h.memory, h.disk)
+            for h in self.world.hosts.values()
+            if not h.lost and h.runs and self.world.network.call(agent.host.address, h.address)
+        ]
+        plans = [p for p in plan_snapshots(there) if p.snapshot == snapshot]
+        source = next((s for p in plans for s in p.sources if s.rank == trainer.rank), None)
+        if source is None:
+            return False
+        token = self._token(snapshot, source)
+        if token is None or token.digest != launch.digests[trainer.rank]:
+            return False
+        job = agent.job
+        assert job is not None
+        if trainer.rank not in job.arenas:
+            self._reserve(agent, trainer.rank)
+        place = job.free_place(trainer.rank)
+        held = job.snapshots.get(snapshot)
+        if held is not None and trainer.rank in held.granted:
+            return False  # damaged, or only just given up: it is not written over
+        if place is None:
+            generation = job.next_generation(trainer.rank)
+            agent.host.memory.arenas[trainer.rank, generation] = self.slots
+            place = Place(generation, 0)
+        memory = agent.host.memory
+        record = Record(token, launch.world, self.world.image_bytes, token.digest)
+        memory.slots[trainer.rank, place] = token
+        memory.records[trainer.rank, place] = record
+        arena = events.ArenaReserved(
+            JOB, trainer.rank, place.generation, self.world.image_bytes, self.slots
+        )
+        agent.feed(events.Installed(JOB, arena, adopted_shard(record, trainer.rank, place)))
+        self.world.seen["installed"] += 1
+        return agent.here
+
+    # Running.
+
+    def _go_on(self, launch: Launch) -> None:
+        for trainer in launch.trainers:
+            if trainer.agent is None:
+                self._attach(launch, trainer)
+            if trainer.copied:
+                self._seal(launch, trainer)
+        if not all(t.alive and self.now_s >= t.host.stopped_until_s for t in launch.trainers):
+            return
+        launch.step += 1
+        if launch.step % self.interval:
+            return
+        for trainer in launch.trainers:
+            delay_s = self.world.chance.uniform(0, 0.1)
+            self.world.clock.later(delay_s, self._offer, launch, trainer, launch.step)
+
+    def _offer(self, launch: Launch, trainer: Trainer, step: int) -> None:
+        agent = trainer.agent
+        if agent is None or not trainer.alive:
+            return
+        if trainer.copying is not None:
+            if trainer.copied:
+                trainer.copying, trainer.copied = None, False
+            else:
+                return  # it copies one step at a time
+        caller = self._caller(launch, trainer)
+        try:
+            place = agent.feed(events.Offer(caller, step))
+        except StaleIncarnation:
+            self.kill(trainer)
+            return
+        except EverstepError:
+            return
+        if not agent.here:
+            return
+        if not isinstance(place, Place):
+            self.world.seen["skipped"] += 1
+            return
+        insist(not agent.node.members.fenced_by, "a fenced agent grants a slot")
+        memory = trainer.host.memory
+        slot = trainer.rank, place
+        insist(slot not in memory.records, f"{slot} is granted while its record claims it")
+        memory.slots[slot] = None
+        self.world.ledger.dirty = True
+        trainer.copying = step, place
+        trainer.copied = False
+        delay_s = self.world.chance.uniform(0.05, 0.5)
+        self.world.clock.later(delay_s, self._copied, launch, trainer, step, place)
+
+    def _caller(self, launch: Launch, trainer: Trainer) -> events.Caller:
+        return events.Caller(
+            JOB, trainer.rank, launch.world, trainer.process_id, trainer.incarnation
+        )
+
+    def _copied(self, launch: Launch, trainer: Trainer, step: int, place: Place) -> None:
+        if not trainer.alive or trainer.copying != (step, place):
+            return
+        token = Token(trainer.incarnation, step, trainer.rank, launch.number)
+        trainer.host.memory.slots[trainer.rank, place] = token
+        trainer.copied = True
+        self._seal(launch, trainer)
+
+    def _seal(self, launch: Launch, trainer: Trainer) -> None:
+        agent = trainer.agent
+        if agent is None or trainer.copying is None or not trainer.alive:
+            return
+        step, place = trainer.copying
+        token = Token(trainer.incarnation, step, trainer.rank, launch.number)
+        try:
+            refusal = agent.feed(
+                events.Seal(
+                    caller=self._caller(launch, trainer),
+                    step=step,
+                    place=place,
+                    layout_id=LAYOUT,
+                    image_bytes=self.world.image_bytes,
+                    replica_samples=b"",
+                    captured_unix_s=0.0,
+                    envelope=token.digest,
+                    record_digest=token.digest,
+                )
+            )
+        except StaleIncarnation:
+            self.kill(trainer)
+            return
+        if not agent.here:
+            return
+        trainer.copying, trainer.copied = None, False
+        if refusal is None:
+            self.sealed += 1
