@@ -7,33 +7,51 @@ images are checked afterwards, in the background.
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from google.protobuf.message import DecodeError
 
-from everstep.agent import events
+from everstep.agent import events, plans
 from everstep.agent.actions import Place
 from everstep.proto.envelope import open_envelope
 from everstep.proto.errors import EverstepError, FormatInvalid
 from everstep.proto.ids import SnapshotId
 from everstep.proto.state_pb2 import Membership
+from everstep.snapshot.record import record_digest
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
+from everstep.storage.parity_memory import ParityMemory
+from everstep.storage.staging import Staging
 
 log = logging.getLogger("everstep.agent")
 _REPORTED_PROBLEMS = 20
 
 
-def adoptions(memory: MemoryLevel, nvme: NvmeLevel | None) -> Iterator[events.Adopt]:
-    """One event for each job that left anything behind."""
+def adoptions(
+    memory: MemoryLevel,
+    nvme: NvmeLevel | None,
+    parity: ParityMemory | None = None,
+    staging: Staging | None = None,
+) -> Iterator[events.Adopt]:
+    """One event for each job that left anything behind.
+
+    Args:
+        memory: This node's memory.
+        nvme: This node's disk, if it has that level.
+        parity: Other nodes' protection in this node's memory, where there are other nodes.
+        staging: What was fetched for a restore; whoever wanted it is gone.
+    """
     durable_jobs = _durable_jobs(nvme)
     _cleared(memory.finish_removals)
     for job in sorted(set(memory.jobs()) | durable_jobs):
         # A half-written arena would hold its memory until the next boot.
         _cleared(functools.partial(memory.sweep, job))
+        for room in (parity, staging):
+            if room is not None:
+                _cleared(functools.partial(room.sweep, job))
         if nvme is not None and job in durable_jobs:
             _cleared(functools.partial(nvme.sweep, job))
-        yield _adoption(job, memory, nvme if job in durable_jobs else None)
+        yield _adoption(job, memory, nvme if job in durable_jobs else None, parity)
 
 
 def _durable_jobs(nvme: NvmeLevel | None) -> set[str]:
@@ -56,9 +74,11 @@ def _cleared(clear: Callable[[], list[str]]) -> None:
         log.error("what was interrupted stays behind: %s", error)
 
 
-def _adoption(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> events.Adopt:
+def _adoption(
+    job: str, memory: MemoryLevel, nvme: NvmeLevel | None, parity: ParityMemory | None
+) -> events.Adopt:
     membership = _membership(job, memory)
-    shards = tuple(_shards(job, memory))
+    shards = tuple(_shards(job, memory, digested=parity is not None))
     commits = nvme.commits(job) if nvme is not None else []
     durable = tuple((SnapshotId(c.incarnation, c.step), c.world) for c in commits)
     known = [shard.snapshot.incarnation for shard in shards] + [s.incarnation for s, _ in durable]
@@ -82,7 +102,29 @@ def _adoption(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> events.A
         else None,
         restore_decided=membership.restore_decided,
         problems=_problems(job, memory, nvme),
+        parities=_plans(job, parity),
+        flushed_ranks={s: tuple(nvme.ranks(job, s)) for s, _ in durable}
+        if nvme is not None
+        else {},
     )
+
+
+def _flushed_ranks(
+    job: str, nvme: NvmeLevel | None, durable: Iterable[tuple[SnapshotId, int]]
+) -> dict[SnapshotId, tuple[int, ...]]:
+    if nvme is None:
+        return {}
+    return {snapshot: tuple(nvme.ranks(job, snapshot)) for snapshot, _ in durable}
+
+
+def _plans(job: str, parity: ParityMemory | None) -> tuple[plans.ParityPlan, ...]:
+    found = []
+    for manifest in parity.manifests(job) if parity is not None else ():
+        try:
+            found.append(plans.parsed(manifest.plan, f"parity of {job}"))
+        except FormatInvalid as error:
+            log.warning("job %s: %s", job, error)
+    return tuple(found)
 
 
 def _problems(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> tuple[str, ...]:
@@ -92,7 +134,7 @@ def _problems(job: str, memory: MemoryLevel, nvme: NvmeLevel | None) -> tuple[st
     return tuple(f"{problem.where}: {problem.reason}" for problem in found[:_REPORTED_PROBLEMS])
 
 
-def _shards(job: str, memory: MemoryLevel) -> Iterator[events.AdoptedShard]:
+def _shards(job: str, memory: MemoryLevel, *, digested: bool) -> Iterator[events.AdoptedShard]:
     for found in memory.records(job):
         record = found.record
         yield events.AdoptedShard(
@@ -105,6 +147,7 @@ def _shards(job: str, memory: MemoryLevel) -> Iterator[events.AdoptedShard]:
             replica_samples=record.replica_samples,
             captured_unix_s=record.captured_unix_s,
             envelope=found.envelope,
+            record_digest=record_digest(found.envelope) if digested else b"",
         )
 
 
