@@ -103,9 +103,7 @@ def _adoption(
         restore_decided=membership.restore_decided,
         problems=_problems(job, memory, nvme),
         parities=_plans(job, parity),
-        flushed_ranks={s: tuple(nvme.ranks(job, s)) for s, _ in durable}
-        if nvme is not None
-        else {},
+        flushed_ranks=_flushed_ranks(job, nvme, durable) if parity is not None else {},
     )
 
 
