@@ -223,7 +223,7 @@ class PersistWanted:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Somebody reads a committed snapshot. Replied to with whether it is still there."""
+    """Somebody reads what is sealed of a snapshot. Replied to with whether it is still there."""
 
     job: str
     snapshot: SnapshotId

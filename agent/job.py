@@ -339,6 +339,12 @@ class Job:
             return True
         return all(rank in snapshot.sealed for rank in self.members)
 
+    def holds(self, snapshot: Snapshot) -> bool:
+        """Whether this node's shards of it are facts that other nodes may count on."""
+        if snapshot.stage is Stage.COMMITTED:
+            return True
+        return snapshot.stage is Stage.OPEN and snapshot.verified and self.sealed_here(snapshot)
+
     def open_snapshots(self) -> list[Snapshot]:
         """Snapshots that some rank is still copying."""
         return [s for s in self.snapshots.values() if s.stage is Stage.OPEN]

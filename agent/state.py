@@ -403,7 +403,7 @@ class State:
     def _pin(self, event: events.Pin) -> bool:
         job = self.jobs.get(event.job)
         snapshot = job.snapshots.get(event.snapshot) if job else None
-        if snapshot is None or snapshot.stage is not Stage.COMMITTED:
+        if job is None or snapshot is None or not job.holds(snapshot):
             return False
         snapshot.pins += 1
         return True
