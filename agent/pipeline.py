@@ -29,6 +29,8 @@ from everstep.snapshot.record import open_record, record_digest
 from everstep.storage.arena import ArenaFile, MemoryLevel
 from everstep.storage.level import ShardImage
 from everstep.storage.nvme import NvmeLevel
+from everstep.storage.parity_memory import ParityMemory
+from everstep.storage.staging import Staging
 
 log = logging.getLogger("everstep.agent")
 
@@ -44,6 +46,9 @@ class Pipeline:
         self.memory = memory
         self.nvme = nvme
         self.notices = Notices()
+        self.parity: ParityMemory | None = None
+        """Other nodes' protection in this node's memory, where there are other nodes."""
+        self.staging: Staging | None = None
         self.node: Node | None = None
         """Set by the daemon where there are other agents; see `join_cluster`."""
         self._send: Callable[[list[Send]], None] = lambda sends: None
@@ -171,6 +176,9 @@ class Pipeline:
     def _notify_committed(self, action: actions.NotifyCommitted) -> None:
         failpoint("agent.commit.before_notice")
         self.notices.committed(action.job, action.snapshot, action.level)
+        if self.node is not None:
+            # Somebody may wait for what other nodes had to do as well.
+            self.spawn(self.announce_progress())
 
     def _notify_dropped(self, action: actions.NotifyDropped) -> None:
         log.warning("job %s: %s was dropped: %s", action.job, action.snapshot, action.reason)

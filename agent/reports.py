@@ -24,6 +24,9 @@ def newest_commits(job: Job) -> Iterator[wire.Notice]:
     """Notices of the newest commit at each level, for a session that has just attached."""
     newest = job.newest_committed()
     found = [(newest.id, "memory")] if newest is not None else []
+    protected = job.protected()
+    if protected is not None:
+        found.append((protected, "parity"))
     durable = job.newest_durable()
     if durable is not None:
         found.append((durable, "nvme"))

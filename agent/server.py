@@ -260,8 +260,15 @@ class Service(AgentServicer):
         if wanted is None:
             return wire.PersistReply(durable=False, reason="nothing is committed in memory yet")
         job = self._state.jobs[request.job]
+        alone = self._cluster is None
+
+        def settled() -> bool:
+            over = job.flushing is None and not job.flush_wanted
+            # Other nodes' parts take their time: only a failure here is final.
+            return wanted in job.durable or (over and (alone or wanted in job.flush_failed))
+
         await self._pipeline.settled(
-            lambda: wanted in job.durable or (job.flushing is None and not job.flush_wanted),
+            settled,
             min(request.timeout_s, self._config.limits.restore_timeout_s),
         )
         durable = wanted in job.durable

@@ -95,7 +95,9 @@ class Capturing:
         self._handles[step] = handle
         while len(self._handles) > _REMEMBERED_HANDLES:
             del self._handles[next(iter(self._handles))]
-        handle.on_wait(lambda: capture.finish(self._limits.seal_s), self._persisted)
+        handle.on_wait(
+            lambda: capture.finish(self._limits.seal_s), self._persisted, self._session.levels
+        )
         try:
             capture.begin()
         except BaseException:
@@ -163,12 +165,20 @@ class Capturing:
             if handle is not None:
                 self._stats.committed += not handle.done()
                 handle.mark(sealed=True, committed=notice.committed.level)
+            if notice.committed.level == "parity":
+                self._protected(notice.committed.step)
         elif notice.HasField("dropped") and notice.dropped.incarnation == incarnation:
             names = self._arranger.replicas_drifted(notice.dropped.drifted)
             reason = notice.dropped.reason + (f": {', '.join(names[:3])}" if names else "")
             handle = self._handles.get(notice.dropped.step)
             if handle is not None:
                 self._drop(handle, reason)
+
+    def _protected(self, newest: int) -> None:
+        """Whoever waits for parity of an older step has more than that now."""
+        for step, handle in self._handles.items():
+            if step < newest and handle.done():
+                handle.mark(committed="parity")
 
     def count_skip(self, handle: Snapshot) -> None:
         """Note that nothing was captured; warn the first time for each kind of reason."""

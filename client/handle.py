@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from everstep.proto.errors import DeadlineExceeded, NotPersisted, Refused
 
-LEVELS = ("memory", "nvme")
+LEVELS = ("memory", "parity", "nvme")
+"""Weakest first. Parity and NVMe each follow memory, in any order."""
 
 
 class Snapshot:
@@ -31,10 +32,11 @@ class Snapshot:
         self._changed = threading.Condition()
         self._help: Callable[[], object] | None = None
         self._persist: Callable[[float], str] | None = None
+        self._levels: tuple[str, ...] = ()
 
     @property
     def state(self) -> str:
-        """ "skipped", "dropped", "copying", "sealed", "memory" or "nvme"."""
+        """ "skipped", "dropped", "copying", "sealed", "memory", "parity" or "nvme"."""
         if self.skipped:
             return "skipped"
         if self.dropped:
@@ -48,7 +50,7 @@ class Snapshot:
         """Whether the snapshot is committed at a level: by all ranks, not only this one.
 
         Args:
-            level: "memory" or "nvme".
+            level: "memory", "parity" (of this step, or of a newer one) or "nvme".
         """
         _check_level(level)
         return level in self._committed
@@ -57,7 +59,8 @@ class Snapshot:
         """Wait until the snapshot is committed at a level; helps copying meanwhile.
 
         Args:
-            level: "memory" or "nvme"; for "nvme" a flush is asked for.
+            level: "memory", "parity" (of this step, or of a newer one) or "nvme"; for "nvme" a
+                flush is asked for.
             timeout: In seconds.
 
         Returns:
@@ -65,14 +68,22 @@ class Snapshot:
 
         Raises:
             DeadlineExceeded: If neither happens in time.
+            Refused: If the agent has no such level.
             NotPersisted: If the flush to NVMe failed; says why.
         """
         _check_level(level)
+        if self._levels and level not in self._levels:
+            raise Refused(
+                f"this agent has no level {level!r}, only {', '.join(self._levels)}. Parity needs "
+                "other agents: name them with `--peer`; NVMe needs `--nvme-dir`."
+            )
         deadline = time.monotonic() + timeout
         help_copying = self._help
         if help_copying is not None:
             help_copying()
-        self._wait_for("memory" if level == "nvme" else level, deadline, timeout)
+        self._wait_for("memory", deadline, timeout)
+        if level == "parity" and not self._ended():
+            self._wait_for("parity", deadline, timeout)
         if level == "nvme" and not self._ended() and self._persist is not None:
             if not self.done("nvme"):
                 problem = self._persist(max(0.0, deadline - time.monotonic()))
@@ -94,8 +105,14 @@ class Snapshot:
             what = f"the commit of step {self.step} at level {level!r}"
             raise DeadlineExceeded(what, timeout, late or ("other ranks or the agent",))
 
-    def on_wait(self, help_copying: Callable[[], object], persist: Callable[[float], str]) -> None:
-        """Say what a waiting thread can do. For the client."""
+    def on_wait(
+        self,
+        help_copying: Callable[[], object],
+        persist: Callable[[float], str],
+        levels: tuple[str, ...] = (),
+    ) -> None:
+        """Say what a waiting thread can do, and which levels there are. For the client."""
+        self._levels = levels
         self._help = help_copying
         self._persist = persist
 
@@ -105,8 +122,8 @@ class Snapshot:
             before = self.state
             self._sealed = self._sealed or sealed
             if committed:
-                # NVMe is only ever written from a snapshot that memory had committed.
-                self._committed |= set(LEVELS[: LEVELS.index(committed) + 1])
+                # Nothing is protected or flushed but what memory had committed.
+                self._committed |= {"memory", committed}
             elif dropped and not self._committed:
                 self.dropped = self.dropped or dropped
             if self._sealed or self._committed or self.dropped:
