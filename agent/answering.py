@@ -160,7 +160,7 @@ class Answering:
         """
         members = self._node.members
         now_s = time.monotonic()
-        if not members.ready(now_s):
+        if not self._node.ready(now_s):
             raise CoordinatorUnknown(members.waiting_for(now_s))
 
     async def _join(self, request: wire.JoinRequest) -> wire.JoinReply:

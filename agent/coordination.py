@@ -103,7 +103,9 @@ class Coordination:
             self._changed |= set(table.facts)
 
     def decide(self, cluster: Cluster, now_s: float) -> None:
-        """Start, end and give up parity rounds."""
+        """Start, end and give up parity rounds; give up steps that some node has passed by."""
+        for table in self.jobs.values():
+            self._changed |= table.find_passed()
         self._changed |= self._protection.decide(self, cluster, now_s)
 
     def changed(self, but: str = "") -> set[str]:
@@ -155,6 +157,10 @@ class Coordination:
             node_id, fact = min(known.dropped_at.items())
             reason = f"{node_id}: {fact.reason}"
             return events.DropOrdered(name, snapshot, reason, fact.drifted)
+        if known.passed_by:
+            return events.DropOrdered(
+                name, snapshot, f"{known.passed_by} went on to a newer step without sealing it"
+            )
         everyone = cluster.whole and cluster.members <= set(self.reported)
         if snapshot.incarnation < table.incarnation and everyone:
             return events.DropOrdered(

@@ -35,7 +35,7 @@ class SnapshotFact:
     snapshot: SnapshotId
     world: int
     stage: str
-    """``sealed``, ``committed`` or ``dropped``."""
+    """``open`` (not sealed here, or not checked yet), ``sealed``, ``committed`` or ``dropped``."""
     shards: tuple[ShardFact, ...] = ()
     reason: str = ""
     drifted: tuple[int, ...] = ()
@@ -172,8 +172,9 @@ def _snapshot_facts(job: Job) -> tuple[SnapshotFact, ...]:
             facts.append(
                 SnapshotFact(snapshot.id, snapshot.world, stage, reason=snapshot.reason[:500])
             )
-        elif stage:
-            facts.append(SnapshotFact(snapshot.id, snapshot.world, stage, _shards(snapshot)))
+        else:
+            shards = _shards(snapshot) if stage != "open" else ()
+            facts.append(SnapshotFact(snapshot.id, snapshot.world, stage, shards))
     return tuple(facts)
 
 
@@ -181,10 +182,10 @@ def _stage(job: Job, snapshot: Snapshot) -> str:
     if snapshot.stage is Stage.DROPPED:
         return "dropped"
     if not snapshot.verified:
-        return ""
+        return "open"
     if snapshot.stage is Stage.COMMITTED:
         return "committed"
-    return "sealed" if job.sealed_here(snapshot) else ""
+    return "sealed" if job.sealed_here(snapshot) else "open"
 
 
 def _shards(snapshot: Snapshot) -> tuple[ShardFact, ...]:

@@ -349,6 +349,14 @@ class Job:
         """Snapshots that some rank is still copying."""
         return [s for s in self.snapshots.values() if s.stage is Stage.OPEN]
 
+    def present_open_snapshots(self) -> list[Snapshot]:
+        """Those that a rank of the present incarnation can still fail to seal.
+
+        What is open of earlier ones may be committed on other nodes, and has ranks that never ran
+        here: who comes and goes now says nothing about it.
+        """
+        return [s for s in self.open_snapshots() if s.id.incarnation == self.incarnation]
+
     def evictable(self) -> list[Snapshot]:
         """Snapshots that may be overwritten: first those that will never commit, then by age."""
         return sorted(

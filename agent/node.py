@@ -72,7 +72,8 @@ class Node:
         self.coordination = Coordination(rules)
         self._sequence = 0
         self._term = 0
-        self._facts: tuple[JobFact, ...] = ()
+        self._facts: tuple[JobFact, ...] | None = None
+        """As they were reported last; None: not in this term."""
         self._leads = False
         self._undecided = False
         self._boots: dict[str, str] = {}
@@ -105,6 +106,15 @@ class Node:
         """Whether a report came since the last `tick`."""
         return self._undecided
 
+    def ready(self, now_s: float) -> bool:
+        """Whether this node coordinates and knows what every live member holds, itself included.
+
+        The membership alone does not know that: a term that has begun anew has no reports.
+        """
+        self._lead(now_s)
+        live = self.members.live(now_s)
+        return self._leads and all(node_id in self.coordination.reported for node_id in live)
+
     def cluster(self, now_s: float) -> Cluster:
         """Who takes part, as this node sees it."""
         view, live = self.members.view, self.members.live(now_s)
@@ -128,7 +138,7 @@ class Node:
         self._term = ((after >> _TERM_BITS) + 1 << _TERM_BITS) | own
         self.coordination.take_over(self._term)
         self._boots.clear()
-        self._facts = ()
+        self._facts = None
 
     def _go_on(self, step: Step, now_s: float) -> None:
         """Report what has changed here and, as coordinator, do what that leads to."""
@@ -155,7 +165,7 @@ class Node:
                 step.sends.append(SendReport(contact, self._report()))
 
     def _report(self) -> Report:
-        return Report(self._sequence, self._term, self._facts)
+        return Report(self._sequence, self._term, self._facts or ())
 
     def _obey(self, orders: Iterable[events.Event], step: Step, now_s: float) -> None:
         for order in orders:

@@ -185,7 +185,7 @@ class State:
         if not member.attached:  # it had detached in good order
             return
         member.attached = False
-        for snapshot in job.open_snapshots():
+        for snapshot in job.present_open_snapshots():
             if event.rank not in snapshot.sealed:
                 self.drop(job, snapshot, f"the trainer of rank {event.rank} is gone")
         if self.rules.flush_on_exit:
@@ -196,7 +196,7 @@ class State:
         rank = event.caller.rank
         job.members[rank].attached = False
         job.restoring.discard(rank)
-        for snapshot in job.open_snapshots():
+        for snapshot in job.present_open_snapshots():
             if rank not in snapshot.sealed:
                 self.drop(job, snapshot, f"rank {rank} closed its client")
 
@@ -264,7 +264,8 @@ class State:
             if snapshot.id.step >= step:
                 continue
             snapshot.copying.discard(rank)
-            if snapshot.stage is Stage.OPEN and rank not in snapshot.sealed:
+            present = snapshot.id.incarnation == job.incarnation
+            if present and snapshot.stage is Stage.OPEN and rank not in snapshot.sealed:
                 self.drop(job, snapshot, f"rank {rank} went on to step {step} without sealing it")
 
     def _grant(self, job: Job, snapshot: Snapshot, rank: int) -> Place | str:

@@ -39,6 +39,10 @@ class SnapshotTable:
     ranks: Counter[int] = field(default_factory=Counter)
     committed_at: set[str] = field(default_factory=set)
     dropped_at: dict[str, SnapshotFact] = field(default_factory=dict)
+    open_at: set[str] = field(default_factory=set)
+    """Nodes that may seal their part yet."""
+    passed_by: str = ""
+    """A node that has gone on to a newer step without sealing its part."""
     samples: Counter[bytes] = field(default_factory=Counter)
     """How many shards have which samples of the replicated leaves."""
     announced: bool = False
@@ -49,6 +53,9 @@ class SnapshotTable:
         """A node's part."""
         if fact.stage == "dropped":
             self.dropped_at[node_id] = fact
+            return
+        if fact.stage == "open":
+            self.open_at.add(node_id)
             return
         self.parts[node_id] = fact
         for shard in fact.shards:
@@ -62,6 +69,7 @@ class SnapshotTable:
     def remove(self, node_id: str) -> None:
         """A node's part, as it was added."""
         self.dropped_at.pop(node_id, None)
+        self.open_at.discard(node_id)
         self.committed_at.discard(node_id)
         fact = self.parts.pop(node_id, None)
         shards = fact.shards if fact is not None else ()
@@ -79,7 +87,7 @@ class SnapshotTable:
     @property
     def decided(self) -> bool:
         """Whether it can be said what becomes of it."""
-        return bool(self.whole or self.committed_at or self.dropped_at)
+        return bool(self.whole or self.committed_at or self.dropped_at or self.passed_by)
 
     @property
     def commit_id(self) -> bytes:
@@ -137,6 +145,37 @@ class JobTable:
     launch_id: str = ""
     newest_incarnation: int = 0
 
+    def find_passed(self) -> set[str]:
+        """Look for snapshots that a node has passed by: its ranks took part in a newer step of the
+        same incarnation, and it knows nothing of this one. A trainer that could not reach its agent
+        for one step leaves no refusal.
+
+        Returns:
+            The nodes that hold parts of those that were found now.
+        """
+        present = [s for s in self.snapshots if s.incarnation == self.incarnation]
+        newest = max(present, default=None)
+        found: set[str] = set()
+        for snapshot in present:
+            known = self.snapshots[snapshot]
+            if snapshot != newest and known.parts and not known.decided:
+                known.passed_by = self._passer(snapshot, known)
+                if known.passed_by:
+                    known.announced = True
+                    found |= set(known.parts)
+        return found
+
+    def _passer(self, snapshot: SnapshotId, known: SnapshotTable) -> str:
+        for node_id, fact in self.facts.items():
+            if node_id in known.parts or node_id in known.open_at or not fact.members:
+                continue
+            if fact.incarnation == snapshot.incarnation and any(
+                part.snapshot.incarnation == snapshot.incarnation and part.snapshot > snapshot
+                for part in fact.snapshots
+            ):
+                return node_id
+        return ""
+
     def replace(self, node_id: str, fact: JobFact | None) -> set[SnapshotId]:
         """Take a node's newest report of the job; None if it has nothing of it.
 
@@ -160,7 +199,7 @@ class JobTable:
         for part in fact.snapshots:
             table = self.snapshots[part.snapshot]
             table.remove(node_id)
-            if not table.parts and not table.dropped_at:
+            if not (table.parts or table.dropped_at or table.open_at):
                 del self.snapshots[part.snapshot]
         for flushed in fact.flushed:
             self._remove_flushed(node_id, flushed)

@@ -129,12 +129,18 @@ class Ledger:
             if isinstance(order, events.CommitOrdered | events.DropOrdered):
                 commit = isinstance(order, events.CommitOrdered)
                 before = self.commits.setdefault(order.snapshot, commit)
+                if before and not commit and self._settled(order.snapshot):
+                    continue  # somebody who missed it gives up what is of no use any more
                 insist(before == commit, f"{order} after the opposite")
             elif isinstance(order, events.RoundEnded):
                 before = self.ends.setdefault(order.plan_id, order.commit)
                 if before and not order.commit and self._superseded(order.plan_id):
                     continue  # somebody who missed the end of it gives up what is left of it
                 insist(before == order.commit, f"{order} after the opposite")
+
+    def _settled(self, snapshot: SnapshotId) -> bool:
+        newer = any(commit and other > snapshot for other, commit in self.commits.items())
+        return newer or ("memory", snapshot) in self.void
 
     def _superseded(self, plan_id: str) -> bool:
         snapshot = self.plans[plan_id].snapshot

@@ -169,7 +169,7 @@ class Training:
         there = host.agent
         if not self.world.network.call(agent.host.address, host.address):
             return None
-        return there if there.node.members.ready(there.now_s) else None
+        return there if there.node.ready(there.now_s) else None
 
     def _attach(self, launch: Launch, trainer: Trainer) -> None:
         agent = trainer.host.agent
