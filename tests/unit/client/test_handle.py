@@ -96,7 +96,7 @@ def test_a_deadline_names_who_is_late(sealed: bool, late: str) -> None:
 
 def test_unknown_levels() -> None:
     for call in (Snapshot(1).wait, Snapshot(1).done):
-        with pytest.raises(Refused, match="levels are memory, nvme"):
+        with pytest.raises(Refused, match="levels are memory, parity, nvme"):
             call("disk")
 
 
