@@ -17,16 +17,23 @@ import grpc
 
 from everstep.agent.answering import Answering, PeerService
 from everstep.agent.config import Config
+from everstep.agent.deciding import Deciding
 from everstep.agent.discovery import Discovery
+from everstep.agent.encoding import Encoding
+from everstep.agent.executing import Executing
+from everstep.agent.fetching import Fetching
+from everstep.agent.gathering import Gathering
 from everstep.agent.job import Job
 from everstep.agent.members import MemberRules, Members
-from everstep.agent.node import Node, Send
-from everstep.agent.options import format_endpoint, split_endpoint
+from everstep.agent.node import Node
+from everstep.agent.options import format_endpoint, is_wildcard, split_endpoint
 from everstep.agent.peers import Peers
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.protection import ProtectionRules
 from everstep.agent.recovery import Wanted
-from everstep.agent.tls import server_credentials
+from everstep.agent.sending import BulkServer
+from everstep.agent.serving import Serving
+from everstep.agent.tls import client_context, server_context, server_credentials
 from everstep.proto import agent_pb2, peer_pb2
 from everstep.proto.errors import (
     CoordinatorUnknown,
@@ -36,6 +43,8 @@ from everstep.proto.errors import (
     StaleEpoch,
 )
 from everstep.proto.peer_pb2_grpc import add_PeersServicer_to_server
+from everstep.storage.parity_memory import ParityMemory
+from everstep.storage.staging import Staging
 
 log = logging.getLogger("everstep.agent")
 _AGAIN_S = 0.1
@@ -44,13 +53,32 @@ _AGAIN_S = 0.1
 class Cluster:
     """Everything of one agent that concerns others."""
 
-    def __init__(self, config: Config, pipeline: Pipeline, node: Node, peers: Peers) -> None:
+    def __init__(
+        self, config: Config, pipeline: Pipeline, node: Node, peers: Peers, bulk: BulkServer
+    ) -> None:
         self.config = config
         self.pipeline = pipeline
         self.node = node
         self.peers = peers
+        self.bulk = bulk
         self.answering = Answering(config, peers, pipeline.perform)
         peers.local = self.answering
+        tls = client_context(config.tls)
+        self.serving = Serving(pipeline=pipeline, bulk=bulk, parity=pipeline.parity)
+        assert pipeline.parity is not None
+        self.encoding = Encoding(pipeline=pipeline, parity=pipeline.parity, calls=peers)
+        self.executing = Executing(peers, pipeline, bulk, config.bulk, tls=tls)
+        self.fetching = Fetching(peers, config.bulk, tls=tls)
+        self.gathering = Gathering(peers, config.limits.declare_timeout_s)
+        timeout_s = config.limits.restore_timeout_s
+        self.deciding = Deciding(self.answering, node.coordination, self.gathering, timeout_s)
+        self.answering.handlers |= {
+            "Inventory": self.serving.inventory,
+            "Describe": self.serving.describe,
+            "Check": self.serving.check,
+            "Open": self.serving.open,
+            "Rebuild": self.executing.rebuild,
+        }
         self._running: asyncio.Task[None] | None = None
 
     @property
@@ -132,13 +160,16 @@ class Cluster:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._running
         await self.peers.close()
+        self.executing.close()
+        await self.encoding.close()
+        await asyncio.to_thread(self.bulk.close)
 
 
 async def opened(config: Config, pipeline: Pipeline) -> tuple[Cluster, grpc.aio.Server]:
-    """Open the port for other agents; nothing is answered before the server is started.
+    """Open the ports for other agents; nothing is answered before the server is started.
 
     Raises:
-        InvalidConfiguration: If the port cannot be had, or the configuration names no peers.
+        InvalidConfiguration: If a port cannot be had, or the configuration names no peers.
     """
     discovery = Discovery(config.cluster)
     seeds = await asyncio.to_thread(discovery.seeds)
@@ -150,20 +181,37 @@ async def opened(config: Config, pipeline: Pipeline) -> tuple[Cluster, grpc.aio.
             ("grpc.so_reuseport", 0),
         ],
     )
-    node = Node(
-        pipeline.state,
-        Members(_member_rules(config, _listen(config, server)), seeds, expects_others=True),
-        _protection_rules(config),
-    )
-
-    def send(sends: list[Send]) -> None:
-        peers.send(sends)
-
+    members = Members(_member_rules(config, _listen(config, server)), seeds, expects_others=True)
+    node = Node(pipeline.state, members, _protection_rules(config))
     peers = Peers(config, node, pipeline.perform, discovery)
-    cluster = Cluster(config, pipeline, node, peers)
-    pipeline.join_cluster(node, send, {})
+    keep_free_bytes = config.memory.keep_free_bytes
+    pipeline.parity = ParityMemory(config.agent.memory_dir, keep_free_bytes=keep_free_bytes)
+    pipeline.staging = Staging(config.agent.memory_dir, keep_free_bytes=keep_free_bytes)
+    cluster = Cluster(config, pipeline, node, peers, _bulk_server(config))
+    pipeline.join_cluster(node, peers.send, cluster.encoding.performers())
     add_PeersServicer_to_server(PeerService(cluster.answering, cluster.mend), server)
     return cluster, server
+
+
+def _bulk_server(config: Config) -> BulkServer:
+    host, port = split_endpoint(config.bulk_listen)
+    options = config.bulk
+    bulk = BulkServer(
+        host,
+        port,
+        max_streams=options.max_streams,
+        max_tickets=options.max_tickets,
+        ticket_timeout_s=options.ticket_timeout_s,
+        stall_timeout_s=options.stall_timeout_s,
+        advertised_host=split_endpoint(config.address)[0] if is_wildcard(host) else "",
+        tls=server_context(config.tls),
+    )
+    try:
+        bulk.start()
+    except OSError as error:
+        problem = f"{config.bulk_listen} cannot be had: {error.strerror}"
+        raise InvalidConfiguration("bulk.listen", problem) from error
+    return bulk
 
 
 def _listen(config: Config, server: grpc.aio.Server) -> str:

@@ -8,6 +8,7 @@ that `torch` is never imported here. Ends with exit status 0 when it was asked t
 import asyncio
 import contextlib
 import fcntl
+import functools
 import gc
 import logging
 import os
@@ -137,13 +138,18 @@ def _connection_limit(wanted: int) -> int:
     return min(wanted, room)
 
 
+def _adopted(pipeline: Pipeline) -> list[events.Adopt]:
+    stores = (pipeline.memory, pipeline.nvme, pipeline.parity, pipeline.staging)
+    return list(adoptions(*stores))
+
+
 async def _serve(config: Config) -> bool:
     """Serve until told to end; say whether everything under way came to its end."""
     pipeline = _build(config)
     cluster, peer_server = None, None
     if config.cluster.configured:
         cluster, peer_server = await opened(config, pipeline)
-    for adopted in await asyncio.to_thread(lambda: list(adoptions(pipeline.memory, pipeline.nvme))):
+    for adopted in await asyncio.to_thread(functools.partial(_adopted, pipeline)):
         pipeline.submit(adopted)
     limit = config.limits.max_message_bytes
     server = grpc.aio.server(

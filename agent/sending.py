@@ -31,7 +31,9 @@ from everstep.agent.framing import (
     Progress,
     Stalled,
     Status,
+    join_address,
     prepare,
+    split_address,
 )
 from everstep.agent.listening import Listener
 from everstep.agent.rates import Rate
@@ -124,6 +126,7 @@ class BulkServer:
         max_tickets: int,
         ticket_timeout_s: float,
         stall_timeout_s: float,
+        advertised_host: str = "",
         rate: Rate | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
@@ -136,6 +139,7 @@ class BulkServer:
             max_tickets: Tickets outstanding at one time.
             ticket_timeout_s: How long a ticket is good for.
             stall_timeout_s: How long a peer may keep a stream waiting.
+            advertised_host: Where others reach this one, if `host` stands for all addresses.
             rate: Shared by all streams.
             tls: A server's context; None for none.
         """
@@ -151,11 +155,12 @@ class BulkServer:
         self._stopping = threading.Event()
         self._listener = Listener(host, port, _BACKLOG, begin=self._begin, tick=self._expire)
         self._address = ""
+        self._advertised_host = advertised_host
         self._logged_s = -_LOG_INTERVAL_S
 
     @property
     def address(self) -> str:
-        """HOST:PORT as listened at; empty before `start`."""
+        """HOST:PORT where others reach it; empty before `start`."""
         return self._address
 
     @property
@@ -176,6 +181,9 @@ class BulkServer:
             OSError: If the address cannot be had.
         """
         self._address = self._listener.start()
+        if self._advertised_host:
+            port = split_address(self._address)[1]
+            self._address = join_address(self._advertised_host, port)
 
     def close(self) -> None:
         """Cut every stream, close every source. Idempotent; bounded to a few seconds."""
