@@ -277,8 +277,8 @@ class Decoding:
         chosen = self._choose(unit, read, ())
         if self._decoded(chosen, read, target, digest):
             return BufferPiece(unit, target, digest)
-        # Data units were checked, so parity of another node is not what it should be.
-        suspects = [symbol for symbol in chosen if symbol.is_remote_parity]
+        # Data units were checked, so it is parity that is not what it should be.
+        suspects = [symbol for symbol in chosen if symbol.is_parity]
         for count in range(1, len(suspects) + 1):
             for left_out in combinations(suspects, count):
                 with contextlib.suppress(EverstepError):
@@ -286,8 +286,9 @@ class Decoding:
                     if self._decoded(others, read, target, digest):
                         self._expose(left_out)
                         return BufferPiece(unit, target, digest)
-        nodes = ", ".join(symbol.node_id for symbol in suspects) or "the row"
-        raise ShardCorrupt(f"rank {shard.rank}, decoded with the parity of {nodes}", (within,))
+        nodes = ", ".join(symbol.node_id for symbol in suspects)
+        where = f"rank {shard.rank}, decoded with the parity of {nodes or 'nobody'}"
+        raise ShardCorrupt(where, (within,))
 
     def _choose(
         self, unit: int, read: dict[Symbol, memoryview], left_out: Sequence[Symbol]
@@ -325,7 +326,7 @@ class Decoding:
 
     def _expose(self, symbols: Sequence[Symbol]) -> None:
         for symbol in symbols:
-            log.error("the parity that %s sends is not that of its row", symbol.node_id)
+            log.error("the parity of %s is not that of its row", symbol.node_id)
             symbol.gone = True
 
 

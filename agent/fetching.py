@@ -43,9 +43,11 @@ _STREAMS = 4
 """Of one transfer: more do not make it faster."""
 _STRIPE_UNITS = 64
 """What one stream of a held shard carries: several share the work, and none is long to repeat."""
-_RETRIES = 8
-"""A node may serve as many streams as it can for some seconds."""
-_DECODE_RETRIES = 1
+_RETRIES = 1
+_ROUNDS = 6
+"""How often in a row, with pauses of some seconds together, a stream of a held shard may break: a
+node that serves as many streams as it may refuses others."""
+_PAUSE_S = 0.1
 _ASKED = 2
 """How often in a row a node that does not answer is asked."""
 _EXECUTORS = 4
@@ -218,7 +220,7 @@ class Fetching:
             timeout_s = self._bulk.stall_timeout_s
             return self._ask(transfer, source.node_id, "Open", request, timeout_s)
 
-        self._receive(transfer, source.node_id, _Run(units, units), ask, _RETRIES)
+        self._receive(transfer, source.node_id, _Run(units, units), ask, _ROUNDS)
 
     def _receive(
         self,
@@ -226,9 +228,29 @@ class Fetching:
         peer: str,
         run: "_Run",
         ask: Callable[[int], IssuedTicket],
-        retries: int,
+        rounds: int,
     ) -> None:
         """Receive what is left of a run; `run.done` tells how far it got, whatever happens."""
+        failures = 0
+        while not transfer.stopped.is_set():
+            before = run.done
+            try:
+                self._receive_once(transfer, peer, run, ask)
+                return
+            except _Stopped:
+                return
+            except _Final as final:
+                raise final.error from None
+            except PeerUnavailable:
+                failures = 1 if run.done > before else failures + 1
+                if failures >= rounds:
+                    raise
+            left_s = transfer.left_s(f"units from {peer}", peer)
+            transfer.stopped.wait(min(_PAUSE_S * 2 ** (failures - 1), left_s))
+
+    def _receive_once(
+        self, transfer: _Transfer, peer: str, run: "_Run", ask: Callable[[int], IssuedTicket]
+    ) -> None:
         begin, unanswered = run.done, 0
         expected = [
             Expected(index, transfer.length(unit), transfer.digest(unit))
@@ -258,23 +280,18 @@ class Fetching:
             unanswered = 0
             return ticket
 
-        try:
-            receive_all(
-                open_ticket,
-                peer,
-                expected,
-                buffer_for,
-                retries=retries,
-                connect_timeout_s=self._bulk.stall_timeout_s,
-                stall_timeout_s=self._bulk.stall_timeout_s,
-                deadline_s=transfer.deadline_s,
-                rate=transfer.rate,
-                tls=self._tls,
-            )
-        except _Stopped:
-            return
-        except _Final as final:
-            raise final.error from None
+        receive_all(
+            open_ticket,
+            peer,
+            expected,
+            buffer_for,
+            retries=_RETRIES,
+            connect_timeout_s=self._bulk.stall_timeout_s,
+            stall_timeout_s=self._bulk.stall_timeout_s,
+            deadline_s=transfer.deadline_s,
+            rate=transfer.rate,
+            tls=self._tls,
+        )
         came(len(expected))
 
     def _segments(self, plan: SnapshotPlan, rank: int, wanted: Sequence[int]) -> list[Segment]:
@@ -290,7 +307,9 @@ class Fetching:
 
     def _decoded(self, transfer: _Transfer, segment: Segment) -> None:
         """Have a segment decoded, by another node if the first cannot."""
-        nodes = dict.fromkeys([segment.executor, *map(_node_of, segment.usable)])
+        # Who holds no symbol can decode, too: symbols that are zeros are nobody's.
+        others = [one.node_id for one in transfer.plan.parities]
+        nodes = dict.fromkeys([segment.executor, *map(_node_of, segment.usable), *others])
         ordered = sorted(nodes, key=lambda node: node in transfer.shunned)
         run = _Run(
             range(segment.image_unit, segment.image_unit + segment.units),
@@ -321,7 +340,7 @@ class Fetching:
             )
             return self._ask(transfer, node, "Rebuild", request, timeout_s)
 
-        self._receive(transfer, node, run, ask, _DECODE_RETRIES)
+        self._receive(transfer, node, run, ask, 1)
 
     def _ask(
         self, transfer: _Transfer, node: str, method: str, request: object, timeout_s: float

@@ -1,9 +1,9 @@
 """The symbols of a row, read unit by unit from wherever they are: here, or at other nodes.
 
 Owns the way from a symbol to its bytes, with the search for another place when one fails. Promises
-that a data unit which is returned matches the record of its shard, that this node's own parity
-matches its manifest, and that each place is tried a bounded number of times. Parity of other nodes
-is only known to be what they sent: what is decoded with it must be checked.
+that a data unit which is returned matches the record of its shard, that parity matches
+its manifest, and that each place is tried a bounded number of times. Whether parity is that of the
+row nobody can say who has not decoded with it: what comes of it must be checked.
 """
 
 import contextlib
@@ -133,11 +133,6 @@ class Symbol:
     def node_id(self) -> str:
         """The member."""
         return self._work.plan.members[self._member].node_id
-
-    @property
-    def is_remote_parity(self) -> bool:
-        """Whether nothing says what its bytes should be."""
-        return self.is_parity and self.node_id != self._work.calls.node_id
 
     def close(self) -> None:
         """Hang up. Idempotent."""
