@@ -226,6 +226,7 @@ class PeerService(PeersServicer):
             "Describe",
             "Open",
             "Rebuild",
+            "Survey",
         ):
             setattr(self, method, self._relayed(method))
 

@@ -42,6 +42,11 @@ class Coordination:
         self._protection = Protection(rules)
         self._changed: set[str] = set()
 
+    @property
+    def protection(self) -> Protection:
+        """The parity rounds."""
+        return self._protection
+
     def take_over(self, term: int) -> None:
         """Begin a term of office: what others said to someone else is not known."""
         self.term = term
@@ -162,7 +167,8 @@ class Coordination:
                 name, snapshot, f"{known.passed_by} went on to a newer step without sealing it"
             )
         everyone = cluster.whole and cluster.members <= set(self.reported)
-        if snapshot.incarnation < table.incarnation and everyone:
+        # A node that still checks its part, after its agent's restart, may have the rest of it.
+        if snapshot.incarnation < table.incarnation and everyone and not known.open_at:
             return events.DropOrdered(
                 name, snapshot, "not all ranks had sealed it when the job was started anew"
             )

@@ -91,6 +91,14 @@ class Protection:
         self._term = term
         self._jobs.clear()
 
+    def rounds(self) -> dict[str, tuple[SnapshotId, tuple[str, ...], float]]:
+        """The round under way of each job: its snapshot, who has not finished, when it began."""
+        return {
+            name: (known.snapshot, tuple(sorted(known.waiting)), known.started_s)
+            for name, known in ((n, progress.round) for n, progress in self._jobs.items())
+            if known is not None
+        }
+
     def decide(self, facts: "Coordination", cluster: "Cluster", now_s: float) -> set[str]:
         """Start, end and give up rounds; return the nodes that get new orders."""
         changed: set[str] = set()

@@ -36,7 +36,13 @@ def newest_commits(job: Job) -> Iterator[wire.Notice]:
 
 
 def status(
-    config: Config, state: State, *, version: str, uptime_s: float, only_job: str
+    config: Config,
+    state: State,
+    *,
+    version: str,
+    uptime_s: float,
+    only_job: str,
+    cluster: wire.ClusterStatus | None = None,
 ) -> wire.StatusReply:
     """What the agent holds and does."""
     jobs = [job for name, job in sorted(state.jobs.items()) if only_job in ("", name)]
@@ -49,6 +55,7 @@ def status(
         nvme_dir=str(config.agent.nvme_dir or ""),
         jobs=[_job_status(job) for job in jobs],
         memory_reserved_bytes=sum(_arena_bytes(job) for job in state.jobs.values()),
+        cluster=cluster,
     )
 
 

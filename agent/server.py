@@ -21,6 +21,7 @@ from everstep.agent.config import Config
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Recovery, Wanted
 from everstep.agent.reservation import reserve_arena
+from everstep.agent.surveying import cluster_status
 from everstep.proto import agent_pb2 as wire
 from everstep.proto import processes
 from everstep.proto.agent_pb2_grpc import AgentServicer
@@ -290,7 +291,14 @@ class Service(AgentServicer):
             version=self._version,
             uptime_s=time.monotonic() - self._started_s,
             only_job=request.job,
+            cluster=self._cluster_status(),
         )
+
+    def _cluster_status(self) -> wire.ClusterStatus | None:
+        if self._cluster is None:
+            return None
+        members, refused = self._cluster.node.members, self._cluster.answering.refused
+        return cluster_status(members, refused, self._cluster.bulk.counters, time.monotonic())
 
     @_answered
     async def Verify(self, request: wire.VerifyRequest, context: Any) -> wire.VerifyReply:

@@ -328,7 +328,7 @@ class JobStatus(_message.Message):
     def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., world: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., snapshots: _Optional[_Iterable[_Union[SnapshotStatus, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., last_error: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("node_id", "version", "pid", "uptime_s", "memory_dir", "nvme_dir", "jobs", "memory_reserved_bytes")
+    __slots__ = ("node_id", "version", "pid", "uptime_s", "memory_dir", "nvme_dir", "jobs", "memory_reserved_bytes", "cluster")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -337,6 +337,7 @@ class StatusReply(_message.Message):
     NVME_DIR_FIELD_NUMBER: _ClassVar[int]
     JOBS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     version: str
     pid: int
@@ -345,7 +346,67 @@ class StatusReply(_message.Message):
     nvme_dir: str
     jobs: _containers.RepeatedCompositeFieldContainer[JobStatus]
     memory_reserved_bytes: int
-    def __init__(self, node_id: _Optional[str] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., memory_dir: _Optional[str] = ..., nvme_dir: _Optional[str] = ..., jobs: _Optional[_Iterable[_Union[JobStatus, _Mapping]]] = ..., memory_reserved_bytes: _Optional[int] = ...) -> None: ...
+    cluster: ClusterStatus
+    def __init__(self, node_id: _Optional[str] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., memory_dir: _Optional[str] = ..., nvme_dir: _Optional[str] = ..., jobs: _Optional[_Iterable[_Union[JobStatus, _Mapping]]] = ..., memory_reserved_bytes: _Optional[int] = ..., cluster: _Optional[_Union[ClusterStatus, _Mapping]] = ...) -> None: ...
+
+class ClusterStatus(_message.Message):
+    __slots__ = ("joined", "epoch", "coordinator", "fenced_by", "refusal", "members", "waiting_for", "refused_calls", "bulk_counters")
+    class RefusedCallsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class BulkCountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    FENCED_BY_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_CALLS_FIELD_NUMBER: _ClassVar[int]
+    BULK_COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    joined: bool
+    epoch: int
+    coordinator: str
+    fenced_by: str
+    refusal: str
+    members: _containers.RepeatedCompositeFieldContainer[MemberStatus]
+    waiting_for: _containers.RepeatedScalarFieldContainer[str]
+    refused_calls: _containers.ScalarMap[str, int]
+    bulk_counters: _containers.ScalarMap[str, int]
+    def __init__(self, joined: _Optional[bool] = ..., epoch: _Optional[int] = ..., coordinator: _Optional[str] = ..., fenced_by: _Optional[str] = ..., refusal: _Optional[str] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., waiting_for: _Optional[_Iterable[str]] = ..., refused_calls: _Optional[_Mapping[str, int]] = ..., bulk_counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class MemberStatus(_message.Message):
+    __slots__ = ("node_id", "address", "labels", "state", "replaced_by", "since_epoch")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_BY_FIELD_NUMBER: _ClassVar[int]
+    SINCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    address: str
+    labels: _containers.ScalarMap[str, str]
+    state: str
+    replaced_by: str
+    since_epoch: int
+    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., state: _Optional[str] = ..., replaced_by: _Optional[str] = ..., since_epoch: _Optional[int] = ...) -> None: ...
 
 class VerifyRequest(_message.Message):
     __slots__ = ("job", "step", "levels")

@@ -623,3 +623,275 @@ class MendProgress(_message.Message):
     problem: str
     ended: bool
     def __init__(self, what: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., ended: _Optional[bool] = ...) -> None: ...
+
+class SurveyRequest(_message.Message):
+    __slots__ = ("sender", "job")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    job: str
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ...) -> None: ...
+
+class SurveyReply(_message.Message):
+    __slots__ = ("coordinator", "jobs", "waiting_for", "warnings", "protects")
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    PROTECTS_FIELD_NUMBER: _ClassVar[int]
+    coordinator: str
+    jobs: _containers.RepeatedCompositeFieldContainer[JobSurvey]
+    waiting_for: _containers.RepeatedScalarFieldContainer[str]
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    protects: bool
+    def __init__(self, coordinator: _Optional[str] = ..., jobs: _Optional[_Iterable[_Union[JobSurvey, _Mapping]]] = ..., waiting_for: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., protects: _Optional[bool] = ...) -> None: ...
+
+class JobSurvey(_message.Message):
+    __slots__ = ("job", "incarnation", "world", "ranks", "newest", "pending", "round", "groups", "problems")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    incarnation: int
+    world: int
+    ranks: _containers.RepeatedCompositeFieldContainer[RankSurvey]
+    newest: _containers.RepeatedCompositeFieldContainer[LevelSurvey]
+    pending: _containers.RepeatedCompositeFieldContainer[PendingSurvey]
+    round: RoundSurvey
+    groups: _containers.RepeatedCompositeFieldContainer[GroupSurvey]
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., world: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankSurvey, _Mapping]]] = ..., newest: _Optional[_Iterable[_Union[LevelSurvey, _Mapping]]] = ..., pending: _Optional[_Iterable[_Union[PendingSurvey, _Mapping]]] = ..., round: _Optional[_Union[RoundSurvey, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[GroupSurvey, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RankSurvey(_message.Message):
+    __slots__ = ("rank", "node_id", "attached")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    node_id: str
+    attached: bool
+    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., attached: _Optional[bool] = ...) -> None: ...
+
+class LevelSurvey(_message.Message):
+    __slots__ = ("level", "incarnation", "step")
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    level: str
+    incarnation: int
+    step: int
+    def __init__(self, level: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class PendingSurvey(_message.Message):
+    __slots__ = ("incarnation", "step", "late_ranks", "late_nodes")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LATE_RANKS_FIELD_NUMBER: _ClassVar[int]
+    LATE_NODES_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    step: int
+    late_ranks: _containers.RepeatedScalarFieldContainer[int]
+    late_nodes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., late_ranks: _Optional[_Iterable[int]] = ..., late_nodes: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RoundSurvey(_message.Message):
+    __slots__ = ("incarnation", "step", "waiting_for", "running_s")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_S_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    step: int
+    waiting_for: _containers.RepeatedScalarFieldContainer[str]
+    running_s: float
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., running_s: _Optional[float] = ...) -> None: ...
+
+class GroupSurvey(_message.Message):
+    __slots__ = ("plan_id", "incarnation", "step", "members", "missing")
+    PLAN_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    plan_id: str
+    incarnation: int
+    step: int
+    members: _containers.RepeatedScalarFieldContainer[str]
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, plan_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[str]] = ..., missing: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class OverviewRequest(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    def __init__(self, job: _Optional[str] = ...) -> None: ...
+
+class OverviewReply(_message.Message):
+    __slots__ = ("survey", "problem", "jobs")
+    SURVEY_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    survey: SurveyReply
+    problem: str
+    jobs: _containers.RepeatedCompositeFieldContainer[JobOverview]
+    def __init__(self, survey: _Optional[_Union[SurveyReply, _Mapping]] = ..., problem: _Optional[str] = ..., jobs: _Optional[_Iterable[_Union[JobOverview, _Mapping]]] = ...) -> None: ...
+
+class JobOverview(_message.Message):
+    __slots__ = ("job", "plans", "silent", "problems", "held")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    PLANS_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    plans: _containers.RepeatedCompositeFieldContainer[SnapshotPlan]
+    silent: _containers.RepeatedScalarFieldContainer[str]
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    held: _containers.RepeatedCompositeFieldContainer[HeldOverview]
+    def __init__(self, job: _Optional[str] = ..., plans: _Optional[_Iterable[_Union[SnapshotPlan, _Mapping]]] = ..., silent: _Optional[_Iterable[str]] = ..., problems: _Optional[_Iterable[str]] = ..., held: _Optional[_Iterable[_Union[HeldOverview, _Mapping]]] = ...) -> None: ...
+
+class HeldOverview(_message.Message):
+    __slots__ = ("incarnation", "step", "copies", "captured_unix_s")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    CAPTURED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    step: int
+    copies: _containers.RepeatedCompositeFieldContainer[CopiesOverview]
+    captured_unix_s: float
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[CopiesOverview, _Mapping]]] = ..., captured_unix_s: _Optional[float] = ...) -> None: ...
+
+class CopiesOverview(_message.Message):
+    __slots__ = ("level", "ranks", "parity_nodes", "bytes")
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    PARITY_NODES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    level: str
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    parity_nodes: _containers.RepeatedScalarFieldContainer[str]
+    bytes: int
+    def __init__(self, level: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., parity_nodes: _Optional[_Iterable[str]] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class PlanRequest(_message.Message):
+    __slots__ = ("job", "step", "levels")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LEVELS_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    step: int
+    levels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, job: _Optional[str] = ..., step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PlanReply(_message.Message):
+    __slots__ = ("plans", "destinations", "silent", "problems", "alone")
+    PLANS_FIELD_NUMBER: _ClassVar[int]
+    DESTINATIONS_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
+    plans: _containers.RepeatedCompositeFieldContainer[SnapshotPlan]
+    destinations: _containers.RepeatedCompositeFieldContainer[Destination]
+    silent: _containers.RepeatedScalarFieldContainer[str]
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    alone: bool
+    def __init__(self, plans: _Optional[_Iterable[_Union[SnapshotPlan, _Mapping]]] = ..., destinations: _Optional[_Iterable[_Union[Destination, _Mapping]]] = ..., silent: _Optional[_Iterable[str]] = ..., problems: _Optional[_Iterable[str]] = ..., alone: _Optional[bool] = ...) -> None: ...
+
+class Destination(_message.Message):
+    __slots__ = ("rank", "node_id", "reason")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    node_id: str
+    reason: str
+    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class RecoverRequest(_message.Message):
+    __slots__ = ("job", "snapshot", "levels")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    LEVELS_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    snapshot: SnapshotName
+    levels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, job: _Optional[str] = ..., snapshot: _Optional[_Union[SnapshotName, _Mapping]] = ..., levels: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RecoverProgress(_message.Message):
+    __slots__ = ("node_id", "progress", "plan")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    progress: MendProgress
+    plan: PlanReply
+    def __init__(self, node_id: _Optional[str] = ..., progress: _Optional[_Union[MendProgress, _Mapping]] = ..., plan: _Optional[_Union[PlanReply, _Mapping]] = ...) -> None: ...
+
+class ExamineRequest(_message.Message):
+    __slots__ = ("job", "step", "levels", "repair")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LEVELS_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    step: int
+    levels: _containers.RepeatedScalarFieldContainer[str]
+    repair: bool
+    def __init__(self, job: _Optional[str] = ..., step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ..., repair: _Optional[bool] = ...) -> None: ...
+
+class ExamineProgress(_message.Message):
+    __slots__ = ("examined", "total", "unexamined")
+    EXAMINED_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    UNEXAMINED_FIELD_NUMBER: _ClassVar[int]
+    examined: Examined
+    total: ExamineTotal
+    unexamined: Unexamined
+    def __init__(self, examined: _Optional[_Union[Examined, _Mapping]] = ..., total: _Optional[_Union[ExamineTotal, _Mapping]] = ..., unexamined: _Optional[_Union[Unexamined, _Mapping]] = ...) -> None: ...
+
+class ExamineTotal(_message.Message):
+    __slots__ = ("bytes",)
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
+class Examined(_message.Message):
+    __slots__ = ("job", "incarnation", "step", "node_id", "level", "parity", "rank", "bytes", "problem", "repaired", "repair_problem")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    REPAIRED_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    incarnation: int
+    step: int
+    node_id: str
+    level: str
+    parity: bool
+    rank: int
+    bytes: int
+    problem: str
+    repaired: bool
+    repair_problem: str
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., node_id: _Optional[str] = ..., level: _Optional[str] = ..., parity: _Optional[bool] = ..., rank: _Optional[int] = ..., bytes: _Optional[int] = ..., problem: _Optional[str] = ..., repaired: _Optional[bool] = ..., repair_problem: _Optional[str] = ...) -> None: ...
+
+class Unexamined(_message.Message):
+    __slots__ = ("node_id", "problem")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    problem: str
+    def __init__(self, node_id: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...

@@ -94,6 +94,11 @@ class PeersStub:
                 request_serializer=everstep_dot_proto_dot_peer__pb2.MendRequest.SerializeToString,
                 response_deserializer=everstep_dot_proto_dot_peer__pb2.MendProgress.FromString,
                 _registered_method=True)
+        self.Survey = channel.unary_unary(
+                '/everstep.peer.v1.Peers/Survey',
+                request_serializer=everstep_dot_proto_dot_peer__pb2.SurveyRequest.SerializeToString,
+                response_deserializer=everstep_dot_proto_dot_peer__pb2.SurveyReply.FromString,
+                _registered_method=True)
 
 
 class PeersServicer:
@@ -183,6 +188,13 @@ class PeersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Survey(self, request, context):
+        """What the coordinator knows of all jobs, for people.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -245,6 +257,11 @@ def add_PeersServicer_to_server(servicer, server):
                     servicer.Mend,
                     request_deserializer=everstep_dot_proto_dot_peer__pb2.MendRequest.FromString,
                     response_serializer=everstep_dot_proto_dot_peer__pb2.MendProgress.SerializeToString,
+            ),
+            'Survey': grpc.unary_unary_rpc_method_handler(
+                    servicer.Survey,
+                    request_deserializer=everstep_dot_proto_dot_peer__pb2.SurveyRequest.FromString,
+                    response_serializer=everstep_dot_proto_dot_peer__pb2.SurveyReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -571,6 +588,241 @@ class Peers:
             '/everstep.peer.v1.Peers/Mend',
             everstep_dot_proto_dot_peer__pb2.MendRequest.SerializeToString,
             everstep_dot_proto_dot_peer__pb2.MendProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Survey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/everstep.peer.v1.Peers/Survey',
+            everstep_dot_proto_dot_peer__pb2.SurveyRequest.SerializeToString,
+            everstep_dot_proto_dot_peer__pb2.SurveyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class RecoveryStub:
+    """Asked by the command line, over the agent's unix socket.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Overview = channel.unary_unary(
+                '/everstep.peer.v1.Recovery/Overview',
+                request_serializer=everstep_dot_proto_dot_peer__pb2.OverviewRequest.SerializeToString,
+                response_deserializer=everstep_dot_proto_dot_peer__pb2.OverviewReply.FromString,
+                _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/everstep.peer.v1.Recovery/Plan',
+                request_serializer=everstep_dot_proto_dot_peer__pb2.PlanRequest.SerializeToString,
+                response_deserializer=everstep_dot_proto_dot_peer__pb2.PlanReply.FromString,
+                _registered_method=True)
+        self.Recover = channel.unary_stream(
+                '/everstep.peer.v1.Recovery/Recover',
+                request_serializer=everstep_dot_proto_dot_peer__pb2.RecoverRequest.SerializeToString,
+                response_deserializer=everstep_dot_proto_dot_peer__pb2.RecoverProgress.FromString,
+                _registered_method=True)
+        self.Examine = channel.unary_stream(
+                '/everstep.peer.v1.Recovery/Examine',
+                request_serializer=everstep_dot_proto_dot_peer__pb2.ExamineRequest.SerializeToString,
+                response_deserializer=everstep_dot_proto_dot_peer__pb2.ExamineProgress.FromString,
+                _registered_method=True)
+
+
+class RecoveryServicer:
+    """Asked by the command line, over the agent's unix socket.
+    """
+
+    def Overview(self, request, context):
+        """What all agents together hold, how safe it is, and who is late.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Plan(self, request, context):
+        """What of a job can be recovered, from where, and to where.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Recover(self, request, context):
+        """Puts a snapshot back into the memory of the nodes where its ranks run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Examine(self, request, context):
+        """Checks the copies and the parity of all nodes, and mends what is damaged if asked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RecoveryServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Overview': grpc.unary_unary_rpc_method_handler(
+                    servicer.Overview,
+                    request_deserializer=everstep_dot_proto_dot_peer__pb2.OverviewRequest.FromString,
+                    response_serializer=everstep_dot_proto_dot_peer__pb2.OverviewReply.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=everstep_dot_proto_dot_peer__pb2.PlanRequest.FromString,
+                    response_serializer=everstep_dot_proto_dot_peer__pb2.PlanReply.SerializeToString,
+            ),
+            'Recover': grpc.unary_stream_rpc_method_handler(
+                    servicer.Recover,
+                    request_deserializer=everstep_dot_proto_dot_peer__pb2.RecoverRequest.FromString,
+                    response_serializer=everstep_dot_proto_dot_peer__pb2.RecoverProgress.SerializeToString,
+            ),
+            'Examine': grpc.unary_stream_rpc_method_handler(
+                    servicer.Examine,
+                    request_deserializer=everstep_dot_proto_dot_peer__pb2.ExamineRequest.FromString,
+                    response_serializer=everstep_dot_proto_dot_peer__pb2.ExamineProgress.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'everstep.peer.v1.Recovery', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('everstep.peer.v1.Recovery', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Recovery:
+    """Asked by the command line, over the agent's unix socket.
+    """
+
+    @staticmethod
+    def Overview(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/everstep.peer.v1.Recovery/Overview',
+            everstep_dot_proto_dot_peer__pb2.OverviewRequest.SerializeToString,
+            everstep_dot_proto_dot_peer__pb2.OverviewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/everstep.peer.v1.Recovery/Plan',
+            everstep_dot_proto_dot_peer__pb2.PlanRequest.SerializeToString,
+            everstep_dot_proto_dot_peer__pb2.PlanReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/everstep.peer.v1.Recovery/Recover',
+            everstep_dot_proto_dot_peer__pb2.RecoverRequest.SerializeToString,
+            everstep_dot_proto_dot_peer__pb2.RecoverProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Examine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/everstep.peer.v1.Recovery/Examine',
+            everstep_dot_proto_dot_peer__pb2.ExamineRequest.SerializeToString,
+            everstep_dot_proto_dot_peer__pb2.ExamineProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,6 +22,8 @@ from everstep.proto import failpoint
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
 
+from .clusters import AgentCluster
+
 DEADLINE_S = 60.0
 _POLL_S = 0.01
 
@@ -295,3 +297,19 @@ def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     yield armed
     for held in holds:
         held.open()
+
+
+@pytest.fixture
+def start_cluster() -> Iterator[Callable[..., AgentCluster]]:
+    """Starts agents that know each other, so many; they end with the test. See `AgentCluster`."""
+    started: list[AgentCluster] = []
+
+    def start(count: int, options: str = "", **more: Any) -> AgentCluster:
+        cluster = AgentCluster(options, **more)
+        started.append(cluster)
+        cluster.start(count)
+        return cluster
+
+    yield start
+    for cluster in started:
+        cluster.close()
