@@ -82,6 +82,8 @@ def adopt_part(state: "State", job: Job, event: events.Adopt) -> None:
     for snapshot in sorted(job.snapshots.values(), key=lambda s: s.id, reverse=True):
         snapshot.verified = False
         snapshot.pins += 1
+        if job.in_round(snapshot.id):
+            snapshot.stage = Stage.COMMITTED  # a round is begun for nothing else
         state.act(actions.VerifyAdopted(job.name, snapshot.id))
 
 

@@ -7,16 +7,19 @@ left behind is decided only once all its members that are still members have rep
 so that two coordinators never decide it differently. Does no I/O and reads no clock.
 
 Two-phase commit blocks: while a member of an orphaned round is silent and not replaced, no new
-round of that job begins. The parity before it, and what it protects, stay meanwhile.
+round of that job begins. The parity before it, and what it protects, stay meanwhile. A round of
+which a member has lost all memory may have been committed, and may not: it is kept as it is, and
+so is the parity before it, until a newer round is committed.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from everstep.agent import events
 from everstep.agent.holdings import RoundFact
-from everstep.agent.plans import MAX_MEMBERS, ParityPlan, PlannedMember, PlannedShard
+from everstep.agent.plans import ParityPlan, PlannedMember, PlannedShard
 from everstep.agent.tables import JobTable
 from everstep.erasure.placement import PlacedNode, Placement, place
 from everstep.proto.ids import SnapshotId
@@ -72,6 +75,8 @@ class _Progress:
     last: _Attempt | None = None
     orphans: dict[str, bool] = field(default_factory=dict)
     """Decisions on rounds of earlier terms, by plan."""
+    kept: dict[str, SnapshotId] = field(default_factory=dict)
+    """Rounds of earlier terms of which nobody can say any more whether they were committed."""
     count: int = 0
 
 
@@ -117,16 +122,23 @@ class Protection:
         self, progress: _Progress, table: JobTable, facts: "Coordination", cluster: "Cluster"
     ) -> set[str]:
         changed: set[str] = set()
-        own = {p.plan_id for p in progress.round.plans} if progress.round is not None else set()
+        own = progress.round.plans[0].plan_id if progress.round is not None else ""
+        left: dict[str, dict[str, dict[str, RoundFact]]] = {}
         for plan_id, nodes in table.rounds.items():
-            if plan_id in own or plan_id in progress.orphans:
+            if round_of(plan_id) != round_of(own):
+                left.setdefault(round_of(plan_id), {})[plan_id] = nodes
+        progress.kept.clear()
+        for plans in left.values():
+            open_plans = [p for p in plans if p not in progress.orphans and _is_open(plans[p])]
+            if not open_plans:
                 continue
-            if all(fact.stage == "committed" for fact in nodes.values()):
-                continue
-            decision = _orphan_decision(nodes, facts, cluster)
-            if decision is not None:
-                progress.orphans[plan_id] = decision
-                changed |= set(nodes)
+            decision = _orphan_decision(plans, table, facts, cluster)
+            for plan_id in open_plans:
+                if decision is _Orphan.KEPT:
+                    progress.kept[plan_id] = next(iter(plans[plan_id].values())).snapshot
+                elif decision is not _Orphan.UNKNOWN:
+                    progress.orphans[plan_id] = decision is _Orphan.COMMITTED
+                    changed |= set(plans[plan_id])
         for plan_id in [p for p in progress.orphans if p not in table.rounds]:
             del progress.orphans[plan_id]
         return changed
@@ -164,10 +176,17 @@ class Protection:
         now_s: float,
     ) -> set[str]:
         table = facts.jobs[name]
-        if any(f.stage != "committed" for nodes in table.rounds.values() for f in nodes.values()):
+        if any(
+            fact.stage != "committed"
+            for plan_id, nodes in table.rounds.items()
+            if plan_id not in progress.kept
+            for fact in nodes.values()
+        ):
             return set()  # something earlier is not settled yet
         newest = facts.newest_committed(name)
-        if newest is None or not self._due(progress, table, newest, cluster, now_s):
+        if newest is None or newest < max(progress.kept.values(), default=newest):
+            return set()
+        if not self._due(progress, table, newest, cluster, now_s):
             return set()
         holders = {
             node_id: part
@@ -225,9 +244,10 @@ class Protection:
                     )
                     shards[node_id].append(planned)
         placement = self._place(shards, cluster)
+        count = len(placement.groups)
         return tuple(
             ParityPlan(
-                plan_id=f"{self._term}-{snapshot.incarnation}-{snapshot.step}-{number}-{index}",
+                plan_id=f"{self._term}-{snapshot.incarnation}-{snapshot.step}-{number}-{index}.{count}",
                 job=name,
                 snapshot=snapshot,
                 world=known.world,
@@ -238,7 +258,6 @@ class Protection:
                 ),
             )
             for index, group in enumerate(placement.groups)
-            if len(group.members) <= MAX_MEMBERS
         )
 
     def _place(self, shards: dict[str, list[PlannedShard]], cluster: "Cluster") -> Placement:
@@ -283,16 +302,49 @@ def _own_orders(
         yield events.RoundEnded(name, plan.plan_id, known.commit, known.reason)
 
 
+class _Orphan(Enum):
+    """What becomes of a round that an earlier coordinator left behind."""
+
+    UNKNOWN = "unknown"
+    COMMITTED = "committed"
+    GIVEN_UP = "given up"
+    KEPT = "kept"
+
+
+def _is_open(nodes: dict[str, RoundFact]) -> bool:
+    return any(fact.stage != "committed" for fact in nodes.values())
+
+
 def _orphan_decision(
-    nodes: dict[str, RoundFact], facts: "Coordination", cluster: "Cluster"
-) -> bool | None:
-    stages = {fact.stage for fact in nodes.values()}
+    plans: dict[str, dict[str, RoundFact]],
+    table: JobTable,
+    facts: "Coordination",
+    cluster: "Cluster",
+) -> _Orphan:
+    """What is to become of a round, all its groups together: it commits for all or for none."""
+    stages = {fact.stage for nodes in plans.values() for fact in nodes.values()}
     if "committed" in stages:
-        return True
-    involved = {m for fact in nodes.values() for m in fact.members} & cluster.members
-    if not involved <= set(facts.reported):
-        return None  # a silent one may have committed it
-    return stages == {"prepared"} and involved <= set(nodes)
+        return _Orphan.COMMITTED
+    members = {m for nodes in plans.values() for fact in nodes.values() for m in fact.members}
+    if len(plans) < groups_of(next(iter(plans))):
+        members |= cluster.members  # of some group nobody knows who was in it
+    if not members & cluster.members <= set(facts.reported):
+        return _Orphan.UNKNOWN  # a silent one may have committed it
+    if stages != {"prepared"}:
+        return _Orphan.GIVEN_UP
+    lacking = members.difference(*plans.values())
+    if not lacking:
+        return _Orphan.COMMITTED
+    # Who committed it has forgotten the rounds before it, and forgets it only for a newer one: a
+    # member that has committed another round never committed this one, or something newer has taken
+    # its place. Any other, or one that is gone, may have committed it and told so.
+    elsewhere = {
+        node_id
+        for others in table.rounds.values()
+        for node_id, fact in others.items()
+        if fact.stage == "committed"
+    }
+    return _Orphan.GIVEN_UP if lacking & elsewhere else _Orphan.KEPT
 
 
 def _unsettled(table: JobTable, plan: ParityPlan, commit: bool) -> bool:
@@ -302,13 +354,26 @@ def _unsettled(table: JobTable, plan: ParityPlan, commit: bool) -> bool:
 
 
 def _protected(table: JobTable, cluster: "Cluster") -> SnapshotId | None:
-    """The newest snapshot whose every group is whole: all its members there, and committed."""
-    weak: set[SnapshotId] = set()
-    found: set[SnapshotId] = set()
-    for nodes in table.rounds.values():
-        for fact in nodes.values():
-            found.add(fact.snapshot)
-            if fact.stage != "committed" or not set(fact.members) <= set(nodes) & cluster.live:
-                weak.add(fact.snapshot)
-            break
-    return max(found - weak, default=None)
+    """The newest snapshot with a round whose every group is whole: all its members there, and
+    committed."""
+    whole: dict[str, int] = {}
+    best: SnapshotId | None = None
+    for plan_id, nodes in table.rounds.items():
+        fact = next(iter(nodes.values()))
+        if fact.stage != "committed" or not set(fact.members) <= nodes.keys() & cluster.live:
+            continue
+        known = whole[round_of(plan_id)] = whole.get(round_of(plan_id), 0) + 1
+        if known == groups_of(plan_id) and (best is None or fact.snapshot > best):
+            best = fact.snapshot
+    return best
+
+
+def round_of(plan_id: str) -> str:
+    """What the plans of all groups of a round have in common."""
+    return plan_id.rpartition("-")[0]
+
+
+def groups_of(plan_id: str) -> int:
+    """How many groups the round of a plan has, as its name says."""
+    count = plan_id.rpartition(".")[2]
+    return int(count) if count.isdecimal() else 1

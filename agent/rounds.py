@@ -16,8 +16,6 @@ from everstep.agent.plans import ParityPlan
 if TYPE_CHECKING:
     from everstep.agent.state import State
 
-_UNDECIDED = (RoundStage.ENCODING, RoundStage.PREPARED)
-
 
 def prepare_ordered(state: "State", event: events.PrepareOrdered) -> None:
     """See `everstep.agent.events.PrepareOrdered`."""
@@ -28,7 +26,10 @@ def prepare_ordered(state: "State", event: events.PrepareOrdered) -> None:
         if len(state.jobs) >= state.rules.max_jobs:
             return
         job = state.jobs[plan.job] = Job(plan.job, plan.world, plan.snapshot.incarnation)
-    if plan.plan_id in job.rounds or any(r.stage in _UNDECIDED for r in job.rounds.values()):
+    # One that is prepared and of which nobody knows the end is kept beside: see `agent.protection`.
+    if plan.plan_id in job.rounds or any(
+        known.stage is RoundStage.ENCODING for known in job.rounds.values()
+    ):
         return
     for known in [r for r in job.rounds.values() if r.stage is RoundStage.FAILED]:
         _forget(state, job, known)
@@ -91,10 +92,17 @@ def _commit(state: "State", job: Job, known: Round) -> None:
         _forget(state, job, known)
         return
     job.count("protected")
-    for older in [r for r in job.rounds.values() if r is not known and r.stage not in _UNDECIDED]:
+    for older in [r for r in job.rounds.values() if r is not known and _useless(job, r, known)]:
         _forget(state, job, older)
     state.act(actions.NotifyCommitted(job.name, known.plan.snapshot, "parity"))
     flush_parity(state, job)
+
+
+def _useless(job: Job, older: Round, committed: Round) -> bool:
+    if older.stage is RoundStage.PREPARED:
+        # Maybe it was committed elsewhere: then only something as new takes its place.
+        return job.preference(older.plan.snapshot) <= job.preference(committed.plan.snapshot)
+    return older.stage is not RoundStage.ENCODING
 
 
 def _forget(state: "State", job: Job, known: Round) -> None:

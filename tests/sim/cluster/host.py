@@ -230,9 +230,7 @@ class Agent:
         getattr(agent, what)(*arguments)
 
     def _answer(self, to: "Agent", what: Callable[..., None], *arguments: Any) -> None:
-        self.world.network.send(
-            self.host.address, to.host.address, to._answered, what, *arguments
-        )
+        self.world.network.send(self.host.address, to.host.address, to._answered, what, *arguments)
 
     def _answered(self, what: Callable[..., None], *arguments: Any) -> None:
         if not self.here:
@@ -306,7 +304,9 @@ class Agent:
     def _release_arena(self, action: actions.ReleaseArena) -> None:
         memory = self.host.memory
         memory.arenas.pop((action.rank, action.generation), None)
-        for slot in [s for s in memory.slots if (s[0], s[1].generation) == (action.rank, action.generation)]:  # noqa: E501
+        for slot in [
+            s for s in memory.slots if (s[0], s[1].generation) == (action.rank, action.generation)
+        ]:  # noqa: E501
             memory.slots.pop(slot)
             memory.records.pop(slot, None)
         self.world.ledger.dirty = True
@@ -387,7 +387,11 @@ class Agent:
         """Read what a contributor has; the problem, if there is one."""
         host = self.world.hosts[node_id]
         agent = host.agent
-        if agent is None or not host.runs or not self.world.network.call(self.host.address, host.address):
+        if (
+            agent is None
+            or not host.runs
+            or not self.world.network.call(self.host.address, host.address)
+        ):
             return f"{node_id} cannot be reached"
         job = agent.job
         held = job.rounds.get(plan.plan_id) if job is not None else None

@@ -67,7 +67,7 @@ class Ledger:
     commits: dict[SnapshotId, bool] = field(default_factory=dict)
     ends: dict[str, bool] = field(default_factory=dict)
     told_levels: dict[str, int] = field(default_factory=dict)
-    newest: dict[str, SnapshotId] = field(default_factory=dict)
+    told_of: dict[str, set[SnapshotId]] = field(default_factory=dict)
     written: dict[SnapshotId, set[Token]] = field(default_factory=dict)
     full_checks: int = 0
 
@@ -86,8 +86,7 @@ class Ledger:
         """Trainers are told that a snapshot is committed at a level."""
         self.told_levels[level] = self.told_levels.get(level, 0) + 1
         self.dirty = True
-        if level not in self.newest or snapshot > self.newest[level]:
-            self.newest[level] = snapshot
+        self.told_of.setdefault(level, set()).add(snapshot)
         known = self.promised.get(level)
         if known is not None and known.snapshot >= snapshot or (level, snapshot) in self.void:
             return
@@ -145,18 +144,25 @@ class Ledger:
     def _superseded(self, plan_id: str) -> bool:
         snapshot = self.plans[plan_id].snapshot
         return any(
-            commit and self.plans[other].snapshot >= snapshot and round_of(other) != round_of(plan_id)
+            commit
+            and self.plans[other].snapshot >= snapshot
+            and round_of(other) != round_of(plan_id)
             for other, commit in self.ends.items()
         )
 
     def restored(
-        self, snapshot: SnapshotId | None, tokens: Iterable[Token], asked: set[str]
+        self,
+        incarnation: int,
+        snapshot: SnapshotId | None,
+        tokens: Iterable[Token],
+        asked: set[str],
     ) -> None:
         """A restore was decided; `asked` are the nodes whose holdings were known."""
         one = {(token.incarnation, token.step, token.launch) for token in tokens}
         insist(len(one) == (snapshot is not None), f"restored from {one} for {snapshot}")
         insist(
-            snapshot is None or {(s, t) for s, t, _ in one} == {(snapshot.incarnation, snapshot.step)},
+            snapshot is None
+            or {(s, t) for s, t, _ in one} == {(snapshot.incarnation, snapshot.step)},
             f"{one} for {snapshot}",
         )
         for level, promise in list(self.promised.items()):
@@ -171,6 +177,15 @@ class Ledger:
                 f"restored {snapshot}, though {promise} was told and all nodes were asked",
             )
             del self.promised[level]  # the job went on without it, and says so
+        self._number_taken(incarnation)
+
+    def _number_taken(self, incarnation: int) -> None:
+        """After all memory of them was lost, numbers may be taken again."""
+        for snapshot in [s for s in self.commits if s.incarnation >= incarnation]:
+            del self.commits[snapshot]
+        self.void = {known for known in self.void if known[1].incarnation < incarnation}
+        for told in self.told_of.values():
+            told -= {s for s in told if s.incarnation >= incarnation}
 
     # What must hold.
 

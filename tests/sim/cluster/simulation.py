@@ -21,6 +21,7 @@ from .ledger import Ledger, insist
 from .training import Training
 
 CALM_S = 90.0
+_NONE = SnapshotId(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,23 +288,39 @@ class Simulation:
             host.stopped_until_s = 0.0
             self._start(host)
         end_s = self.clock.now_s + CALM_S
-        before = {level: self.ledger.newest.get(level) for level in ("memory", "parity")}
+        before = {level: set(told) for level, told in self.ledger.told_of.items()}
         while not self._protected_since(before):
             insist(self.clock.now_s < end_s, f"nothing new is protected: {self.why()}")
+            self._replace_lost()
             self.advance(1.0)
 
-    def _protected_since(self, before: dict[str, SnapshotId | None]) -> bool:
+    def _protected_since(self, before: dict[str, set[SnapshotId]]) -> bool:
         running = [h for h in self.hosts.values() if not h.lost]
         wanted = ("memory", "parity") if len(running) > 1 else ("memory",)
-        for level in wanted:
-            new, old = self.ledger.newest.get(level), before[level]
-            if new is None or (old is not None and new <= old):
-                return False
-        return True
+        return all(
+            any(new > max(before.get(level, {new}), default=_NONE) for new in told)
+            or (told and not before.get(level))
+            for level in wanted
+            for told in [self.ledger.told_of.get(level, set())]
+        )
+
+    def _replace_lost(self) -> None:
+        """An operator sees to it that each lost node has a replacement."""
+        for host in list(self.hosts.values()):
+            agent = host.agent
+            if host.lost or agent is None or not agent.node.ready(agent.now_s):
+                continue
+            lost = [
+                e.node_id for e in agent.node.members.view.members() if self.hosts[e.node_id].lost
+            ]
+            coming = {h.replaces for h in self.hosts.values() if not h.lost}
+            for node_id in lost:
+                if node_id not in coming:
+                    self._replacement(node_id)
 
     def why(self) -> str:
         """What there is to see when nothing happens any more."""
-        lines = [f"{self.ledger.newest} {self.training.launch}"]
+        lines = [f"{self.ledger.told_of} {self.training.launch}"]
         for host in self.hosts.values():
             agent = host.agent
             if agent is not None:

@@ -114,7 +114,11 @@ class Training:
         return launch.stage != "running" and self.now_s - launch.began_s > 3 * PATIENCE_S
 
     def _relaunch(self) -> None:
-        self.candidates = [h for h in self.world.hosts.values() if not h.lost and h.runs and h.agent.node.members.joined]  # type: ignore[union-attr] # noqa: E501
+        self.candidates = [
+            h
+            for h in self.world.hosts.values()
+            if not h.lost and h.runs and h.agent.node.members.joined
+        ]  # type: ignore[union-attr] # noqa: E501
         for trainer in self.launch.trainers if self.launch is not None else ():
             self.kill(trainer)
         self.launch = None
@@ -126,7 +130,9 @@ class Training:
             count = min(self.ranks, len(self.candidates))
         places = sorted(self.world.chance.sample(self.candidates, count), key=lambda h: h.node_id)
         trainers = [
-            Trainer(self.launches, rank, places[rank * count // self.ranks], f"p{self.launches}-{rank}")
+            Trainer(
+                self.launches, rank, places[rank * count // self.ranks], f"p{self.launches}-{rank}"
+            )
             for rank in range(self.ranks)
         ]
         self.launch = Launch(self.launches, self.ranks, trainers, self.now_s)
@@ -237,9 +243,7 @@ class Training:
         generation = job.next_generation(rank)
         memory = agent.host.memory
         memory.arenas[rank, generation] = self.slots
-        agent.feed(
-            events.ArenaReserved(JOB, rank, generation, self.world.image_bytes, self.slots)
-        )
+        agent.feed(events.ArenaReserved(JOB, rank, generation, self.world.image_bytes, self.slots))
 
     # Restoring.
 
@@ -266,7 +270,7 @@ class Training:
             tokens.append(token)
         asked = {host.node_id for host in hosts}
         launch.restored = chosen.snapshot if chosen is not None else None
-        self.world.ledger.restored(launch.restored, tokens, asked)
+        self.world.ledger.restored(launch.incarnation, launch.restored, tokens, asked)
         self.world.seen["restored" if chosen is not None else "fresh start"] += 1
         if chosen is not None and chosen.decoded:
             self.world.seen["decoded"] += 1
@@ -298,7 +302,9 @@ class Training:
             if agent is None:
                 self.kill(trainer)
                 return
-            if restored is None or agent.host.memory.sound(trainer.rank, launch.digests[trainer.rank]):
+            if restored is None or agent.host.memory.sound(
+                trainer.rank, launch.digests[trainer.rank]
+            ):
                 continue
             if not self._install(launch, trainer, agent, restored):
                 self.kill(trainer)
