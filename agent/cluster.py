@@ -66,7 +66,7 @@ class Cluster:
         tls = client_context(config.tls)
         self.serving = Serving(pipeline=pipeline, bulk=bulk, parity=pipeline.parity)
         assert pipeline.parity is not None
-        self.encoding = Encoding(pipeline=pipeline, parity=pipeline.parity, calls=peers)
+        self.encoding = Encoding(pipeline=pipeline, parity=pipeline.parity, calls=peers, tls=tls)
         self.executing = Executing(peers, pipeline, bulk, config.bulk, tls=tls)
         self.fetching = Fetching(peers, config.bulk, tls=tls)
         self.gathering = Gathering(peers, config.limits.declare_timeout_s)
