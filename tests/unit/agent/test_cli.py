@@ -29,7 +29,7 @@ from everstep.snapshot.record import record_digest, seal_record
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
 
-VERBS = ("agent", "status", "list", "inspect", "verify", "export", "gc", "doctor", "demo")
+VERBS = ("agent", "status", "list", "verify", "inspect", "export", "gc", "doctor", "demo")
 OF_AN_AGENT = {
     "status": (),
     "list": (),
