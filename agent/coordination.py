@@ -74,7 +74,7 @@ class Coordination:
 
     def _replace(self, name: str, node_id: str, fact: JobFact | None) -> None:
         table = self.jobs.setdefault(name, JobTable())
-        before = table.incarnation
+        before = table.incarnation, table.decided_incarnation
         for snapshot in table.replace(node_id, fact):
             known = table.snapshots.get(snapshot)
             # Told once; whoever comes later hears it in the answer to its own report.
@@ -82,7 +82,7 @@ class Coordination:
                 known.announced = True
                 self._changed |= set(known.parts)
         self._announce_flushes(table, fact)
-        if table.incarnation > before:
+        if (table.incarnation, table.decided_incarnation) > before:
             self._changed |= set(table.facts)
         if not table.facts:
             del self.jobs[name]
@@ -125,18 +125,16 @@ class Coordination:
         for name, table in self.jobs.items():
             fact = table.facts.get(node_id)
             if fact is not None:
-                found += self._orders_for(name, table, fact, cluster)
+                found += self._orders_for(name, table, fact)
         found += self._protection.orders(self, node_id, cluster)
         return tuple(found)
 
-    def _orders_for(
-        self, name: str, table: JobTable, fact: JobFact, cluster: Cluster
-    ) -> Iterator[Order]:
+    def _orders_for(self, name: str, table: JobTable, fact: JobFact) -> Iterator[Order]:
         if 0 < fact.incarnation < table.incarnation:
             yield events.BeginOrdered(name, table.incarnation, table.world, table.launch_id)
         for part in fact.snapshots:
             if part.stage == "sealed":
-                order = self._verdict(name, part.snapshot, cluster)
+                order = self._verdict(name, part.snapshot)
                 if order is not None:
                     yield order
         for flushed in fact.flushed:
@@ -147,7 +145,7 @@ class Coordination:
         if wanted is not None:
             yield events.FlushOrdered(name, wanted)
 
-    def _verdict(self, name: str, snapshot: SnapshotId, cluster: Cluster) -> Order | None:
+    def _verdict(self, name: str, snapshot: SnapshotId) -> Order | None:
         table = self.jobs[name]
         known = table.snapshots[snapshot]
         if known.committed_at or self.is_committed(name, snapshot):
@@ -166,11 +164,13 @@ class Coordination:
             return events.DropOrdered(
                 name, snapshot, f"{known.passed_by} went on to a newer step without sealing it"
             )
-        everyone = cluster.whole and cluster.members <= set(self.reported)
-        # A node that still checks its part, after its agent's restart, may have the rest of it.
-        if snapshot.incarnation < table.incarnation and everyone and not known.open_at:
+        if snapshot.incarnation < table.incarnation == table.decided_incarnation:
+            # Who reports is not proof enough: after all agents have restarted, a coordinator may
+            # know for a while of itself alone.
+            if snapshot == table.restored:
+                return events.CommitOrdered(name, snapshot, known.commit_id)
             return events.DropOrdered(
-                name, snapshot, "not all ranks had sealed it when the job was started anew"
+                name, snapshot, "not all ranks had sealed it, and the job went on without it"
             )
         return None
 

@@ -79,6 +79,7 @@ def adopt_part(state: "State", job: Job, event: events.Adopt) -> None:
         for snapshot, world in event.durable
     }
     job.durable.clear()
+    job.restoring &= job.members.keys()  # the others never come here to say that they are done
     for snapshot in sorted(job.snapshots.values(), key=lambda s: s.id, reverse=True):
         snapshot.verified = False
         snapshot.pins += 1

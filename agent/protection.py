@@ -184,8 +184,9 @@ class Protection:
         ):
             return set()  # something earlier is not settled yet
         newest = facts.newest_committed(name)
-        if newest is None or newest < max(progress.kept.values(), default=newest):
-            return set()
+        known = (fact.snapshot for nodes in table.rounds.values() for fact in nodes.values())
+        if newest is None or newest < max(known, default=newest):
+            return set()  # nobody gives up newer parity for it, and maybe that is needed yet
         if not self._due(progress, table, newest, cluster, now_s):
             return set()
         holders = {

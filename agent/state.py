@@ -440,7 +440,8 @@ class State:
             return
         job.restored = event.snapshot
         job.restore_decided = True
-        job.restoring = set(range(job.world)) if event.snapshot is not None else set()
+        ranks = job.members if self.rules.clustered else range(job.world)
+        job.restoring = set(ranks) if event.snapshot is not None else set()
         if self.rules.clustered:
             settle_earlier(self, job, event.snapshot)
         self.keep_membership(job)

@@ -144,6 +144,9 @@ class JobTable:
     world: int = 0
     launch_id: str = ""
     newest_incarnation: int = 0
+    decided_incarnation: int = 0
+    """The newest one of which it is known what it restored."""
+    restored: SnapshotId | None = None
 
     def find_passed(self) -> set[str]:
         """Look for snapshots that a node has passed by: its ranks took part in a newer step of the
@@ -237,4 +240,6 @@ class JobTable:
             self.world = fact.world
             self.launch_id = fact.launch_id
         self.newest_incarnation = max(self.newest_incarnation, fact.newest_incarnation)
+        if fact.restore_decided and fact.incarnation > self.decided_incarnation:
+            self.decided_incarnation, self.restored = fact.incarnation, fact.restored
         return {part.snapshot for part in fact.snapshots}

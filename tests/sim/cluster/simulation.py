@@ -73,7 +73,6 @@ class Simulation:
         self._at: dict[str, Host] = {}
         for index in range(nodes):
             self._add_host(f"n{index + 1}")
-        self.seeds = tuple((h.node_id, h.address) for h in self.hosts.values())
         self.fresh = nodes
         ranks = nodes if chance.random() < 0.7 else chance.randint(1, 2 * nodes)
         slots = chance.choice((3, 3, 4))
@@ -85,6 +84,10 @@ class Simulation:
     def _add_host(self, node_id: str) -> Host:
         host = self.hosts[node_id] = Host(self, node_id, f"{node_id}:1")
         self._at[host.address] = host
+        self.seeds = tuple((h.node_id, h.address) for h in self.hosts.values() if not h.lost)
+        for other in self.hosts.values():
+            if other.agent is not None:
+                other.agent.node.members.seek(self.seeds)
         return host
 
     def agent_at(self, address: str) -> Agent | None:
@@ -173,8 +176,9 @@ class Simulation:
     def replace_node(self) -> None:
         """A node is lost for good, and another one takes its place."""
         host = self._some_host()
-        if host is None or len(self.hosts) > 16:
-            return
+        first = [h for h in self.hosts.values() if not h.lost and not h.replaces]
+        if host is None or len(self.hosts) > 16 or len(first) < 2:
+            return  # somebody must be left who knows the membership
         self._wipe(host, disk=True)
         host.lost = True
         self.clock.later(self.chance.choice((0.5, 4.0)), self._replacement, host.node_id)
