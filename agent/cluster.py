@@ -10,7 +10,6 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -25,12 +24,14 @@ from everstep.agent.fetching import Fetching
 from everstep.agent.gathering import Gathering
 from everstep.agent.job import Job
 from everstep.agent.members import MemberRules, Members
+from everstep.agent.mending import Mending
 from everstep.agent.node import Node
 from everstep.agent.options import format_endpoint, is_wildcard, split_endpoint
 from everstep.agent.peers import Peers
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.protection import ProtectionRules
 from everstep.agent.recovery import Wanted
+from everstep.agent.restoring import Restoring
 from everstep.agent.sending import BulkServer
 from everstep.agent.serving import Serving
 from everstep.agent.tls import client_context, server_context, server_credentials
@@ -79,6 +80,10 @@ class Cluster:
             "Open": self.serving.open,
             "Rebuild": self.executing.rebuild,
         }
+        self.mending = Mending(pipeline, self.fetching)
+        self.restoring = Restoring(
+            pipeline, node.node_id, self.ask_coordinator, self.fetching, self.mending
+        )
         self._running: asyncio.Task[None] | None = None
 
     @property
@@ -121,8 +126,13 @@ class Cluster:
         return tuple(reply.agreed)
 
     async def restore(self, job: Job, rank: int, wanted: Wanted) -> agent_pb2.RestoreReply:
-        """See `everstep.agent.restoring`."""
-        raise NotImplementedError
+        """What a rank of this node loads, and where on this node it lies.
+
+        Raises:
+            EverstepError: See `everstep.agent.restoring`.
+        """
+        self.check_place()
+        return await self.restoring.restore(job, rank, wanted)
 
     async def ask_coordinator(self, method: str, request: Any, timeout_s: float) -> Any:
         """Ask whoever coordinates, and wait, bounded, until somebody does.
@@ -144,11 +154,6 @@ class Cluster:
                     raise
                 await asyncio.sleep(_AGAIN_S)
 
-    async def mend(self, request: peer_pb2.MendRequest) -> AsyncIterator[peer_pb2.MendProgress]:
-        """See `everstep.agent.mending`."""
-        raise NotImplementedError
-        yield
-
     async def start(self) -> None:
         """Take part from now on."""
         self._running = asyncio.get_running_loop().create_task(self.peers.run())
@@ -161,6 +166,7 @@ class Cluster:
                 await self._running
         await self.peers.close()
         self.executing.close()
+        self.mending.close()
         await self.encoding.close()
         await asyncio.to_thread(self.bulk.close)
 
@@ -189,7 +195,7 @@ async def opened(config: Config, pipeline: Pipeline) -> tuple[Cluster, grpc.aio.
     pipeline.staging = Staging(config.agent.memory_dir, keep_free_bytes=keep_free_bytes)
     cluster = Cluster(config, pipeline, node, peers, _bulk_server(config))
     pipeline.join_cluster(node, peers.send, cluster.encoding.performers())
-    add_PeersServicer_to_server(PeerService(cluster.answering, cluster.mend), server)
+    add_PeersServicer_to_server(PeerService(cluster.answering, cluster.mending.mend), server)
     return cluster, server
 
 

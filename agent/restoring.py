@@ -85,7 +85,12 @@ class Restoring:
         failpoint("agent.restore.decided")
         if plan is None:
             return RestoreReply(found=False)
-        locations = await self._located(job, rank, plan)
+        damaged = any(
+            (copy.incarnation, copy.step, copy.rank, copy.level)
+            == (plan.snapshot.incarnation, plan.snapshot.step, rank, "memory")
+            for copy in decided.rejected
+        )
+        locations = await self._located(job, rank, plan, damaged=damaged)
         return RestoreReply(
             found=True,
             incarnation=plan.snapshot.incarnation,
@@ -94,7 +99,9 @@ class Restoring:
             rejected=decided.rejected,
         )
 
-    async def _located(self, job: Job, rank: int, plan: SnapshotPlan) -> list[ShardLocation]:
+    async def _located(
+        self, job: Job, rank: int, plan: SnapshotPlan, *, damaged: bool
+    ) -> list[ShardLocation]:
         records = await self._once(job, "records", partial(self._records, job.name, plan))
         assert isinstance(records, dict)
         found = []
@@ -105,7 +112,7 @@ class Restoring:
                 found.append(self._local(job, source.rank, source.level, plan, layout))
             elif source.rank == rank:
                 # Held here from now on: the next failure finds it where it belongs.
-                await self._once(job, rank, partial(self._mended, job, plan, rank))
+                await self._once(job, rank, partial(self._mended, job, plan, rank, damaged))
                 found.append(self._local(job, rank, "memory", plan, layout))
             else:
                 staged = await self._once(
@@ -140,11 +147,8 @@ class Restoring:
         ask = partial(self._fetching.records, job, plan, ranks, deadline_s)
         return await loop.run_in_executor(self._pipeline.workers, ask)
 
-    async def _mended(self, job: Job, plan: SnapshotPlan, rank: int) -> None:
-        held = job.snapshots.get(plan.snapshot)
-        if held is not None and rank in held.sealed and not held.withdrawn:
-            return
-        await self._mending.install(job.name, plan, (rank,))
+    async def _mended(self, job: Job, plan: SnapshotPlan, rank: int, damaged: bool) -> None:
+        await self._mending.install(job.name, plan, (rank,), anew=damaged)
 
     async def _staged(
         self, job: Job, plan: SnapshotPlan, rank: int, described: Described
