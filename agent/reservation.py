@@ -7,6 +7,8 @@ present arena and its snapshots as they were, and that quotas hold.
 
 import asyncio
 import contextlib
+import functools
+from weakref import WeakKeyDictionary
 
 from everstep.agent import events
 from everstep.agent.config import Config
@@ -16,6 +18,7 @@ from everstep.snapshot.layout import decode
 from everstep.storage.arena import ArenaFile
 
 _ROUND_BYTES = 64 * 1024
+_LOCKS: "WeakKeyDictionary[Pipeline, dict[tuple[str, int], asyncio.Lock]]" = WeakKeyDictionary()
 
 
 async def reserve_arena(
@@ -31,34 +34,62 @@ async def reserve_arena(
     declared = decode(layout, f"layout of rank {caller.rank}")
     if declared.layout_id != layout_id:
         raise FormatInvalid("Declare", "the layout's content is not what its id names")
-    pipeline.state.check(caller)
-    with contextlib.suppress(ArenaLost):
-        pipeline.check_arena(caller.job, caller.rank)
-    loop = asyncio.get_running_loop()
-    workers = pipeline.workers
-    await loop.run_in_executor(workers, pipeline.memory.put_layout, caller.job, layout_id, layout)
-    job = pipeline.state.jobs[caller.job]
-    needed_bytes = -(-declared.image_bytes // _ROUND_BYTES) * _ROUND_BYTES
-    present = job.arenas.get(caller.rank, [])
-    slots = config.memory.slots
-    if present and present[-1].slot_bytes >= needed_bytes and present[-1].slot_count == slots:
-        return pipeline.arena_file(caller.job, caller.rank, present[-1].generation)
-    _check_quota(pipeline, config, caller, needed_bytes * slots)
-    generation = job.next_generation(caller.rank)
-    arena = await loop.run_in_executor(
-        workers,
-        lambda: pipeline.memory.reserve(caller.job, caller.rank, generation, slots, needed_bytes),
+    async with arena_lock(pipeline, caller.job, caller.rank):
+        pipeline.state.check(caller)
+        with contextlib.suppress(ArenaLost):
+            pipeline.check_arena(caller.job, caller.rank)
+        loop = asyncio.get_running_loop()
+        put = functools.partial(pipeline.memory.put_layout, caller.job, layout_id, layout)
+        await loop.run_in_executor(pipeline.workers, put)
+        present = pipeline.state.jobs[caller.job].arenas.get(caller.rank, [])
+        needed_bytes, slots = slot_bytes_for(declared.image_bytes), config.memory.slots
+        if present and present[-1].slot_bytes >= needed_bytes and present[-1].slot_count == slots:
+            return pipeline.arena_file(caller.job, caller.rank, present[-1].generation)
+        arena = await new_arena(pipeline, config, caller.job, caller.rank, declared.image_bytes)
+        pipeline.submit(reserved_event(arena))
+        return arena
+
+
+def arena_lock(pipeline: Pipeline, job: str, rank: int) -> asyncio.Lock:
+    """Held by whoever reserves a rank's arena until the agent's state knows of it: two must not
+    be given the same generation."""
+    locks = _LOCKS.setdefault(pipeline, {})
+    return locks.setdefault((job, rank), asyncio.Lock())
+
+
+async def new_arena(
+    pipeline: Pipeline, config: Config, job: str, rank: int, image_bytes: int
+) -> ArenaFile:
+    """Reserve one more arena for a rank. The caller holds `arena_lock`.
+
+    Raises:
+        OutOfSpace: If tmpfs, memory or the job's quota do not allow it.
+    """
+    slots, slot_bytes = config.memory.slots, slot_bytes_for(image_bytes)
+    _check_quota(pipeline, config, job, slots * slot_bytes)
+    known = pipeline.state.jobs.get(job)
+    generation = known.next_generation(rank) if known is not None else 1
+    reserve = functools.partial(pipeline.memory.reserve, job, rank, generation, slots, slot_bytes)
+    return await asyncio.get_running_loop().run_in_executor(pipeline.workers, reserve)
+
+
+def reserved_event(arena: ArenaFile) -> events.ArenaReserved:
+    """What the agent's state is told of an arena."""
+    return events.ArenaReserved(
+        arena.job, arena.rank, arena.generation, arena.slot_bytes, arena.slot_count
     )
-    pipeline.submit(events.ArenaReserved(caller.job, caller.rank, generation, needed_bytes, slots))
-    return arena
 
 
-def _check_quota(
-    pipeline: Pipeline, config: Config, caller: events.Caller, more_bytes: int
-) -> None:
+def slot_bytes_for(image_bytes: int) -> int:
+    """The size of a slot for such images."""
+    return max(1, -(-image_bytes // _ROUND_BYTES)) * _ROUND_BYTES
+
+
+def _check_quota(pipeline: Pipeline, config: Config, name: str, more_bytes: int) -> None:
     quota = config.memory.quota_bytes
-    job = pipeline.state.jobs[caller.job]
-    held = sum(a.slot_bytes * a.slot_count for arenas in job.arenas.values() for a in arenas)
+    job = pipeline.state.jobs.get(name)
+    arenas = job.arenas if job is not None else {}
+    held = sum(a.slot_bytes * a.slot_count for listed in arenas.values() for a in listed)
     if quota and held + more_bytes > quota:
         advice = "Raise memory.quota_bytes, or free an old job with `everstep gc --job NAME --all`."
-        raise OutOfSpace(f"the quota of job {caller.job!r}", more_bytes, quota - held, advice)
+        raise OutOfSpace(f"the quota of job {name!r}", more_bytes, quota - held, advice)

@@ -116,6 +116,15 @@ class ShardReader:
             raise ShardCorrupt(f"{shard.path}, rank {shard.rank}", tuple(bad))
 
 
+def units_read(ranges: Iterable[Range], image_bytes: int) -> list[range]:
+    """The units that `ShardReader` looks at for these ranges: whole blocks, ascending."""
+    units = unit_count(image_bytes)
+    return [
+        range(block * _BLOCK_UNITS, min((block + 1) * _BLOCK_UNITS, units))
+        for block in _blocks(ranges)
+    ]
+
+
 _NOTHING = Pieces(())
 
 
