@@ -31,20 +31,22 @@ class InFlight(_message.Message):
     def __init__(self, step: _Optional[int] = ..., slot: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("session", "launch_id", "pid", "pid_started_s", "nvme_interval_steps", "in_flight")
+    __slots__ = ("session", "launch_id", "pid", "pid_started_s", "nvme_interval_steps", "in_flight", "live")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LAUNCH_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     PID_STARTED_S_FIELD_NUMBER: _ClassVar[int]
     NVME_INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
     session: Session
     launch_id: str
     pid: int
     pid_started_s: float
     nvme_interval_steps: int
     in_flight: InFlight
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., launch_id: _Optional[str] = ..., pid: _Optional[int] = ..., pid_started_s: _Optional[float] = ..., nvme_interval_steps: _Optional[int] = ..., in_flight: _Optional[_Union[InFlight, _Mapping]] = ...) -> None: ...
+    live: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., launch_id: _Optional[str] = ..., pid: _Optional[int] = ..., pid_started_s: _Optional[float] = ..., nvme_interval_steps: _Optional[int] = ..., in_flight: _Optional[_Union[InFlight, _Mapping]] = ..., live: _Optional[bool] = ...) -> None: ...
 
 class Notice(_message.Message):
     __slots__ = ("attached", "committed", "dropped")
@@ -57,16 +59,18 @@ class Notice(_message.Message):
     def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("incarnation", "node_id", "agent_version", "levels")
+    __slots__ = ("incarnation", "node_id", "agent_version", "levels", "joined")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     LEVELS_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     node_id: str
     agent_version: str
     levels: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, incarnation: _Optional[int] = ..., node_id: _Optional[str] = ..., agent_version: _Optional[str] = ..., levels: _Optional[_Iterable[str]] = ...) -> None: ...
+    joined: bool
+    def __init__(self, incarnation: _Optional[int] = ..., node_id: _Optional[str] = ..., agent_version: _Optional[str] = ..., levels: _Optional[_Iterable[str]] = ..., joined: _Optional[bool] = ...) -> None: ...
 
 class Committed(_message.Message):
     __slots__ = ("incarnation", "step", "level")
@@ -91,34 +95,38 @@ class Dropped(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ..., drifted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DeclareRequest(_message.Message):
-    __slots__ = ("session", "layout", "layout_id", "candidates", "candidate_digests", "round")
+    __slots__ = ("session", "layout", "layout_id", "candidates", "candidate_digests", "round", "joining")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    JOINING_FIELD_NUMBER: _ClassVar[int]
     session: Session
     layout: bytes
     layout_id: str
     candidates: _containers.RepeatedScalarFieldContainer[str]
     candidate_digests: bytes
     round: int
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layout: _Optional[bytes] = ..., layout_id: _Optional[str] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., round: _Optional[int] = ...) -> None: ...
+    joining: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layout: _Optional[bytes] = ..., layout_id: _Optional[str] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., round: _Optional[int] = ..., joining: _Optional[bool] = ...) -> None: ...
 
 class DeclareReply(_message.Message):
-    __slots__ = ("agreed", "arena_path", "slot_bytes", "slot_count", "generation")
+    __slots__ = ("agreed", "arena_path", "slot_bytes", "slot_count", "generation", "unknown")
     AGREED_FIELD_NUMBER: _ClassVar[int]
     ARENA_PATH_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLOT_COUNT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     agreed: _containers.RepeatedScalarFieldContainer[int]
     arena_path: str
     slot_bytes: int
     slot_count: int
     generation: int
-    def __init__(self, agreed: _Optional[_Iterable[int]] = ..., arena_path: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., slot_count: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+    unknown: bool
+    def __init__(self, agreed: _Optional[_Iterable[int]] = ..., arena_path: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., slot_count: _Optional[int] = ..., generation: _Optional[int] = ..., unknown: _Optional[bool] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
     __slots__ = ("session", "step", "patient")
@@ -179,16 +187,18 @@ class AbandonReply(_message.Message):
     def __init__(self) -> None: ...
 
 class RestoreRequest(_message.Message):
-    __slots__ = ("session", "to_step", "levels", "rejected")
+    __slots__ = ("session", "to_step", "levels", "rejected", "live")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TO_STEP_FIELD_NUMBER: _ClassVar[int]
     LEVELS_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
     session: Session
     to_step: int
     levels: _containers.RepeatedScalarFieldContainer[str]
     rejected: _containers.RepeatedCompositeFieldContainer[RejectedCopy]
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., to_step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ..., rejected: _Optional[_Iterable[_Union[RejectedCopy, _Mapping]]] = ...) -> None: ...
+    live: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., to_step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ..., rejected: _Optional[_Iterable[_Union[RejectedCopy, _Mapping]]] = ..., live: _Optional[bool] = ...) -> None: ...
 
 class ShardLocation(_message.Message):
     __slots__ = ("rank", "level", "path", "offset", "image_bytes", "record", "layout")

@@ -311,32 +311,38 @@ class JoinRequest(_message.Message):
     def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ..., launch_id: _Optional[str] = ..., live: _Optional[bool] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("incarnation", "launch_id")
+    __slots__ = ("incarnation", "launch_id", "joined")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     LAUNCH_ID_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     launch_id: str
-    def __init__(self, incarnation: _Optional[int] = ..., launch_id: _Optional[str] = ...) -> None: ...
+    joined: bool
+    def __init__(self, incarnation: _Optional[int] = ..., launch_id: _Optional[str] = ..., joined: _Optional[bool] = ...) -> None: ...
 
 class AgreeRequest(_message.Message):
-    __slots__ = ("sender", "session", "round", "candidates", "candidate_digests")
+    __slots__ = ("sender", "session", "round", "candidates", "candidate_digests", "joining")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    JOINING_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     session: _agent_pb2.Session
     round: int
     candidates: _containers.RepeatedScalarFieldContainer[str]
     candidate_digests: bytes
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ..., round: _Optional[int] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ...) -> None: ...
+    joining: bool
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ..., round: _Optional[int] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., joining: _Optional[bool] = ...) -> None: ...
 
 class AgreeReply(_message.Message):
-    __slots__ = ("agreed",)
+    __slots__ = ("agreed", "unknown")
     AGREED_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     agreed: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, agreed: _Optional[_Iterable[int]] = ...) -> None: ...
+    unknown: bool
+    def __init__(self, agreed: _Optional[_Iterable[int]] = ..., unknown: _Optional[bool] = ...) -> None: ...
 
 class DecideRequest(_message.Message):
     __slots__ = ("sender", "job", "incarnation", "to_step", "levels", "live")
@@ -469,7 +475,7 @@ class InventoryReply(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., snapshots: _Optional[_Iterable[_Union[HeldSnapshot, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
-    __slots__ = ("sender", "job", "incarnation", "step", "ranks", "level", "parity")
+    __slots__ = ("sender", "job", "incarnation", "step", "ranks", "level", "parity", "repair")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -477,6 +483,7 @@ class CheckRequest(_message.Message):
     RANKS_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     PARITY_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     job: str
     incarnation: int
@@ -484,15 +491,22 @@ class CheckRequest(_message.Message):
     ranks: _containers.RepeatedScalarFieldContainer[int]
     level: str
     parity: bool
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., level: _Optional[str] = ..., parity: _Optional[bool] = ...) -> None: ...
+    repair: bool
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., level: _Optional[str] = ..., parity: _Optional[bool] = ..., repair: _Optional[bool] = ...) -> None: ...
 
 class CheckReply(_message.Message):
-    __slots__ = ("damaged", "parity_problem")
+    __slots__ = ("damaged", "parity_problem", "repaired_ranks", "parity_repaired", "repair_problem")
     DAMAGED_FIELD_NUMBER: _ClassVar[int]
     PARITY_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    REPAIRED_RANKS_FIELD_NUMBER: _ClassVar[int]
+    PARITY_REPAIRED_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     damaged: _containers.RepeatedCompositeFieldContainer[_agent_pb2.RejectedCopy]
     parity_problem: str
-    def __init__(self, damaged: _Optional[_Iterable[_Union[_agent_pb2.RejectedCopy, _Mapping]]] = ..., parity_problem: _Optional[str] = ...) -> None: ...
+    repaired_ranks: _containers.RepeatedScalarFieldContainer[int]
+    parity_repaired: bool
+    repair_problem: str
+    def __init__(self, damaged: _Optional[_Iterable[_Union[_agent_pb2.RejectedCopy, _Mapping]]] = ..., parity_problem: _Optional[str] = ..., repaired_ranks: _Optional[_Iterable[int]] = ..., parity_repaired: _Optional[bool] = ..., repair_problem: _Optional[str] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ("sender", "job", "incarnation", "step", "ranks")
@@ -533,7 +547,7 @@ class UnitRange(_message.Message):
     def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("sender", "job", "incarnation", "step", "level", "shard", "parity")
+    __slots__ = ("sender", "job", "incarnation", "step", "level", "shard", "parity", "joining")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -541,6 +555,7 @@ class OpenRequest(_message.Message):
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     PARITY_FIELD_NUMBER: _ClassVar[int]
+    JOINING_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     job: str
     incarnation: int
@@ -548,7 +563,8 @@ class OpenRequest(_message.Message):
     level: str
     shard: ShardUnits
     parity: ParityUnits
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., level: _Optional[str] = ..., shard: _Optional[_Union[ShardUnits, _Mapping]] = ..., parity: _Optional[_Union[ParityUnits, _Mapping]] = ...) -> None: ...
+    joining: bool
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., level: _Optional[str] = ..., shard: _Optional[_Union[ShardUnits, _Mapping]] = ..., parity: _Optional[_Union[ParityUnits, _Mapping]] = ..., joining: _Optional[bool] = ...) -> None: ...
 
 class ShardUnits(_message.Message):
     __slots__ = ("rank", "units")
@@ -569,20 +585,22 @@ class ParityUnits(_message.Message):
     def __init__(self, plan_id: _Optional[str] = ..., row: _Optional[int] = ..., units: _Optional[_Union[UnitRange, _Mapping]] = ...) -> None: ...
 
 class RebuildRequest(_message.Message):
-    __slots__ = ("sender", "plan", "row", "member", "units", "usable")
+    __slots__ = ("sender", "plan", "row", "member", "units", "usable", "joining")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     ROW_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     UNITS_FIELD_NUMBER: _ClassVar[int]
     USABLE_FIELD_NUMBER: _ClassVar[int]
+    JOINING_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     plan: _state_pb2.ParityPlan
     row: int
     member: int
     units: UnitRange
     usable: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., row: _Optional[int] = ..., member: _Optional[int] = ..., units: _Optional[_Union[UnitRange, _Mapping]] = ..., usable: _Optional[_Iterable[str]] = ...) -> None: ...
+    joining: bool
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., row: _Optional[int] = ..., member: _Optional[int] = ..., units: _Optional[_Union[UnitRange, _Mapping]] = ..., usable: _Optional[_Iterable[str]] = ..., joining: _Optional[bool] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("token", "address", "units", "bytes")
@@ -647,7 +665,7 @@ class SurveyReply(_message.Message):
     def __init__(self, coordinator: _Optional[str] = ..., jobs: _Optional[_Iterable[_Union[JobSurvey, _Mapping]]] = ..., waiting_for: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., protects: _Optional[bool] = ...) -> None: ...
 
 class JobSurvey(_message.Message):
-    __slots__ = ("job", "incarnation", "world", "ranks", "newest", "pending", "round", "groups", "problems")
+    __slots__ = ("job", "incarnation", "world", "ranks", "newest", "pending", "round", "groups", "problems", "restored", "excluded")
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
@@ -657,6 +675,8 @@ class JobSurvey(_message.Message):
     ROUND_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDED_FIELD_NUMBER: _ClassVar[int]
     job: str
     incarnation: int
     world: int
@@ -666,7 +686,9 @@ class JobSurvey(_message.Message):
     round: RoundSurvey
     groups: _containers.RepeatedCompositeFieldContainer[GroupSurvey]
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., world: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankSurvey, _Mapping]]] = ..., newest: _Optional[_Iterable[_Union[LevelSurvey, _Mapping]]] = ..., pending: _Optional[_Iterable[_Union[PendingSurvey, _Mapping]]] = ..., round: _Optional[_Union[RoundSurvey, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[GroupSurvey, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    restored: SnapshotName
+    excluded: _containers.RepeatedCompositeFieldContainer[SnapshotName]
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., world: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankSurvey, _Mapping]]] = ..., newest: _Optional[_Iterable[_Union[LevelSurvey, _Mapping]]] = ..., pending: _Optional[_Iterable[_Union[PendingSurvey, _Mapping]]] = ..., round: _Optional[_Union[RoundSurvey, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[GroupSurvey, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ..., restored: _Optional[_Union[SnapshotName, _Mapping]] = ..., excluded: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ...) -> None: ...
 
 class RankSurvey(_message.Message):
     __slots__ = ("rank", "node_id", "attached")
