@@ -16,6 +16,7 @@ import torch
 from torch import nn, optim
 
 import everstep
+from everstep.proto.errors import EverstepError
 
 Objects = dict[str, Any]
 
@@ -114,7 +115,7 @@ def main() -> None:
         problem = ""
         try:
             committed = handle.wait(level=arguments.level, timeout=arguments.timeout_s)
-        except everstep.EverstepError as error:
+        except EverstepError as error:
             committed, problem = False, str(error)
         say(event="step", step=step, digest=digest, committed=committed, problem=problem)
     say(event="end", step=arguments.until, digest=run.digest())
