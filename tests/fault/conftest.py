@@ -4,14 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fleet import Fleet
 from harness import HERE, Node, Shim, Zygote
+from netns import clear_stale, lacking
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +60,29 @@ def shim_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shim(node: Node, shim_library: Path) -> Shim:
     """For an agent started with ``preload=shim.library, environ=shim.environ``."""
     return Shim(shim_library, node.base / "switch")
+
+
+@pytest.fixture(scope="session")
+def network_namespaces() -> None:
+    """For tests that need them: skips, with a clear word, where there are none."""
+    problem = lacking()
+    if problem:
+        pytest.skip(problem)
+    clear_stale()
+
+
+@pytest.fixture
+def fleet_of(
+    zygotes: dict[str, Zygote], network_namespaces: None
+) -> Iterator[Callable[..., Fleet]]:
+    """Makes fleets, which go with the test; what their agents said last is shown if it fails."""
+    made: list[Fleet] = []
+
+    def make(count: int = 4, **options: Any) -> Fleet:
+        made.append(Fleet(zygotes, count, **options))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        print(fleet.last_words())
+        fleet.close()

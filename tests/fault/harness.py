@@ -236,6 +236,9 @@ class Node:
 
     def __init__(self, zygotes: dict[str, Zygote]) -> None:
         self.zygotes = zygotes
+        self.node_id = "n0"
+        self.namespace = ""
+        """Of the network, if not the machine's own."""
         self.base = Path(tempfile.mkdtemp(prefix="evf-", dir="/tmp"))
         # What dies here are processes, not machines: a tmpfs will do for the disk, and is quick.
         self.ram = Path(tempfile.mkdtemp(prefix="evf-", dir="/dev/shm"))
@@ -278,10 +281,12 @@ class Node:
             "socket": path,
             "memory_dir": self.memory,
             "nvme_dir": self.nvme,
-            "node_id": "n0",
+            "node_id": self.node_id,
         }
         log = self.base / f"agent-{len(self.processes)}.log"
         environ = {"EVERSTEP_HOME": str(self.base / "home"), **(environ or {})}
+        if self.namespace:
+            request["netns"] = self.namespace
         if preload is None:
             process = self.zygotes["agent"].fork(
                 log,
@@ -336,13 +341,18 @@ class Node:
 
         until(answers, "the agent's answer")
 
-    def start_trainer(self, failpoints: str = "", **environ: str) -> Trainer:
+    def start_trainer(
+        self, failpoints: str = "", script: str = "trainer.py", **environ: str
+    ) -> Trainer:
         """A trainer process that has not connected yet."""
         ours, theirs = socket.socketpair()
         log = self.base / f"trainer-{len(self.processes)}.log"
         environ = {"EVERSTEP_HOME": str(self.base / "home"), **environ}
         with theirs:
-            process = self.zygotes["trainer"].fork(log, environ, failpoints, (theirs.fileno(),))
+            request = {"netns": self.namespace} if self.namespace else {}
+            process = self.zygotes["trainer"].fork(
+                log, environ, failpoints, (theirs.fileno(),), script=script, **request
+            )
         self.processes.append(process)
         self.trainers.append(Trainer(process, ours))
         return self.trainers[-1]

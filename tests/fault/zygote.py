@@ -37,6 +37,14 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def enter(namespace: str) -> None:
+    """Move to a network namespace, as `ip netns exec` does."""
+    with open(f"/run/netns/{namespace}") as opened:
+        library = ctypes.CDLL(None, use_errno=True)
+        if library.setns(opened.fileno(), 0x40000000):  # CLONE_NEWNET
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), namespace)
+
+
 def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
     os.setsid()
     end_with_parent()
@@ -49,6 +57,11 @@ def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
         os.close(descriptor)
     faulthandler.register(signal.SIGUSR1)
     os.environ.update(request["environ"])
+    if "netns" in request:
+        enter(request["netns"])
+    for target, value in request.get("constants", {}).items():
+        module, _, name = target.rpartition(".")
+        setattr(importlib.import_module(module), name, value)
     if "nofile" in request:
         resource.setrlimit(resource.RLIMIT_NOFILE, (request["nofile"], request["nofile"]))
     arm(request["failpoints"])
@@ -59,7 +72,8 @@ def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
 
         run(load(Path(request["config"]), request["options"]))
     else:
-        trainer = runpy.run_path(str(Path(__file__).with_name("trainer.py")))
+        script = request.get("script", "trainer.py")
+        trainer = runpy.run_path(str(Path(__file__).with_name(script)))
         trainer["serve"](socket.socket(fileno=rest[0]), arm)
 
 
