@@ -59,6 +59,7 @@ class Peers:
         self._loop = asyncio.get_running_loop()
         self._discovered_s = time.monotonic()
         self._told_refusal = ""
+        self._told_lost: frozenset[str] = frozenset()
 
     @property
     def node_id(self) -> str:
@@ -93,6 +94,7 @@ class Peers:
             await self._discover()
             self._perform(self.node.tick(time.monotonic()))
             self._log_refusal()
+            self._log_lost()
 
     def wake(self) -> None:
         """There is something to decide."""
@@ -106,6 +108,18 @@ class Peers:
         if problem and problem != self._told_refusal:
             log.error("no place in the cluster: %s", problem)
         self._told_refusal = problem
+
+    def _log_lost(self) -> None:
+        lost = frozenset(self.node.members.suspected(time.monotonic()))
+        if lost - self._told_lost:
+            log.warning(
+                "nothing was heard for %g s of %s: no snapshot is committed without them",
+                self._config.cluster.suspect_after_s,
+                ", ".join(sorted(lost - self._told_lost)),
+            )
+        if self._told_lost - lost:
+            log.info("heard of again, or replaced: %s", ", ".join(sorted(self._told_lost - lost)))
+        self._told_lost = lost
 
     async def _discover(self) -> None:
         now_s = time.monotonic()
