@@ -251,7 +251,7 @@ class PeerService(PeersServicer):
             async for progress in self._stream(request):
                 yield progress
         except EverstepError as error:
-            await _abort(context, error)
+            await abort(context, error)
 
     def _relayed(self, method: str) -> Callable[[Any, Any], Awaitable[Any]]:
         async def relayed(request: Any, context: Any) -> Any:
@@ -272,9 +272,10 @@ async def _answered(context: Any, answer: Awaitable[Any]) -> Any:
     try:
         return await answer
     except EverstepError as error:
-        return await _abort(context, error)
+        return await abort(context, error)
 
 
-async def _abort(context: Any, error: EverstepError) -> None:
+async def abort(context: Any, error: EverstepError) -> None:
+    """End a call with an error of our own tree, in its gRPC form."""
     metadata = ((METADATA_KEY, encode(error)),)
     await context.abort(status_of(error), str(error)[:2000], trailing_metadata=metadata)

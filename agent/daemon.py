@@ -26,6 +26,7 @@ from everstep.agent.cluster import opened
 from everstep.agent.config import Config
 from everstep.agent.door import Door
 from everstep.agent.pipeline import Pipeline
+from everstep.agent.recovery_service import serve_recovery
 from everstep.agent.server import Service
 from everstep.agent.state import Rules, State
 from everstep.agent.version import installed_version
@@ -161,6 +162,7 @@ async def _serve(config: Config) -> bool:
     )
     service = Service(config, pipeline, installed_version(), cluster)
     add_AgentServicer_to_server(service, server)
+    serve_recovery(server, pipeline, cluster)
     private_directory(config.private_socket.parent, os.getuid())
     config.private_socket.unlink(missing_ok=True)
     server.add_insecure_port(format_address(config.private_socket))

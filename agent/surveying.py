@@ -83,7 +83,11 @@ def _surveyed(
         pending=_pending(table, newest),
         groups=_groups(table, cluster),
         problems=sorted(set(_problems(table.facts))),
+        excluded=[_named(snapshot) for snapshot in _drifted(table)],
     )
+    restored = _restored(table)
+    if restored is not None:
+        message.restored.CopyFrom(_named(restored))
     if at_work is not None:
         snapshot, waiting_for, started_s = at_work
         message.round.CopyFrom(
@@ -95,6 +99,23 @@ def _surveyed(
             )
         )
     return message
+
+
+def _named(snapshot: SnapshotId) -> peer_pb2.SnapshotName:
+    return peer_pb2.SnapshotName(incarnation=snapshot.incarnation, step=snapshot.step)
+
+
+def _restored(table: JobTable) -> SnapshotId | None:
+    present = [f for f in table.facts.values() if f.incarnation == table.incarnation]
+    return max((f.restored for f in present if f.restored is not None), default=None)
+
+
+def _drifted(table: JobTable) -> list[SnapshotId]:
+    return [
+        snapshot
+        for snapshot, known in sorted(table.snapshots.items())
+        if known.whole and known.drifted_replicas() != () and not known.committed_at
+    ]
 
 
 def _ranks(facts: Mapping[str, JobFact], incarnation: int) -> list[peer_pb2.RankSurvey]:
