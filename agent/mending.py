@@ -169,6 +169,7 @@ class Mending:
             job: The job.
             plan: Where they are.
             ranks: Whose.
+            anew: Whether what is held here is damaged, and to be replaced.
             came: Told, from a thread, how many more bytes have come.
             rate: Not to be exceeded.
             anew: Whether a copy that is held here is damaged, and to be replaced.
@@ -181,7 +182,7 @@ class Mending:
         """
         deadline_s = time.monotonic() + self._timeout_s
         for rank in ranks:
-            work = self._install_locked(job, plan, rank, came, rate, deadline_s)
+            work = self._install_locked(job, plan, rank, anew, came, rate, deadline_s)
             task = asyncio.get_running_loop().create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -193,28 +194,26 @@ class Mending:
         job: str,
         plan: SnapshotPlan,
         rank: int,
+        anew: bool,
         came: Told,
         rate: Rate | None,
         deadline_s: float,
     ) -> None:
         async with arena_lock(self._pipeline, job, rank):
-            if not self._holds(job, plan.snapshot, rank):
+            held = self._held(job, plan.snapshot, rank)
+            if held is None or anew:
                 await self._install(job, plan, rank, came, rate, deadline_s)
+            if held is not None and anew:
+                drop = partial(self._pipeline.memory.drop, job, rank, held.generation, held.slot)
+                await self._in_thread(drop)
 
-    def _holds(self, name: str, snapshot: SnapshotId, rank: int) -> bool:
+    def _held(self, name: str, snapshot: SnapshotId, rank: int) -> Place | None:
+        """Where a committed shard is in memory here."""
         job = self._pipeline.state.jobs.get(name)
         held = job.snapshots.get(snapshot) if job is not None else None
-        return (
-            held is not None
-            and held.stage is Stage.COMMITTED
-            and not held.withdrawn
-            and rank in held.sealed
-        )
-
-    def _place(self, name: str, snapshot: SnapshotId, rank: int) -> Place | None:
-        job = self._pipeline.state.jobs.get(name)
-        held = job.snapshots.get(snapshot) if job is not None else None
-        return held.sealed[rank].place if held is not None and rank in held.sealed else None
+        if held is None or held.stage is not Stage.COMMITTED or held.withdrawn:
+            return None
+        return held.sealed[rank].place if rank in held.sealed else None
 
     async def _install(
         self,

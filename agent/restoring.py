@@ -141,11 +141,11 @@ class Restoring:
         return await asyncio.shield(task)
 
     async def _records(self, job: str, plan: SnapshotPlan) -> Records:
-        loop = asyncio.get_running_loop()
         deadline_s = time.monotonic() + self._timeout_s
         ranks = tuple(source.rank for source in plan.sources)
         ask = partial(self._fetching.records, job, plan, ranks, deadline_s)
-        return await loop.run_in_executor(self._pipeline.workers, ask)
+        # Not in the pipeline's threads: this node, too, may be asked, and answers in those.
+        return await asyncio.to_thread(ask)
 
     async def _mended(self, job: Job, plan: SnapshotPlan, rank: int, damaged: bool) -> None:
         await self._mending.install(job.name, plan, (rank,), anew=damaged)

@@ -96,6 +96,19 @@ def test_what_is_here_is_left_alone(tmp_path: Path) -> None:
     run(tmp_path, 1, body)
 
 
+def test_what_is_damaged_here_is_replaced(tmp_path: Path) -> None:
+    async def body(group: Group, mending: Mending) -> None:
+        node = group.nodes["n3"]
+        node.overwrite(2, 77, b"rot")
+        plan = await group.plan_of(erasures=[group.erase("n3", 2)])
+        await mending.install(JOB, plan, (2,), anew=True)
+        assert in_memory(node, 2) == group.shards[2].image
+        assert [held.generation for held in node.memory.records(JOB) if held.rank == 2] == [2]
+        assert node.state.jobs[JOB].snapshots[SNAPSHOT].sealed[2].place.generation == 2
+
+    run(tmp_path, 1, body, at="n3")
+
+
 def test_two_at_once_do_it_once(tmp_path: Path) -> None:
     async def body(group: Group, mending: Mending) -> None:
         plan = await group.plan_of(("n3",))
