@@ -181,8 +181,6 @@ class Encoding:
         )
         try:
             digests = await self._summed(plan, member, envelopes, room, running, deadline_s)
-            if running.stopped:
-                raise Stopped
             manifest = _manifest(plan, member, digests, envelopes)
             await self._in_thread(lambda: self._publish(plan.job, manifest))
         finally:

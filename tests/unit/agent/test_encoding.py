@@ -22,7 +22,7 @@ from everstep.proto import peer_pb2
 from everstep.proto.errors import PeerUnavailable
 from everstep.proto.ids import UNIT_BYTES, SnapshotId
 from everstep.proto.state_pb2 import ParityManifest
-from everstep.snapshot.record import open_record
+from everstep.snapshot.record import open_record, seal_record
 
 from .small_nodes import (
     JOB,
@@ -269,6 +269,12 @@ def another_record(group: Group) -> None:
     _describing(group, 2, record_of(2, image, shards.world), LAYOUT)
 
 
+def another_capture(group: Group) -> None:
+    record = open_record(group.shards.records[2], "")
+    record.captured_unix_s += 1
+    _describing(group, 2, seal_record(record), LAYOUT)
+
+
 def another_layout(group: Group) -> None:
     _describing(group, 2, group.shards.records[2], LAYOUT[:-1] + b"x")
 
@@ -301,6 +307,7 @@ def _describing(group: Group, rank: int, record: bytes, layout: bytes) -> None:
         unreachable,
         silent,
         another_record,
+        another_capture,
         another_layout,
         no_layout,
         rubbish,
@@ -419,9 +426,11 @@ def test_what_is_stopped_leaves_nothing_behind_and_is_not_answered(
         await eventually(lambda: made.counters["stopped"], "it goes on")
         assert await group.nodes["n1"].pipeline.idle(DEADLINE_S)
         assert group.answers["n1"] == []
+        # The one that was held adds no other unit; the other two may have been through.
+        assert made.counters["bytes_received"] <= (1 + 2 * 9) * UNIT
         await nothing_is_published(group, "n1")
 
-    run(tmp_path, FOUR, 1, body)
+    run(tmp_path, one_each(UNIT, 27 * UNIT, 27 * UNIT, 27 * UNIT), 1, body)
 
 
 def test_what_is_stopped_while_it_asks_ends_at_once(tmp_path: Path) -> None:
@@ -461,21 +470,23 @@ def test_what_is_stopped_before_it_began(tmp_path: Path) -> None:
 def test_parity_is_deleted_only_after_its_encoding_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    published, go = threading.Event(), threading.Event()
+    about_to, go = threading.Event(), threading.Event()
 
     def failpoint(name: str) -> None:
-        if name == "agent.encode.after_publish":
-            published.set()
+        if name == "agent.encode.before_publish":
+            about_to.set()
             assert go.wait(DEADLINE_S)
 
     monkeypatch.setattr(encoding, "failpoint", failpoint)
 
     async def body(group: Group) -> None:
         group.encode("n1")
-        await eventually(published.is_set, "it never publishes")
+        await eventually(about_to.is_set, "it never publishes")
         group.perform("n1", actions.StopEncoding(JOB, group.plan.plan_id))
         group.perform("n1", actions.DeleteParity(JOB, group.plan.plan_id))
-        await asyncio.sleep(0)
+        workers = group.nodes["n1"].pipeline.workers
+        for _ in range(20):  # so that it could have been deleted by now
+            await asyncio.get_running_loop().run_in_executor(workers, os.sched_yield)
         go.set()
         assert await group.nodes["n1"].pipeline.idle(DEADLINE_S)
         assert group.published("n1") is None
