@@ -45,6 +45,21 @@ class Attach:
     in_flight: InFlight | None = None
     decided: int | None = None
     """The incarnation that the coordinator has given it; None where this agent stands alone."""
+    live: bool = False
+    """Whether it takes its rank over while the others go on: it asks to, where this agent stands
+    alone, and does by the coordinator's word otherwise."""
+    others_alive: bool = False
+    """Whether a process that held another rank is alive, be it attached or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinDecided:
+    """What a rank reads that joins live; it stays until the rank offers a step, or is gone."""
+
+    job: str
+    rank: int
+    incarnation: int
+    snapshot: SnapshotId
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +383,7 @@ Event = (
     | Unpin
     | Removed
     | RestoreDecided
+    | JoinDecided
     | CommitOrdered
     | DropOrdered
     | DurableOrdered

@@ -10,7 +10,6 @@ from enum import Enum
 
 from everstep.agent.actions import Place
 from everstep.agent.events import (
-    Adopt,
     AdoptedShard,
     ArenaReserved,
     Caller,
@@ -179,11 +178,16 @@ class Job:
     """Steps of this incarnation that were refused, so that all ranks hear the same."""
     restoring: set[int] = field(default_factory=set)
     """Ranks that may still be reading the snapshot that was restored."""
+    joining: dict[int, SnapshotId | None] = field(default_factory=dict)
+    """Ranks that were taken over while the others go on and have not offered a step yet, each with
+    what it may be reading."""
     restored: SnapshotId | None = None
     """What this incarnation goes on from or, until that is decided and as long as nothing newer
     was committed, what the one before it went on from."""
     restore_decided: bool = False
     declarations: dict[int, Declaration] = field(default_factory=dict)
+    agreed: tuple[str, ...] | None = None
+    """The replicated leaves that all ranks agreed on last; None if that is not known."""
     flushing: SnapshotId | None = None
     flush_wanted: bool = False
     flushed: dict[SnapshotId, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
@@ -216,7 +220,9 @@ class Job:
         self.resumed = False
         self.refused.clear()
         self.declarations.clear()
+        self.agreed = None
         self.restoring.clear()
+        self.joining.clear()
         self.restore_decided = False
 
     def resume(self, caller: Caller, launch_id: str) -> None:
@@ -270,7 +276,11 @@ class Job:
         declaration = self.declarations.setdefault(event.round, Declaration())
         declaration.candidates[event.caller.rank] = event.candidates
         declaration.digests[event.caller.rank] = event.digests
-        return declaration.agreed() if len(declaration.candidates) == self.world else None
+        if len(declaration.candidates) < self.world:
+            return None
+        agreed = declaration.agreed()
+        self.agreed = tuple(event.candidates[index] for index in agreed)
+        return agreed
 
     def count(self, name: str) -> None:
         """Add one to a counter that `everstep status` shows."""
@@ -305,7 +315,8 @@ class Job:
 
     def must_stay(self, snapshot: Snapshot) -> bool:
         """Whether overwriting this snapshot would break a promise."""
-        if snapshot.pins > 0 or (self.restoring and snapshot.id == self.restored):
+        read = snapshot.id in self.joining.values()
+        if snapshot.pins > 0 or read or (self.restoring and snapshot.id == self.restored):
             # Somebody reads it, be it dropped since: other ranks' shards of it may be sound.
             return True
         if snapshot.stage is Stage.DROPPED:
@@ -372,6 +383,8 @@ class Job:
         gone = [rank for rank, member in sorted(self.members.items()) if not member.attached]
         if gone:
             return f"rank {gone[0]} is not attached any more"
+        if self.joining:
+            return f"rank {min(self.joining)} is joining, and has not offered a step yet"
         return self.why_busy()
 
     def why_busy(self) -> str:
@@ -471,27 +484,3 @@ class Job:
             return "not all ranks had sealed it" if ended else ""
         # The last agent may have died between the last record and the decision on the whole.
         return "the ranks' replicas differ" if snapshot.drifted_replicas() != () else ""
-
-
-def adopted(event: Adopt) -> Job:
-    """A job as it was found at the agent's start; nothing in it is judged yet."""
-    job = Job(event.job, event.world, event.incarnation, event.launch_id)
-    job.members = {
-        m.rank: Member(m.process_id, m.pid, m.pid_started_s, attached=False) for m in event.members
-    }
-    for arena in event.arenas:
-        job.add_arena(arena)
-    job.durable = dict(event.durable)
-    for plan in event.parities:
-        job.rounds[plan.plan_id] = Round(plan, RoundStage.PREPARED)
-    job.restored = event.restored
-    job.restore_decided = event.restore_decided
-    job.problems = tuple(event.problems)
-    if event.restored is not None and event.restore_decided:
-        job.restoring = set(range(event.world))
-    for found in event.shards:
-        new = Snapshot(found.snapshot, found.world)
-        snapshot = job.snapshots.setdefault(found.snapshot, new)
-        snapshot.granted[found.rank] = found.place
-        snapshot.sealed[found.rank] = SealedShard.of(found)
-    return job

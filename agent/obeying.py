@@ -1,6 +1,7 @@
 """What a node does at the coordinator's word.
 
-Owns the handling of its orders for snapshots: commit, drop, durable, flush, begin. Promises that
+Owns the handling of its orders for snapshots: commit, drop, durable, flush, begin; and what becomes
+of what was found at the start, or installed since. Promises that
 every order is idempotent and that one which comes too late changes nothing. Part of the agent's
 decisions: see `agent.state`. Orders about parity are in `agent.rounds`.
 """
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from everstep.agent import actions, events
 from everstep.agent.durability import now_durable, start_flush
-from everstep.agent.job import Job, SealedShard, Snapshot, Stage
+from everstep.agent.job import Job, Member, Round, RoundStage, SealedShard, Snapshot, Stage
 from everstep.proto.ids import SnapshotId
 
 if TYPE_CHECKING:
@@ -70,6 +71,30 @@ def begin_ordered(state: "State", event: events.BeginOrdered) -> None:
     if job is not None and event.incarnation > job.incarnation:
         state.begin_incarnation(job, event.world, event.launch_id, event.incarnation)
         state.keep_membership(job)
+
+
+def adopted(event: events.Adopt) -> Job:
+    """A job as it was found at the agent's start; nothing in it is judged yet."""
+    job = Job(event.job, event.world, event.incarnation, event.launch_id)
+    job.members = {
+        m.rank: Member(m.process_id, m.pid, m.pid_started_s, attached=False) for m in event.members
+    }
+    for arena in event.arenas:
+        job.add_arena(arena)
+    job.durable = dict(event.durable)
+    for plan in event.parities:
+        job.rounds[plan.plan_id] = Round(plan, RoundStage.PREPARED)
+    job.restored = event.restored
+    job.restore_decided = event.restore_decided
+    job.problems = tuple(event.problems)
+    if event.restored is not None and event.restore_decided:
+        job.restoring = set(range(event.world))
+    for found in event.shards:
+        new = Snapshot(found.snapshot, found.world)
+        snapshot = job.snapshots.setdefault(found.snapshot, new)
+        snapshot.granted[found.rank] = found.place
+        snapshot.sealed[found.rank] = SealedShard.of(found)
+    return job
 
 
 def adopt_part(state: "State", job: Job, event: events.Adopt) -> None:

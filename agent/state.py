@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from everstep.agent import actions, events, obeying, rounds
+from everstep.agent import actions, events, joining, obeying, rounds
 from everstep.agent.actions import Action, Place
 from everstep.agent.durability import (
     flush_due,
@@ -26,9 +26,8 @@ from everstep.agent.job import (
     SealedShard,
     Snapshot,
     Stage,
-    adopted,
 )
-from everstep.agent.obeying import adopt_part, settle_earlier
+from everstep.agent.obeying import adopt_part, adopted, settle_earlier
 from everstep.proto.errors import ArenaLost, OutOfSpace, RankClaimed, Refused, StaleIncarnation
 from everstep.proto.ids import SnapshotId, checked_name
 
@@ -108,14 +107,18 @@ class State:
             if len(self.jobs) >= self.rules.max_jobs:
                 raise Refused(f"this agent holds {self.rules.max_jobs} jobs (max_jobs) already.")
             job = Job(caller.job, caller.world, caller.incarnation, event.launch_id)
+        joins = False
         if event.decided is not None:
             self._join_decided(job, event, event.decided)
+            joins = event.live
         elif caller.incarnation:
             self._rejoin(job, event)
         else:
-            self._join(job, event)
+            joins = self._join(job, event)
         self.jobs[caller.job] = job
         job.members[caller.rank] = Member(caller.process_id, event.pid, event.pid_started_s)
+        if joins:
+            joining.joined(self, job, caller.rank)
         if event.nvme_interval_steps is not None:
             job.nvme_interval_steps = event.nvme_interval_steps
         job.readmit(caller.rank, event.in_flight)
@@ -128,13 +131,19 @@ class State:
         if not job.resumed:
             self.act(actions.WriteMembership(job.name))
 
-    def _join(self, job: Job, event: events.Attach) -> None:
-        """A process that belongs to no incarnation yet: the present one is its, or a new one."""
+    def _join(self, job: Job, event: events.Attach) -> bool:
+        """A process that belongs to no incarnation yet: the present one is its, or a new one.
+
+        Returns:
+            Whether it has taken the rank over in the present one.
+        """
         caller = event.caller
         holder = job.members.get(caller.rank)
         replaces = holder is not None and holder.process_id != caller.process_id
         if holder is not None and replaces and event.holder_alive:
             raise RankClaimed(caller.job, caller.rank, holder.pid)
+        if joining.can_join(job, event):
+            return joining.takes_over(job, event)
         launched_anew = bool(event.launch_id) and event.launch_id != job.launch_id
         # Without members the job is new, or its membership was lost: the number found with what is
         # left is taken, and one number for two runs would give two snapshots the same id. Of a
@@ -142,6 +151,7 @@ class State:
         anew = not job.members or job.resumed or job.world != caller.world or launched_anew
         if anew or replaces:
             self.begin_incarnation(job, caller.world, event.launch_id)
+        return False
 
     def _join_decided(self, job: Job, event: events.Attach, decided: int) -> None:
         """A process whose incarnation the coordinator knows."""
@@ -185,6 +195,7 @@ class State:
         if not member.attached:  # it had detached in good order
             return
         member.attached = False
+        job.joining.pop(event.rank, None)
         for snapshot in job.present_open_snapshots():
             if event.rank not in snapshot.sealed:
                 self.drop(job, snapshot, f"the trainer of rank {event.rank} is gone")
@@ -196,6 +207,7 @@ class State:
         rank = event.caller.rank
         job.members[rank].attached = False
         job.restoring.discard(rank)
+        job.joining.pop(rank, None)
         for snapshot in job.present_open_snapshots():
             if rank not in snapshot.sealed:
                 self.drop(job, snapshot, f"rank {rank} closed its client")
@@ -238,6 +250,7 @@ class State:
         if rank not in job.arenas:
             raise ArenaLost(job.name, rank)
         job.restoring.discard(rank)
+        job.joining.pop(rank, None)
         self._give_up_older(job, rank, event.step)
         if event.step in job.refused:
             return job.refused[event.step]
@@ -467,6 +480,7 @@ _HANDLERS: dict[type, Callable[[State, Any], Any]] = {
     events.Unpin: State._unpin,
     events.Removed: State._removed,
     events.RestoreDecided: State._restore_decided,
+    events.JoinDecided: joining.join_decided,
     events.CommitOrdered: obeying.commit_ordered,
     events.DropOrdered: obeying.drop_ordered,
     events.DurableOrdered: obeying.durable_ordered,
