@@ -19,7 +19,7 @@ from everstep.agent.sending import BufferPiece, Source
 from everstep.kernels.digest import digest_units
 from everstep.kernels.gf256 import INVERSES, PRODUCTS
 from everstep.proto import peer_pb2
-from everstep.proto.errors import PeerUnavailable
+from everstep.proto.errors import PeerUnavailable, Refused
 from everstep.proto.ids import UNIT_BYTES, SnapshotId
 from everstep.proto.state_pb2 import ParityManifest
 from everstep.snapshot.record import open_record, seal_record
@@ -360,6 +360,23 @@ def test_a_member_that_lies_about_a_digest_is_named(tmp_path: Path) -> None:
     run(tmp_path, FOUR, 1, body)
 
 
+def test_when_a_stream_fails_the_others_stop(tmp_path: Path) -> None:
+    async def body(group: Group) -> None:
+        async def open_late(node_id: str, request: peer_pb2.OpenRequest) -> peer_pb2.Ticket:
+            if node_id == "n3":
+                raise Refused("on purpose")
+            (running,) = group.encodings["n1"]._running.values()
+            await asyncio.to_thread(running.halt.wait, STALL_TIMEOUT_S / 2)
+            return await group.nodes[node_id].serving.open(request)
+
+        group.calls["n1"].handlers["Open"] = open_late
+        group.encode("n1")
+        assert (await group.answer("n1")).startswith("n3: on purpose")
+        assert group.encodings["n1"].counters["bytes_received"] == 0
+
+    run(tmp_path, FOUR, 1, body)
+
+
 def test_a_stream_that_breaks_is_resumed_from_the_first_missing_unit(tmp_path: Path) -> None:
     async def body(group: Group) -> None:
         asked: list[tuple[int, int]] = []
@@ -456,6 +473,10 @@ def test_what_is_stopped_while_it_asks_ends_at_once(tmp_path: Path) -> None:
 
 def test_what_is_stopped_before_it_began(tmp_path: Path) -> None:
     async def body(group: Group) -> None:
+        async def describe(node_id: str, request: Any) -> Any:
+            raise AssertionError("nobody need be asked")
+
+        group.calls["n1"].handlers["Describe"] = describe
         group.encode("n1")
         group.perform("n1", actions.StopEncoding(JOB, group.plan.plan_id))
         group.perform("n1", actions.DeleteParity(JOB, group.plan.plan_id))
