@@ -185,11 +185,7 @@ class Coordination:
             return False
         if known.committed_at or (known.whole and known.drifted_replicas() == ()):
             return True
-        return any(
-            fact.snapshot == snapshot and fact.stage != "failed"
-            for nodes in table.rounds.values()
-            for fact in nodes.values()
-        )
+        return snapshot in table.encoded
 
     def newest_committed(self, name: str) -> SnapshotId | None:
         """The newest snapshot of a job whose every shard is in memory somewhere."""

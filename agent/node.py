@@ -74,6 +74,8 @@ class Node:
         self._term = 0
         self._facts: tuple[JobFact, ...] | None = None
         """As they were reported last; None: not in this term."""
+        self._changed = True
+        """Whether the facts may be other ones since."""
         self._leads = False
         self._undecided = False
         self._boots: dict[str, str] = {}
@@ -87,6 +89,7 @@ class Node:
     def handle(self, event: events.Event, now_s: float) -> Step:
         """Something happened on this node. See `State.handle`."""
         outcome: Outcome = self.state.handle(event, now_s)
+        self._changed = True
         step = Step(list(outcome.actions), reply=outcome.reply)
         self._go_on(step, now_s)
         return step
@@ -144,6 +147,9 @@ class Node:
         """Report what has changed here and, as coordinator, do what that leads to."""
         self._lead(now_s)
         for _ in range(_OWN_ROUNDS):
+            if not self._changed and self._facts is not None:
+                break
+            self._changed = False
             facts = tuple(job_fact(job) for job in self.state.jobs.values())
             if facts == self._facts:
                 break
@@ -170,6 +176,7 @@ class Node:
     def _obey(self, orders: Iterable[events.Event], step: Step, now_s: float) -> None:
         for order in orders:
             step.actions += self.state.handle(order, now_s).actions
+            self._changed = True
 
     def _push(self, step: Step, now_s: float, but: str) -> None:
         changed = self.coordination.changed(but)

@@ -3,13 +3,12 @@
 Owns the coordinator's side of the two-phase commit of parity. Promises one round of a job at a
 time: a commit that comes meanwhile is skipped, never queued; that a round is committed only when
 every member of every group has published its parity; and that a round which an earlier coordinator
-left behind is decided only once all its members that are still members have reported in this term,
-so that two coordinators never decide it differently. Does no I/O and reads no clock.
+left behind is decided only by what all its members report in this term, so that two coordinators
+never decide it differently. Does no I/O and reads no clock.
 
-Two-phase commit blocks: while a member of an orphaned round is silent and not replaced, no new
-round of that job begins. The parity before it, and what it protects, stay meanwhile. A round of
-which a member has lost all memory may have been committed, and may not: it is kept as it is, and
-so is the parity before it, until a newer round is committed.
+Two-phase commit cannot tell what a silent member did, nor one that has lost all memory: maybe it
+had committed the round, and told so. Such a round is kept as it is, and so is the parity before it,
+until a newer round is committed.
 """
 
 from collections.abc import Iterator
@@ -113,7 +112,7 @@ class Protection:
             progress = self._jobs.setdefault(name, _Progress())
             changed |= self._decide_orphans(progress, table, facts, cluster)
             if progress.round is not None:
-                changed |= self._go_on(progress, table, now_s)
+                changed |= self._go_on(progress, table, cluster, now_s)
             if progress.round is None and self._rules.enabled:
                 changed |= self._begin(name, progress, facts, cluster, now_s)
         return changed
@@ -143,7 +142,9 @@ class Protection:
             del progress.orphans[plan_id]
         return changed
 
-    def _go_on(self, progress: _Progress, table: JobTable, now_s: float) -> set[str]:
+    def _go_on(
+        self, progress: _Progress, table: JobTable, cluster: "Cluster", now_s: float
+    ) -> set[str]:
         known = progress.round
         assert known is not None
         if known.commit is None:
@@ -161,7 +162,9 @@ class Protection:
                 known.commit = False
                 known.reason = f"not done within {self._rules.timeout_s:g} s; late: {late}"
             return set(known.by_node) if known.commit is not None else set()
-        if not any(_unsettled(table, plan, known.commit) for plan in known.plans):
+        if not any(_unsettled(table, plan, known.commit, cluster) for plan in known.plans):
+            # Who is silent hears it when he speaks again.
+            progress.orphans |= {plan.plan_id: known.commit for plan in known.plans}
             nodes = frozenset(known.by_node)
             progress.last = _Attempt(known.snapshot, now_s, known.commit, nodes)
             progress.round = None
@@ -177,10 +180,10 @@ class Protection:
     ) -> set[str]:
         table = facts.jobs[name]
         if any(
-            fact.stage != "committed"
+            fact.stage != "committed" and node_id in cluster.live
             for plan_id, nodes in table.rounds.items()
             if plan_id not in progress.kept
-            for fact in nodes.values()
+            for node_id, fact in nodes.items()
         ):
             return set()  # something earlier is not settled yet
         newest = facts.newest_committed(name)
@@ -284,10 +287,12 @@ class Protection:
             if table is None:
                 continue
             yield from _own_orders(progress.round, table, name, node_id)
-            for plan_id, commit in progress.orphans.items():
-                fact = table.rounds.get(plan_id, {}).get(node_id)
-                if fact is not None and fact.stage != "committed":
-                    yield events.RoundEnded(name, plan_id, commit, "" if commit else _GIVEN_UP)
+            told = table.facts.get(node_id)
+            for fact in told.rounds if told is not None else ():
+                commit = progress.orphans.get(fact.plan_id)
+                if commit is not None and fact.stage != "committed":
+                    reason = "" if commit else _GIVEN_UP
+                    yield events.RoundEnded(name, fact.plan_id, commit, reason)
 
 
 def _own_orders(
@@ -329,11 +334,12 @@ def _orphan_decision(
     members = {m for nodes in plans.values() for fact in nodes.values() for m in fact.members}
     if len(plans) < groups_of(next(iter(plans))):
         members |= cluster.members  # of some group nobody knows who was in it
-    if not members & cluster.members <= set(facts.reported):
-        return _Orphan.UNKNOWN  # a silent one may have committed it
+    silent = (members & cluster.members).difference(facts.reported)
+    if silent & cluster.live:
+        return _Orphan.UNKNOWN  # it will say
     if stages != {"prepared"}:
         return _Orphan.GIVEN_UP
-    lacking = members.difference(*plans.values())
+    lacking = members.difference(*plans.values()) | silent
     if not lacking:
         return _Orphan.COMMITTED
     # Who committed it has forgotten the rounds before it, and forgets it only for a newer one: a
@@ -348,10 +354,12 @@ def _orphan_decision(
     return _Orphan.GIVEN_UP if lacking & elsewhere else _Orphan.KEPT
 
 
-def _unsettled(table: JobTable, plan: ParityPlan, commit: bool) -> bool:
-    """Whether some member has still to hear, or to do, what was decided."""
-    facts = table.rounds.get(plan.plan_id, {})
-    return any(fact.stage != "committed" for fact in facts.values()) if commit else bool(facts)
+def _unsettled(table: JobTable, plan: ParityPlan, commit: bool, cluster: "Cluster") -> bool:
+    """Whether some member that lives has still to hear, or to do, what was decided."""
+    return any(
+        node_id in cluster.live and not (commit and fact.stage == "committed")
+        for node_id, fact in table.rounds.get(plan.plan_id, {}).items()
+    )
 
 
 def _protected(table: JobTable, cluster: "Cluster") -> SnapshotId | None:

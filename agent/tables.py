@@ -30,6 +30,10 @@ def _fingerprint(shard: ShardFact) -> int:
     return int.from_bytes(xxhash.xxh3_128_digest(data), "big")
 
 
+def _begun(known: RoundFact) -> tuple[SnapshotId, ...]:
+    return (known.snapshot,) if known.stage != "failed" else ()
+
+
 @dataclass(slots=True)
 class SnapshotTable:
     """All nodes' parts of one snapshot."""
@@ -140,6 +144,8 @@ class JobTable:
     """How many nodes know a snapshot to be durable everywhere."""
     rounds: dict[str, dict[str, RoundFact]] = field(default_factory=dict)
     """By plan, by node."""
+    encoded: Counter[SnapshotId] = field(default_factory=Counter)
+    """How many parts of rounds that have not failed there are."""
     incarnation: int = 0
     world: int = 0
     launch_id: str = ""
@@ -211,6 +217,7 @@ class JobTable:
         for known in fact.rounds:
             nodes = self.rounds[known.plan_id]
             nodes.pop(node_id, None)
+            _uncount(self.encoded, _begun(known))
             if not nodes:
                 del self.rounds[known.plan_id]
         return {part.snapshot for part in fact.snapshots}
@@ -235,6 +242,7 @@ class JobTable:
         self.durable.update(fact.durable)
         for known in fact.rounds:
             self.rounds.setdefault(known.plan_id, {})[node_id] = known
+            self.encoded.update(_begun(known))
         if fact.incarnation > self.incarnation:
             self.incarnation = fact.incarnation
             self.world = fact.world

@@ -87,8 +87,7 @@ class Ledger:
         self.told_levels[level] = self.told_levels.get(level, 0) + 1
         self.dirty = True
         self.told_of.setdefault(level, set()).add(snapshot)
-        known = self.promised.get(level)
-        if known is not None and known.snapshot >= snapshot or (level, snapshot) in self.void:
+        if snapshot < max(self.told_of[level]) or (level, snapshot) in self.void:
             return
         round_id = ""
         if level == "parity":
@@ -138,7 +137,7 @@ class Ledger:
                 insist(before == order.commit, f"{order} after the opposite")
 
     def _settled(self, snapshot: SnapshotId) -> bool:
-        newer = any(commit and other > snapshot for other, commit in self.commits.items())
+        newer = any(other > snapshot for other in self.told_of.get("memory", ()))
         return newer or ("memory", snapshot) in self.void
 
     def _superseded(self, plan_id: str) -> bool:

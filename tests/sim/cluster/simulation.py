@@ -314,6 +314,8 @@ class Simulation:
             agent = host.agent
             if host.lost or agent is None or not agent.node.ready(agent.now_s):
                 continue
+            for other in self.hosts.values():
+                self._give_way(other)
             lost = [
                 e.node_id for e in agent.node.members.view.members() if self.hosts[e.node_id].lost
             ]
@@ -321,6 +323,16 @@ class Simulation:
             for node_id in lost:
                 if node_id not in coming:
                     self._replacement(node_id)
+
+    def _give_way(self, host: Host) -> None:
+        """Whom it shall replace came back: then it is one node more."""
+        agent = host.agent
+        if host.replaces and agent is not None:
+            members = agent.node.members
+            if members.refusal and not members.joined:
+                host.die()
+                host.replaces = ""
+                self._start(host)
 
     def why(self) -> str:
         """What there is to see when nothing happens any more."""
