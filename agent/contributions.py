@@ -25,8 +25,9 @@ from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import Record
 from everstep.snapshot.digest import DIGEST_BYTES, unit_digest
 
-RETRIES = 3
-"""How many streams of one contribution may fail in a row."""
+RETRIES = 8
+"""How many streams of one contribution may fail in a row, in some seconds: a member that serves
+others as well may have no room at first, and one that is lost is noticed by its silence."""
 
 
 class Stopped(Exception):

@@ -314,8 +314,10 @@ def _describing(group: Group, rank: int, record: bytes, layout: bytes) -> None:
     ],
 )
 def test_a_member_that_does_not_do_its_part_is_named(
-    tmp_path: Path, damage: Callable[[Group], None]
+    tmp_path: Path, damage: Callable[[Group], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(contributions, "RETRIES", 2)
+
     async def body(group: Group) -> None:
         damage(group)
         group.encode("n1")
@@ -333,7 +335,11 @@ def feed(units: Sequence[tuple[int, bytes, bytes]]) -> Source:
     return Source([BufferPiece(i, memoryview(d), digest) for i, d, digest in units], lambda: None)
 
 
-def test_a_member_that_lies_about_a_digest_is_named(tmp_path: Path) -> None:
+def test_a_member_that_lies_about_a_digest_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contributions, "RETRIES", 2)
+
     async def body(group: Group) -> None:
         async def lie(node_id: str, request: peer_pb2.OpenRequest) -> peer_pb2.Ticket:
             if node_id != "n3":

@@ -92,9 +92,11 @@ def expected_of(shards: Shards, rank: int, units: Sequence[int]) -> list[Expecte
     ]
 
 
-def publish_parity(node: SmallNode, shards: Shards, member: int, data: bytes) -> bytes:
+def publish_parity(
+    node: SmallNode, shards: Shards, member: int, data: bytes, parities: int = 1
+) -> bytes:
     """Parity of some bytes, as if encoded; returns its manifest."""
-    plan = shards.plan(1)
+    plan = shards.plan(parities)
     manifest = state_pb2.ParityManifest(
         plan=plan.encoded(),
         member=member,
@@ -134,21 +136,23 @@ def test_units_of_a_shard_arrive(tmp_path: Path, level: str) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_units_of_a_rows_parity_arrive(tmp_path: Path, level: str) -> None:
     async def body(node: SmallNode) -> None:
-        rows = GROUP.plan(1).rows()
-        assert rows.rows_of(0) == ((0, 0),)
-        extent = rows.parity_extent(0, 0)
+        rows = GROUP.plan(2).rows()
         data = os.urandom(rows.parity_file_units(0) * UNIT_BYTES)
-        envelope = publish_parity(node, GROUP, 0, data)
+        envelope = publish_parity(node, GROUP, 0, data, parities=2)
         if level == NVME:
             node.nvme.parity.store(JOB, SNAPSHOT, memoryview(data), envelope)
             node.parity.delete(JOB, "plan-1")
-        ticket = await node.serving.open(open_parity(0, 1, len(extent) - 1, level))
         digests = digest_units(data, UNIT_BYTES)
-        expected = [
-            Expected(unit, UNIT_BYTES, digests[unit * 16 : unit * 16 + 16])
-            for unit in range(1, len(extent))
-        ]
-        assert await fetch(ticket, expected) == data[UNIT_BYTES:]
+        assert [row for row, _ in rows.rows_of(0)] == [0, 2]
+        for row, _ in rows.rows_of(0):
+            extent = rows.parity_extent(0, row)
+            ticket = await node.serving.open(open_parity(row, 1, len(extent) - 1, level))
+            expected = [
+                Expected(unit, UNIT_BYTES, digests[held * 16 : held * 16 + 16])
+                for unit, held in enumerate(extent)
+            ]
+            got = await fetch(ticket, expected[1:])
+            assert got == data[(extent.start + 1) * UNIT_BYTES : extent.stop * UNIT_BYTES]
 
     run(tmp_path, body)
 
@@ -169,6 +173,7 @@ def test_units_of_a_rows_parity_arrive(tmp_path: Path, level: str) -> None:
         ({"ranges": [(1, 1), (1, 1)]}, Refused),
         ({"ranges": [(2, 1), (0, 1)]}, Refused),
         ({"ranges": [(0, 0)]}, Refused),
+        ({"ranges": [(0, 0), (1, 1)]}, Refused),
         ({"ranges": []}, Refused),
     ],
 )
