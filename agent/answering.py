@@ -98,16 +98,31 @@ class Answering:
             Refused: If it speaks another version.
         """
         try:
-            checked_name("node", sender.node_id)
-            if sender.protocol != PEER_PROTOCOL:
-                raise Refused(
-                    f"{sender.node_id} speaks version {sender.protocol} of the agents' protocol, "
-                    f"this agent version {PEER_PROTOCOL}. Run the same release on all nodes."
-                )
+            self._check_version(sender)
             self._node.members.heard(sender.node_id, sender.boot_id, sender.epoch, time.monotonic())
         except EverstepError:
             self.count_refused(sender.node_id)
             raise
+
+    def understand(self, sender: wire.Sender) -> None:
+        """Return only if whoever seeks a place, or has news, speaks our version of the protocol.
+
+        Raises:
+            Refused: If it speaks another one.
+        """
+        try:
+            self._check_version(sender)
+        except EverstepError:
+            self.count_refused(sender.node_id)
+            raise
+
+    def _check_version(self, sender: wire.Sender) -> None:
+        checked_name("node", sender.node_id)
+        if sender.protocol != PEER_PROTOCOL:
+            raise Refused(
+                f"{sender.node_id} speaks version {sender.protocol} of the agents' protocol, "
+                f"this agent version {PEER_PROTOCOL}. Run the same release on all nodes."
+            )
 
     def count_refused(self, node_id: str) -> None:
         """One more call of this peer was refused."""
@@ -116,6 +131,7 @@ class Answering:
 
     def claim(self, request: wire.ClaimRequest) -> wire.ClaimReply:
         """See `Node.claimed`."""
+        self.understand(request.sender)
         answer, step = self._node.claimed(messages.parsed_claim(request), time.monotonic())
         self._perform(step)
         return messages.answer_message(answer)
@@ -124,6 +140,7 @@ class Answering:
         """See `Node.reported`. Who does not hold its place is shown who does."""
         members = self._node.members
         sender = request.sender
+        self.understand(sender)
         try:
             orders, step = self._node.reported(
                 checked_name("node", sender.node_id),
@@ -142,6 +159,7 @@ class Answering:
     def orders(self, request: wire.OrdersRequest) -> wire.OrdersAck:
         """See `Node.answered`."""
         told = request.orders
+        self.understand(told.sender)
         step = self._node.answered(
             checked_name("node", told.sender.node_id),
             told.sender.boot_id,

@@ -189,6 +189,8 @@ async def _serve(config: Config) -> bool:
     if cluster is not None and peer_server is not None:
         await cluster.close()
         await peer_server.stop(_GRACE_S)
+    # Last: until now others could give this agent something to do.
+    pipeline.close()
     return in_order
 
 
@@ -202,5 +204,4 @@ async def _end(config: Config, pipeline: Pipeline, door: Door, server: grpc.aio.
         log.error("the last flush did not end within shutdown_timeout_s; NVMe is as before it")
     await door.close()
     await server.stop(_GRACE_S)
-    pipeline.close()
     return in_order

@@ -22,7 +22,7 @@ from everstep.agent.members import Contact
 from everstep.agent.node import Node, Send, SendClaim, SendOrders, SendReport, Step
 from everstep.agent.tls import channel_credentials
 from everstep.proto import peer_pb2 as wire
-from everstep.proto.errors import EverstepError, InvalidConfiguration, PeerUnavailable
+from everstep.proto.errors import EverstepError, InvalidConfiguration, PeerUnavailable, Refused
 from everstep.proto.peer_pb2_grpc import PeersStub
 from everstep.proto.wire_errors import METADATA_KEY, decode
 
@@ -59,6 +59,8 @@ class Peers:
         self._loop = asyncio.get_running_loop()
         self._discovered_s = time.monotonic()
         self._told_refusal = ""
+        self._closed = False
+        self._told_refused: dict[str, str] = {}
         self._told_lost: frozenset[str] = frozenset()
 
     @property
@@ -133,7 +135,7 @@ class Peers:
 
     def send(self, sends: list[Send]) -> None:
         """Send messages that the node asked for; the answers go back to it."""
-        for message in sends:
+        for message in () if self._closed else sends:
             target = message.address if isinstance(message, SendOrders) else message.contact.address
             key = (target, type(message).__name__)
             if key in self._busy:
@@ -153,11 +155,22 @@ class Peers:
                 try:
                     await self._send_one(message)
                 except (grpc.aio.AioRpcError, EverstepError) as error:
-                    log.debug("%s to %s: %s", key[1], key[0], error)
+                    self._log_failure(key, error)
                     return
                 message = self._busy[key]
         finally:
             del self._busy[key]
+
+    def _log_failure(self, key: tuple[str, str], error: Exception) -> None:
+        """A peer that does not answer is suspected; one that refuses says why."""
+        if isinstance(error, grpc.aio.AioRpcError):
+            error = _typed(error, key[0], key[0])
+        refused = str(error) if isinstance(error, Refused) else ""
+        if refused and self._told_refused.get(key[0]) != refused:
+            log.error("the agent at %s refuses this one: %s", key[0], refused)
+            self._told_refused[key[0]] = refused
+        else:
+            log.debug("%s to %s: %s", key[1], key[0], error)
 
     async def _send_one(self, message: Send) -> None:
         timeout_s = self._config.cluster.suspect_after_s
@@ -269,6 +282,7 @@ class Peers:
 
     async def close(self) -> None:
         """Close all channels; what is under way fails."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         for channel in self._channels.values():

@@ -54,7 +54,9 @@ def stub(cluster: Any) -> Iterator[Any]:
 @pytest.fixture
 def member(stub: Any) -> peer_pb2.Sender:
     """How n2 speaks: a report of a stranger is answered with the membership."""
-    request = peer_pb2.ReportRequest(sender=peer_pb2.Sender(node_id="stranger", boot_id="b"))
+    request = peer_pb2.ReportRequest(
+        sender=peer_pb2.Sender(node_id="stranger", boot_id="b", protocol=PEER_PROTOCOL)
+    )
     reply = stub.Report(request, timeout=TIMEOUT_S)
     assert not reply.orders
     (entry,) = [entry for entry in reply.view.entries if entry.node_id == "n2"]
@@ -120,7 +122,8 @@ def test_a_zombies_report_changes_nothing(stub: Any, member: peer_pb2.Sender) ->
 def test_a_place_that_is_held_is_not_given_away(stub: Any, member: peer_pb2.Sender) -> None:
     for node_id in ("n1", "n2"):
         claim = peer_pb2.ClaimRequest(
-            sender=peer_pb2.Sender(node_id=node_id, boot_id="usurper"), address="127.0.0.1:1"
+            sender=peer_pb2.Sender(node_id=node_id, boot_id="usurper", protocol=PEER_PROTOCOL),
+            address="127.0.0.1:1",
         )
         reply = stub.Claim(claim, timeout=TIMEOUT_S)
         holders = {entry.node_id: entry.boot_id for entry in reply.view.entries}
@@ -207,7 +210,9 @@ def test_only_the_coordinator_decides(cluster: Any, member: peer_pb2.Sender) -> 
         n2 = PeersStub(channel)
         session = agent_pb2.Session(job="j", rank=0, world=1, process_id="p")
         view = n2.Report(
-            peer_pb2.ReportRequest(sender=peer_pb2.Sender(node_id="s", boot_id="b")),
+            peer_pb2.ReportRequest(
+                sender=peer_pb2.Sender(node_id="s", boot_id="b", protocol=PEER_PROTOCOL)
+            ),
             timeout=TIMEOUT_S,
         ).view
         (boot,) = [entry.boot_id for entry in view.entries if entry.node_id == "n1"]
