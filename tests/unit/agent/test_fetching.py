@@ -12,6 +12,7 @@ import pytest
 
 from everstep.agent.rates import Rate
 from everstep.agent.rebuilding import rebuild_work
+from everstep.agent.sending import BufferPiece, Piece, Source
 from everstep.agent.sources import Decoded, Held, SnapshotPlan
 from everstep.proto import peer_pb2 as wire
 from everstep.proto.errors import (
@@ -23,6 +24,7 @@ from everstep.proto.errors import (
     ShardCorrupt,
 )
 from everstep.proto.ids import UNIT_BYTES
+from everstep.snapshot.digest import unit_digest
 
 from .several_nodes import JOB, UNEQUAL, Group, group_of
 
@@ -160,20 +162,28 @@ def answering(group: Group, method: str, change: Callable[[str, Any], Any]) -> N
         calls.handlers[method] = changed
 
 
+def lies(group: Group, name: str) -> None:
+    """Have a node hand out wrong bytes as decoded, with digests that fit them."""
+    server = group.nodes[name].bulk
+    issue = server.issue
+
+    def lie(source: Source, **more: Any) -> Any:
+        pieces: list[Piece] = []
+        for piece in source.pieces:
+            if isinstance(piece, BufferPiece):
+                wrong = memoryview(bytes(piece.data[:7]) + b"lie" + bytes(piece.data[10:]))
+                piece = BufferPiece(piece.index, wrong, unit_digest(wrong))
+            pieces.append(piece)
+        return issue(Source(pieces, source.close), **more)
+
+    server.issue = lie  # type: ignore[method-assign]
+
+
 def test_an_executor_that_lies_is_replaced(tmp_path: Path) -> None:
     async def body(group: Group) -> None:
         plan = await group.plan_of(("n3",))
         liar = rebuild_work(plan, 2, 8)[0].executor
-        server = group.nodes[liar].bulk
-        issue = server.issue
-
-        def lie(source: Any, **more: Any) -> Any:
-            for piece in source.pieces:
-                if hasattr(piece, "data"):
-                    piece.data[7] ^= 1
-            return issue(source, **more)
-
-        server.issue = lie  # type: ignore[method-assign]
+        lies(group, liar)
         assert await fetched(group, plan, 2) == group.shards[2].image
 
     run(tmp_path, 1, body)
@@ -183,15 +193,7 @@ def test_if_all_lie_nothing_is_believed(tmp_path: Path) -> None:
     async def body(group: Group) -> None:
         plan = await group.plan_of(("n3",))
         for node in group.nodes.values():
-            issue = node.bulk.issue
-
-            def lie(source: Any, issue: Any = issue, **more: Any) -> Any:
-                for piece in source.pieces:
-                    if hasattr(piece, "data"):
-                        piece.data[7] ^= 1
-                return issue(source, **more)
-
-            node.bulk.issue = lie  # type: ignore[method-assign]
+            lies(group, node.node_id)
         with pytest.raises(ShardCorrupt, match=r"n[124]"):
             await fetched(group, plan, 2)
 
