@@ -150,6 +150,12 @@ class Coordination:
         known = table.snapshots[snapshot]
         if known.committed_at or self.is_committed(name, snapshot):
             return events.CommitOrdered(name, snapshot, known.commit_id)
+        if _left_behind(table, snapshot):
+            # Who has reported is not proof enough: after all agents have restarted, a coordinator
+            # may know for a while of itself alone. What was restored is.
+            return events.DropOrdered(
+                name, snapshot, "not all ranks had sealed it, and the job went on without it"
+            )
         if known.whole:
             drifted = known.drifted_replicas()
             what = "disagree on what is replicated" if drifted is None else "have drifted apart"
@@ -164,14 +170,6 @@ class Coordination:
             return events.DropOrdered(
                 name, snapshot, f"{known.passed_by} went on to a newer step without sealing it"
             )
-        if snapshot.incarnation < table.incarnation == table.decided_incarnation:
-            # Who reports is not proof enough: after all agents have restarted, a coordinator may
-            # know for a while of itself alone.
-            if snapshot == table.restored:
-                return events.CommitOrdered(name, snapshot, known.commit_id)
-            return events.DropOrdered(
-                name, snapshot, "not all ranks had sealed it, and the job went on without it"
-            )
         return None
 
     def is_committed(self, name: str, snapshot: SnapshotId) -> bool:
@@ -183,9 +181,10 @@ class Coordination:
         known = table.snapshots.get(snapshot) if table is not None else None
         if table is None or known is None:
             return False
-        if known.committed_at or (known.whole and known.drifted_replicas() == ()):
+        if known.committed_at or snapshot in table.encoded:
             return True
-        return snapshot in table.encoded
+        settled = _left_behind(table, snapshot)
+        return not settled and known.whole and known.drifted_replicas() == ()
 
     def newest_committed(self, name: str) -> SnapshotId | None:
         """The newest snapshot of a job whose every shard is in memory somewhere."""
@@ -194,8 +193,16 @@ class Coordination:
         return next((s for s in sorted(found, reverse=True) if self.is_committed(name, s)), None)
 
 
+def _left_behind(table: JobTable, snapshot: SnapshotId) -> bool:
+    """Whether the job was started anew since, and has restored another one."""
+    settled = snapshot.incarnation < table.incarnation == table.decided_incarnation
+    return settled and snapshot != table.restored
+
+
 def _flush_wanted(table: JobTable, fact: JobFact) -> SnapshotId | None:
     """The newest commit here, if other nodes have begun to flush it."""
+    if not (table.flushed or table.flushing):
+        return None
     committed = [s.snapshot for s in fact.snapshots if s.stage == "committed"]
     newest = max(committed, default=None)
     if newest is None or fact.flushing is not None or newest in fact.flush_failed:

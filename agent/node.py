@@ -180,6 +180,8 @@ class Node:
 
     def _push(self, step: Step, now_s: float, but: str) -> None:
         changed = self.coordination.changed(but)
+        if not changed:
+            return
         if self.node_id in changed:
             orders = self.coordination.orders(self.node_id, self.cluster(now_s))
             self._obey(orders, step, now_s)

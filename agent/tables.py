@@ -192,35 +192,72 @@ class JobTable:
             The snapshots about which it says something else than before.
         """
         before = self.facts.pop(node_id, None)
-        if before == fact:
-            if fact is not None:
-                self.facts[node_id] = fact
-            return set()
-        touched = set()
-        if before is not None:
-            touched |= self._subtract(node_id, before)
         if fact is not None:
             self.facts[node_id] = fact
-            touched |= self._add(node_id, fact)
+        if before == fact:
+            return set()
+        # Most of what a node says it has said before: only what differs is taken out and put in.
+        old, new = before or _NOTHING, fact or _NOTHING
+        touched = self._replace_parts(node_id, old.snapshots, new.snapshots)
+        if old.flushed != new.flushed:
+            self._replace_flushed(node_id, old.flushed, new.flushed)
+        if old.flushing != new.flushing:
+            _uncount(self.flushing, [old.flushing] if old.flushing is not None else ())
+            self.flushing.update([new.flushing] if new.flushing is not None else ())
+        if old.durable != new.durable:
+            _uncount(self.durable, old.durable)
+            self.durable.update(new.durable)
+        if old.rounds != new.rounds:
+            self._replace_rounds(node_id, old.rounds, new.rounds)
+        self._learn(new)
         return touched
 
-    def _subtract(self, node_id: str, fact: JobFact) -> set[SnapshotId]:
-        for part in fact.snapshots:
-            table = self.snapshots[part.snapshot]
+    def _replace_parts(
+        self, node_id: str, old: tuple[SnapshotFact, ...], new: tuple[SnapshotFact, ...]
+    ) -> set[SnapshotId]:
+        gone = {part.snapshot: part for part in old}
+        come = []
+        for part in new:
+            if gone.get(part.snapshot) == part:
+                del gone[part.snapshot]
+            else:
+                come.append(part)
+        for snapshot in gone:
+            table = self.snapshots[snapshot]
             table.remove(node_id)
             if not (table.parts or table.dropped_at or table.open_at):
-                del self.snapshots[part.snapshot]
-        for flushed in fact.flushed:
+                del self.snapshots[snapshot]
+        for part in come:
+            known = self.snapshots.get(part.snapshot)
+            if known is None:
+                known = self.snapshots[part.snapshot] = SnapshotTable(part.world)
+            known.add(node_id, part)
+        return gone.keys() | {part.snapshot for part in come}
+
+    def _replace_flushed(
+        self, node_id: str, old: tuple[FlushedFact, ...], new: tuple[FlushedFact, ...]
+    ) -> None:
+        for flushed in old:
             self._remove_flushed(node_id, flushed)
-        _uncount(self.flushing, [fact.flushing] if fact.flushing is not None else ())
-        _uncount(self.durable, fact.durable)
-        for known in fact.rounds:
+        for flushed in new:
+            disk = self.flushed.get(flushed.snapshot)
+            if disk is None:
+                disk = self.flushed[flushed.snapshot] = FlushedTable(flushed.world)
+            disk.nodes.add(node_id)
+            disk.ranks.update(flushed.ranks)
+
+    def _replace_rounds(
+        self, node_id: str, old: tuple[RoundFact, ...], new: tuple[RoundFact, ...]
+    ) -> None:
+        for known in old:
             nodes = self.rounds[known.plan_id]
             nodes.pop(node_id, None)
             _uncount(self.encoded, _begun(known))
             if not nodes:
                 del self.rounds[known.plan_id]
-        return {part.snapshot for part in fact.snapshots}
+        for known in new:
+            self.rounds.setdefault(known.plan_id, {})[node_id] = known
+            self.encoded.update(_begun(known))
 
     def _remove_flushed(self, node_id: str, flushed: FlushedFact) -> None:
         table = self.flushed[flushed.snapshot]
@@ -229,20 +266,7 @@ class JobTable:
         if not table.nodes:
             del self.flushed[flushed.snapshot]
 
-    def _add(self, node_id: str, fact: JobFact) -> set[SnapshotId]:
-        for part in fact.snapshots:
-            table = self.snapshots.setdefault(part.snapshot, SnapshotTable(part.world))
-            table.add(node_id, part)
-        for flushed in fact.flushed:
-            disk = self.flushed.setdefault(flushed.snapshot, FlushedTable(flushed.world))
-            disk.nodes.add(node_id)
-            disk.ranks.update(flushed.ranks)
-        if fact.flushing is not None:
-            self.flushing[fact.flushing] += 1
-        self.durable.update(fact.durable)
-        for known in fact.rounds:
-            self.rounds.setdefault(known.plan_id, {})[node_id] = known
-            self.encoded.update(_begun(known))
+    def _learn(self, fact: JobFact) -> None:
         if fact.incarnation > self.incarnation:
             self.incarnation = fact.incarnation
             self.world = fact.world
@@ -250,4 +274,6 @@ class JobTable:
         self.newest_incarnation = max(self.newest_incarnation, fact.newest_incarnation)
         if fact.restore_decided and fact.incarnation > self.decided_incarnation:
             self.decided_incarnation, self.restored = fact.incarnation, fact.restored
-        return {part.snapshot for part in fact.snapshots}
+
+
+_NOTHING = JobFact("", 0, 0)

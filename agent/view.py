@@ -52,7 +52,7 @@ class View:
         return node_id in self._entries
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, View) and self._entries == other._entries
+        return self is other or (isinstance(other, View) and self._entries == other._entries)
 
     def __hash__(self) -> int:
         return hash(tuple(self))

@@ -5,6 +5,7 @@ Simulated agents, no network: each node's own decisions are `State`, the coordin
 agents do; a commit ends when its parity round, in which all nodes take part, is over everywhere.
 """
 
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -145,7 +146,7 @@ def _report_all(made: Cluster, members: list[Member]) -> None:
     node = made.coordinator
     answers = made.timed(
         lambda: [
-            node.reported(member.node_id, boot_id, made.view, report, made.now_s)
+            node.reported(member.node_id, boot_id, node.members.view, report, made.now_s)
             for member, boot_id, report in due
         ]
     )
@@ -212,6 +213,8 @@ def measure(findings: Findings, nodes: int, ranks_each: int) -> tuple[float, flo
     """CPU seconds and messages of a commit."""
     made = cluster(nodes, ranks_each)
     commit(made, 1)
+    gc.collect()
+    gc.freeze()  # all these nodes are not in the coordinator's process
     made.cpu_s, made.messages = 0.0, 0
     for step in range(2, 2 + COMMITS):
         commit(made, step)
@@ -219,6 +222,7 @@ def measure(findings: Findings, nodes: int, ranks_each: int) -> tuple[float, flo
     name = f"{nodes} nodes, {ranks_each} rank{'s' * (ranks_each > 1)} each"
     text = f"{cpu_s * 1e3:9.1f} ms CPU   {messages:9.0f} messages   {messages / nodes:5.2f} a node"
     findings.add(name, cpu_s, text, f"cpu_{nodes}x{ranks_each}_s")
+    gc.unfreeze()
     findings.figures[f"messages_{nodes}x{ranks_each}"] = messages
     return cpu_s, messages
 

@@ -68,6 +68,8 @@ class Ledger:
     ends: dict[str, bool] = field(default_factory=dict)
     told_levels: dict[str, int] = field(default_factory=dict)
     told_of: dict[str, set[SnapshotId]] = field(default_factory=dict)
+    told_before: dict[str, set[SnapshotId]] = field(default_factory=dict)
+    """What `told_of` was when the calm began."""
     written: dict[SnapshotId, set[Token]] = field(default_factory=dict)
     full_checks: int = 0
 
@@ -92,11 +94,14 @@ class Ledger:
         round_id = ""
         if level == "parity":
             job = host.agent.job  # type: ignore[attr-defined]
-            round_id = next(
+            ended = [
                 round_of(known.plan.plan_id)
                 for known in job.rounds.values()
                 if known.plan.snapshot == snapshot and known.stage is RoundStage.COMMITTED
-            )
+            ]
+            if not ended:
+                return  # the next one is committed already
+            round_id = ended[0]
             whole = {
                 shard.rank
                 for plan_id in self.rounds[round_id]
@@ -183,7 +188,7 @@ class Ledger:
         for snapshot in [s for s in self.commits if s.incarnation >= incarnation]:
             del self.commits[snapshot]
         self.void = {known for known in self.void if known[1].incarnation < incarnation}
-        for told in self.told_of.values():
+        for told in (*self.told_of.values(), *self.told_before.values()):
             told -= {s for s in told if s.incarnation >= incarnation}
 
     # What must hold.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from everstep.agent.protection import ProtectionRules
-from everstep.proto.ids import UNIT_BYTES, SnapshotId
+from everstep.proto.ids import UNIT_BYTES
 from everstep.storage.retention import Rule, expired
 
 from .clock import Clock, Network
@@ -21,7 +21,6 @@ from .ledger import Ledger, insist
 from .training import Training
 
 CALM_S = 90.0
-_NONE = SnapshotId(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,21 +291,22 @@ class Simulation:
             host.stopped_until_s = 0.0
             self._start(host)
         end_s = self.clock.now_s + CALM_S
-        before = {level: set(told) for level, told in self.ledger.told_of.items()}
-        while not self._protected_since(before):
+        self.ledger.told_before = {k: set(told) for k, told in self.ledger.told_of.items()}
+        while not self._protected_since():
             insist(self.clock.now_s < end_s, f"nothing new is protected: {self.why()}")
             self._replace_lost()
             self.advance(1.0)
 
-    def _protected_since(self, before: dict[str, set[SnapshotId]]) -> bool:
+    def _protected_since(self) -> bool:
+        launch = self.training.launch
+        if launch is None or launch.stage != "running":
+            return False
         running = [h for h in self.hosts.values() if not h.lost]
-        wanted = ("memory", "parity") if len(running) > 1 else ("memory",)
-        return all(
-            any(new > max(before.get(level, {new}), default=_NONE) for new in told)
-            or (told and not before.get(level))
-            for level in wanted
-            for told in [self.ledger.told_of.get(level, set())]
-        )
+        for level in ("memory", "parity") if len(running) > 1 else ("memory",):
+            new = self.ledger.told_of.get(level, set()) - self.ledger.told_before.get(level, set())
+            if not any(snapshot.incarnation == launch.incarnation for snapshot in new):
+                return False
+        return True
 
     def _replace_lost(self) -> None:
         """An operator sees to it that each lost node has a replacement."""

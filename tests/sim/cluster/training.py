@@ -319,7 +319,8 @@ class Training:
             needed = any(t.host is host for t in launch.trainers)
             if agent is not None and host.runs and self.world.chance.random() < 0.8:
                 agent.feed(events.RestoreDecided(JOB, launch.incarnation, restored))
-                launch.untold.remove(node_id)
+                if agent.here:
+                    launch.untold.remove(node_id)
             elif not needed:
                 launch.untold.remove(node_id)
         if not launch.untold:
