@@ -22,7 +22,7 @@ from everstep.agent import events
 from everstep.agent.actions import Place
 from everstep.agent.describing import Described
 from everstep.agent.fetching import BufferFor
-from everstep.agent.job import RoundStage, Stage
+from everstep.agent.job import RoundStage
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.rates import Rate
 from everstep.agent.reservation import arena_lock, new_arena, reserved_event, slot_bytes_for
@@ -208,10 +208,10 @@ class Mending:
                 await self._in_thread(drop)
 
     def _held(self, name: str, snapshot: SnapshotId, rank: int) -> Place | None:
-        """Where a committed shard is in memory here."""
+        """Where a shard is in memory here, if other nodes may count on it."""
         job = self._pipeline.state.jobs.get(name)
         held = job.snapshots.get(snapshot) if job is not None else None
-        if held is None or held.stage is not Stage.COMMITTED or held.withdrawn:
+        if job is None or held is None or not job.holds(held):
             return None
         return held.sealed[rank].place if rank in held.sealed else None
 

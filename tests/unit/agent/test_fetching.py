@@ -162,6 +162,22 @@ def answering(group: Group, method: str, change: Callable[[str, Any], Any]) -> N
         calls.handlers[method] = changed
 
 
+def test_an_executor_that_failed_is_asked_last(tmp_path: Path) -> None:
+    sizes = {f"n{index + 1}": {index: 8 * UNIT_BYTES} for index in range(4)}
+
+    async def body(group: Group) -> None:
+        plan = await group.plan_of(("n3",))
+        segments = [segment.executor for segment in rebuild_work(plan, 2, 2)]
+        down = max(set(segments), key=segments.count)
+        assert segments.count(down) > 1
+        group.down.add(down)
+        group.asked.clear()
+        assert await fetched(group, plan, 2) == group.shards[2].image
+        assert group.asked.count((down, "Rebuild")) == 2
+
+    run(tmp_path, 2, body, sizes=sizes, bulk__buffer_bytes="2 MiB", bulk__max_streams=1)
+
+
 def lies(group: Group, name: str) -> None:
     """Have a node hand out wrong bytes as decoded, with digests that fit them."""
     server = group.nodes[name].bulk

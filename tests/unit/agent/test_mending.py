@@ -96,6 +96,23 @@ def test_what_is_here_is_left_alone(tmp_path: Path) -> None:
     run(tmp_path, 1, body)
 
 
+def test_what_an_agent_found_at_its_start_is_left_alone(tmp_path: Path) -> None:
+    """Sealed here and verified, but not judged yet by all nodes."""
+
+    async def body(group: Group, mending: Mending) -> None:
+        plan = await group.plan_of()
+        node = group.nodes["n3"]
+        del node.state.jobs[JOB]
+        for adopted in adoptions(node.memory, None):
+            node.pipeline.submit(adopted)
+        await node.pipeline.idle(20)
+        assert node.state.jobs[JOB].snapshots[SNAPSHOT].stage is Stage.OPEN
+        await mending.install(JOB, plan, (2,))
+        assert len(node.memory.arenas(JOB)) == 3
+
+    run(tmp_path, 1, body, at="n3")
+
+
 def test_what_is_damaged_here_is_replaced(tmp_path: Path) -> None:
     async def body(group: Group, mending: Mending) -> None:
         node = group.nodes["n3"]
