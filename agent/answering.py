@@ -9,7 +9,7 @@ nothing.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from typing import Any
 
 from everstep.agent import events, messages
@@ -62,6 +62,11 @@ def digests_of(candidates: tuple[str, ...], joined: bytes) -> tuple[bytes, ...]:
     if len(joined) != _DIGEST_BYTES * len(candidates):
         raise FormatInvalid("Declare", "does not have one digest a candidate")
     return tuple(joined[at : at + _DIGEST_BYTES] for at in range(0, len(joined), _DIGEST_BYTES))
+
+
+def among(candidates: tuple[str, ...], agreed: Container[str] | None) -> list[int]:
+    """Indices of the candidates that are known to be agreed on."""
+    return [at for at, name in enumerate(candidates) if agreed is not None and name in agreed]
 
 
 class Answering:
@@ -188,6 +193,7 @@ class Answering:
         while True:
             self.coordinates()
             live = frozenset(self._peers.live())
+            places = {entry.node_id for entry in self._node.members.view.members()}
             try:
                 incarnation = self._assembly.join(
                     request.sender.node_id,
@@ -195,6 +201,7 @@ class Answering:
                     request.launch_id[:256],
                     live,
                     joins_live=request.live,
+                    silent=frozenset(places - live),
                 )
                 break
             except RankHeld:
@@ -202,14 +209,20 @@ class Answering:
                     raise
                 await asyncio.sleep(_AGAIN_S)
         self._peers.wake()
-        launch_id = self._assembly.launch_id(caller.job)
-        return wire.JoinReply(incarnation=incarnation, launch_id=launch_id)
+        return wire.JoinReply(
+            incarnation=incarnation,
+            launch_id=self._assembly.launch_id(caller.job),
+            joined=request.live and self._assembly.has_joined(caller),
+        )
 
     async def _agree(self, request: wire.AgreeRequest) -> wire.AgreeReply:
         caller = caller_of(request.session)
         self.coordinates()
         candidates = tuple(request.candidates)
         digests = digests_of(candidates, request.candidate_digests)
+        if request.joining:
+            names = self._assembly.agreed(caller)
+            return wire.AgreeReply(agreed=among(candidates, names), unknown=names is None)
         key = (caller.job, caller.incarnation, request.round)
         for old in [k for k in self._agreements if k[0] == caller.job and k[1:] < key[1:]]:
             self._agreements.pop(old).cancel()

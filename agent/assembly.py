@@ -3,15 +3,19 @@
 Owns the rule by which a trainer that attaches on any node is given its incarnation: the one rule of
 `agent.state`, over all nodes' reports instead of one node's memory. Promises that every rank of a
 launch gets the same number, that a number is never used again as far as any live node remembers,
-and that a process which lost its rank is told so. What was decided and not reported yet is
-remembered here. Pure: does no I/O and reads no clock.
+and that a process which lost its rank is told so. A rank is taken over live, within the running
+incarnation, only where its last process cannot come back: it is gone, or its node has lost its
+place. What was decided and not reported yet is remembered here. Pure: does no I/O and reads no
+clock.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 from everstep.agent.coordination import Coordination
 from everstep.agent.events import Caller
 from everstep.agent.job import Declaration
+from everstep.agent.joining import other_world
 from everstep.agent.tables import JobTable
 from everstep.proto.errors import Refused, StaleIncarnation
 
@@ -19,14 +23,16 @@ from everstep.proto.errors import Refused, StaleIncarnation
 class RankHeld(Refused):
     """The rank's process is attached on a live node: maybe it is only just dying."""
 
-    def __init__(self, job: str, rank: int, node_id: str) -> None:
+    def __init__(self, job: str, rank: int, node_id: str, *, silent: bool = False) -> None:
         self.job = job
         self.rank = rank
         self.node_id = node_id
-        super().__init__(
-            f"rank {rank} of job {job!r} is held by a process on {node_id} that is attached. "
-            "Nothing was changed. End that process, or give this one another rank."
-        )
+        what = f"is held by a process on {node_id} that is attached"
+        advice = "End that process, or give this one another rank."
+        if silent:
+            what = f"may be held by a process on {node_id}, which does not answer"
+            advice = f"Start the agent on {node_id} again, or one that replaces {node_id}."
+        super().__init__(f"rank {rank} of job {job!r} {what}. Nothing was changed. {advice}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,8 @@ class Holder:
     node_id: str
     process_id: str
     attached: bool
+    reported: bool = False
+    """Whether its node has named it: if that node does no longer, the process is gone."""
 
 
 @dataclass(slots=True)
@@ -47,6 +55,9 @@ class _Launch:
     launch_id: str
     members: dict[int, Holder] = field(default_factory=dict)
     declarations: dict[int, Declaration] = field(default_factory=dict)
+    agreed: tuple[str, ...] | None = None
+    joined: dict[int, str] = field(default_factory=dict)
+    """By rank, the process that has taken it over live."""
 
 
 class Assembly:
@@ -65,6 +76,7 @@ class Assembly:
         live: frozenset[str],
         *,
         joins_live: bool = False,
+        silent: frozenset[str] = frozenset(),
     ) -> int:
         """The incarnation that a process belongs to.
 
@@ -73,11 +85,14 @@ class Assembly:
             caller: The process; its incarnation is 0 if it belongs to none yet.
             launch_id: Of the launch, where the launcher names it.
             live: The nodes that are not suspected.
-            joins_live: Whether it takes its rank over without ending the incarnation.
+            joins_live: Whether it takes its rank over without ending the incarnation, if any other
+                rank of it runs.
+            silent: The nodes that are suspected, and have not lost their places.
 
         Raises:
             StaleIncarnation: If it belonged to one that has ended.
             RankHeld: If another process holds the rank.
+            Refused: If it would join a running incarnation with another world size.
         """
         launch = self._present(caller, launch_id)
         holder = launch.members.get(caller.rank)
@@ -92,18 +107,60 @@ class Assembly:
         else:
             if holder is not None and holder.attached and holder.node_id in live:
                 raise RankHeld(caller.job, caller.rank, holder.node_id)
-            launched_anew = bool(launch_id) and launch_id != launch.launch_id
-            other = not launch.members or launch.world != caller.world or launched_anew
-            if other or (holder is not None and not joins_live):
-                launch = self._begin(caller, launch_id)
+            if joins_live and _runs(launch, caller.rank, live):
+                self._join_live(launch, caller, holder, silent)
+            else:
+                launched_anew = bool(launch_id) and launch_id != launch.launch_id
+                other = not launch.members or launch.world != caller.world or launched_anew
+                if other or holder is not None:
+                    launch = self._begin(caller, launch_id)
         launch.members[caller.rank] = Holder(node_id, caller.process_id, attached=True)
         self._launches[caller.job] = launch
         self._coordination.begun(caller.job, launch.incarnation, launch.world, launch.launch_id)
         return launch.incarnation
 
+    def _join_live(
+        self, launch: _Launch, caller: Caller, holder: Holder | None, silent: frozenset[str]
+    ) -> None:
+        if launch.world != caller.world:
+            raise other_world(caller.job, caller.rank, caller.world, launch.world)
+        # On a node that comes back its last process would go on, as the same rank.
+        if holder is not None and holder.attached and holder.node_id in silent:
+            raise RankHeld(caller.job, caller.rank, holder.node_id, silent=True)
+        if holder is None and silent and caller.rank not in launch.members:
+            raise RankHeld(caller.job, caller.rank, min(silent), silent=True)
+        # What is committed was so before this process came: it asks for the first time.
+        if holder is not None or self._has_committed(caller.job, launch):
+            launch.joined[caller.rank] = caller.process_id
+
+    def _has_committed(self, job: str, launch: _Launch) -> bool:
+        """Whether every rank has had a part in this incarnation."""
+        table = self._coordination.jobs.get(job)
+        return table is not None and any(
+            snapshot.incarnation == launch.incarnation
+            and self._coordination.is_committed(job, snapshot)
+            for snapshot in table.snapshots
+        )
+
     def launch_id(self, job: str) -> str:
         """Of the present incarnation."""
         return self._launches[job].launch_id
+
+    def has_joined(self, caller: Caller) -> bool:
+        """Whether a process has taken its rank over live."""
+        launch = self._launches[caller.job]
+        return launch.joined.get(caller.rank) == caller.process_id
+
+    def agreed(self, caller: Caller) -> tuple[str, ...] | None:
+        """The replicated leaves that all ranks agreed on last, if this term knows.
+
+        Raises:
+            StaleIncarnation: If the caller's incarnation is over.
+        """
+        launch = self._present(caller, "")
+        if caller.incarnation != launch.incarnation:
+            raise StaleIncarnation(caller.job, caller.incarnation, launch.incarnation)
+        return launch.agreed
 
     def declare(
         self,
@@ -128,7 +185,11 @@ class Assembly:
         declaration = launch.declarations.setdefault(number, Declaration())
         declaration.candidates[caller.rank] = candidates
         declaration.digests[caller.rank] = digests
-        return declaration.agreed() if len(declaration.candidates) == launch.world else None
+        if len(declaration.candidates) < launch.world:
+            return None
+        agreed = declaration.agreed()
+        launch.agreed = tuple(candidates[index] for index in agreed)
+        return agreed
 
     def undeclared(self, job: str, number: int) -> tuple[int, ...]:
         """The ranks that have not declared yet, of those that must."""
@@ -149,7 +210,7 @@ class Assembly:
             return known or _Launch(0, caller.world, launch_id)
         if known is None or table.incarnation > known.incarnation:
             known = _Launch(table.incarnation, table.world, table.launch_id)
-        _take_over(known, table)
+        _take_over(known, table, self._coordination.reported.keys())
         return known
 
     def _begin(self, caller: Caller, launch_id: str) -> _Launch:
@@ -163,8 +224,24 @@ class Assembly:
         return _Launch(max(numbers) + 1, caller.world, launch_id)
 
 
-def _take_over(launch: _Launch, table: JobTable) -> None:
+def _runs(launch: _Launch, rank: int, live: frozenset[str]) -> bool:
+    """Whether any other rank is there to be joined."""
+    return any(
+        holder.attached and holder.node_id in live
+        for other, holder in launch.members.items()
+        if other != rank
+    )
+
+
+def _take_over(launch: _Launch, table: JobTable, reported: Collection[str]) -> None:
     """What the nodes report of the incarnation's processes is newer than what was decided."""
+    for rank, holder in launch.members.items():
+        if holder.reported and holder.attached and holder.node_id in reported:
+            fact = table.facts.get(holder.node_id)
+            named = fact.members if fact is not None else ()
+            if not any(member.process_id == holder.process_id for member in named):
+                # Its node was started anew, and remembers nothing of it.
+                launch.members[rank] = replace(holder, attached=False)
     for node_id, fact in table.facts.items():
         if fact.incarnation != launch.incarnation:
             continue
@@ -172,4 +249,6 @@ def _take_over(launch: _Launch, table: JobTable) -> None:
             known = launch.members.get(member.rank)
             # A report from before the rank was given to another process says nothing.
             if known is None or known.process_id == member.process_id:
-                launch.members[member.rank] = Holder(node_id, member.process_id, member.attached)
+                launch.members[member.rank] = Holder(
+                    node_id, member.process_id, member.attached, reported=True
+                )

@@ -23,6 +23,7 @@ from everstep.agent.executing import Executing
 from everstep.agent.fetching import Fetching
 from everstep.agent.gathering import Gathering
 from everstep.agent.job import Job
+from everstep.agent.live_restoring import LiveRestoring
 from everstep.agent.members import MemberRules, Members
 from everstep.agent.mending import Mending
 from everstep.agent.node import Node
@@ -30,6 +31,7 @@ from everstep.agent.options import format_endpoint, is_wildcard, split_endpoint
 from everstep.agent.peers import Peers
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.protection import ProtectionRules
+from everstep.agent.rates import join_rate
 from everstep.agent.recovery import Wanted
 from everstep.agent.restoring import Restoring
 from everstep.agent.sending import BulkServer
@@ -65,10 +67,15 @@ class Cluster:
         self.answering = Answering(config, peers, pipeline.perform)
         peers.local = self.answering
         tls = client_context(config.tls)
-        self.serving = Serving(pipeline=pipeline, bulk=bulk, parity=pipeline.parity)
+        self.join_rate = join_rate(config.bulk.join_rate_bytes_s)
+        self.serving = Serving(
+            pipeline=pipeline, bulk=bulk, parity=pipeline.parity, join_rate=self.join_rate
+        )
         assert pipeline.parity is not None
         self.encoding = Encoding(pipeline=pipeline, parity=pipeline.parity, calls=peers, tls=tls)
-        self.executing = Executing(peers, pipeline, bulk, config.bulk, tls=tls)
+        self.executing = Executing(
+            peers, pipeline, bulk, config.bulk, tls=tls, join_rate=self.join_rate
+        )
         self.fetching = Fetching(peers, config.bulk, tls=tls)
         self.gathering = Gathering(peers, config.limits.declare_timeout_s)
         timeout_s = config.limits.restore_timeout_s
@@ -83,6 +90,12 @@ class Cluster:
         self.mending = Mending(pipeline, self.fetching)
         self.restoring = Restoring(
             pipeline, node.node_id, self.ask_coordinator, self.fetching, self.mending
+        )
+        # What it takes from other nodes counts against what those allow.
+        joining = Fetching(peers, config.bulk, tls=tls, joining=True)
+        self.live_mending = Mending(pipeline, joining)
+        self.live_restoring = LiveRestoring(
+            pipeline, node.node_id, self.ask_coordinator, joining, self.live_mending
         )
         self._running: asyncio.Task[None] | None = None
 
@@ -100,17 +113,21 @@ class Cluster:
         if self.node.members.fenced_by:
             raise Fenced(self.node.node_id, self.node.members.fenced_by)
 
-    async def join(self, session: agent_pb2.Session, launch_id: str) -> tuple[int, str]:
+    async def join(self, attached: agent_pb2.AttachRequest) -> peer_pb2.JoinReply:
         """The incarnation that a trainer of this node belongs to, and its launch.
 
         Raises:
             EverstepError: If the coordinator refuses, or there is none in time.
         """
-        request = peer_pb2.JoinRequest(session=session, launch_id=launch_id)
-        reply = await self.ask_coordinator("Join", request, self.config.limits.declare_timeout_s)
-        return int(reply.incarnation), str(reply.launch_id)
+        request = peer_pb2.JoinRequest(
+            session=attached.session, launch_id=attached.launch_id[:256], live=attached.live
+        )
+        reply: peer_pb2.JoinReply = await self.ask_coordinator(
+            "Join", request, self.config.limits.declare_timeout_s
+        )
+        return reply
 
-    async def agree(self, declared: agent_pb2.DeclareRequest) -> tuple[int, ...]:
+    async def agree(self, declared: agent_pb2.DeclareRequest) -> peer_pb2.AgreeReply:
         """Which replicated leaves are equal on all ranks of all nodes.
 
         Raises:
@@ -121,18 +138,29 @@ class Cluster:
             round=declared.round,
             candidates=declared.candidates,
             candidate_digests=declared.candidate_digests,
+            joining=declared.joining,
         )
-        reply = await self.ask_coordinator("Agree", request, self.config.limits.declare_timeout_s)
-        return tuple(reply.agreed)
+        reply: peer_pb2.AgreeReply = await self.ask_coordinator(
+            "Agree", request, self.config.limits.declare_timeout_s
+        )
+        return reply
 
-    async def restore(self, job: Job, rank: int, wanted: Wanted) -> agent_pb2.RestoreReply:
+    async def restore(
+        self, job: Job, rank: int, wanted: Wanted, *, live: bool = False
+    ) -> agent_pb2.RestoreReply:
         """What a rank of this node loads, and where on this node it lies.
 
         Raises:
             EverstepError: See `everstep.agent.restoring`.
         """
         self.check_place()
-        return await self.restoring.restore(job, rank, wanted)
+        restoring = self.live_restoring if live else self.restoring
+        return await restoring.restore(job, rank, wanted)
+
+    def offered(self, job: Job) -> None:
+        """A rank of this node has offered a step."""
+        self.restoring.offered(job)
+        self.live_restoring.offered(job)
 
     async def ask_coordinator(self, method: str, request: Any, timeout_s: float) -> Any:
         """Ask whoever coordinates, and wait, bounded, until somebody does.
@@ -167,6 +195,7 @@ class Cluster:
         await self.peers.close()
         self.executing.close()
         self.mending.close()
+        self.live_mending.close()
         await self.encoding.close()
         await asyncio.to_thread(self.bulk.close)
 

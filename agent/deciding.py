@@ -65,12 +65,12 @@ class Deciding:
         self._answering.coordinates()
         to_step = request.to_step if request.HasField("to_step") else None
         asked = (to_step, frozenset(request.levels))
-        if request.live:
-            return await self._search(request.job, request.incarnation, asked, live=True)
         table = self._coordination.jobs.get(request.job)
         present = table.incarnation if table is not None else 0
         if request.incarnation != present:
             raise StaleIncarnation(request.job, request.incarnation, present)
+        if request.live:
+            return await self._search_live(request.job, request.incarnation, asked)
         key = (request.job, request.incarnation)
         for ended in [k for k in self._decisions if k[0] == request.job and k != key]:
             del self._decisions[ended]
@@ -78,7 +78,7 @@ class Deciding:
         if known is None or (
             known.task.done() and (known.task.cancelled() or known.task.exception())
         ):
-            search = self._search(request.job, request.incarnation, asked, live=False)
+            search = self._search(request.job, request.incarnation, asked)
             task = asyncio.get_running_loop().create_task(search)
             known = self._decisions[key] = _Decision(asked, task)
         elif known.asked != asked:
@@ -90,19 +90,40 @@ class Deciding:
             what = f"checking the snapshots of {request.job}"
             raise DeadlineExceeded(what, self._timeout_s) from None
 
-    async def _search(
-        self, job: str, incarnation: int, asked: Asked, *, live: bool
-    ) -> peer_pb2.DecideReply:
+    async def _search_live(self, job: str, incarnation: int, asked: Asked) -> peer_pb2.DecideReply:
+        """The newest that the running incarnation has; binds nobody."""
         findings = await self._gathering.gather(job)
+        wishes = self._wishes(job, incarnation, asked)
+        plan = await self._gathering.checked(
+            job, findings, wishes, lambda p: p.snapshot.incarnation == incarnation
+        )
+        if plan is not None:
+            self._check_world(job, plan)
+            return peer_pb2.DecideReply(found=True, plan=plan.encoded(), rejected=findings.rejected)
+        committed = any(
+            found.snapshot.incarnation == incarnation
+            and self._coordination.is_committed(job, found.snapshot)
+            for found in findings.plans(self._wishes(job, incarnation, (None, frozenset())))
+        )
+        if committed:
+            raise NothingRecoverable(job, tuple(_reasons(findings, wishes)))
+        return peer_pb2.DecideReply(found=False)
+
+    def _wishes(self, job: str, incarnation: int, asked: Asked) -> Wishes:
         facts = self._facts(job, incarnation)
-        wishes = Wishes(
+        return Wishes(
             levels=asked[1],
             to_step=asked[0],
             prefer_node={m.rank: node_id for node_id, f in facts.items() for m in f.members},
             preference=_preference(facts, incarnation),
             excluded=self._drifted(job),
         )
-        bound = None if live else _decided_before(facts)
+
+    async def _search(self, job: str, incarnation: int, asked: Asked) -> peer_pb2.DecideReply:
+        findings = await self._gathering.gather(job)
+        facts = self._facts(job, incarnation)
+        wishes = self._wishes(job, incarnation, asked)
+        bound = _decided_before(facts)
         if bound is not None:
             if bound[0] is None:
                 return peer_pb2.DecideReply(found=False)
@@ -136,9 +157,9 @@ class Deciding:
         table = self._coordination.jobs.get(job)
         if table is not None and plan.world != table.world:
             raise StateMismatch(
-                f"{plan.snapshot} of job {job!r} was saved by {plan.world} rank(s), and this launch "
-                f"has {table.world}. Start {plan.world} rank(s), or restore an older step with "
-                "`to=`. Nothing was loaded."
+                f"{plan.snapshot} of job {job!r} was saved by {plan.world} rank(s), and this "
+                f"launch has {table.world}. Start {plan.world} rank(s), or restore an older step "
+                "with `to=`. Nothing was loaded."
             )
 
 

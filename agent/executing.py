@@ -26,6 +26,7 @@ from everstep.agent.describing import check_record
 from everstep.agent.fetching import REBUILD_STALLS
 from everstep.agent.inventory import LEVELS
 from everstep.agent.plans import ParityPlan, PlannedShard
+from everstep.agent.rates import Rate
 from everstep.agent.sending import BufferPiece, BulkServer, Source
 from everstep.agent.stock import Copy, ranks_in
 from everstep.agent.symbols import Stores, Symbol, Work, digest_of, parity_store, planned
@@ -63,6 +64,7 @@ class Executing:
         bulk: BulkOptions,
         *,
         tls: ssl.SSLContext | None = None,
+        join_rate: Rate | None = None,
     ) -> None:
         """Prepare.
 
@@ -72,7 +74,9 @@ class Executing:
             server: Hands out what was decoded.
             bulk: The limits.
             tls: A client's context; None for none.
+            join_rate: How fast ranks that join may take it; see `agent.rates.join_rate`.
         """
+        self._join_rate = join_rate
         self._calls = calls
         self._stores = stores
         self._server = server
@@ -141,12 +145,14 @@ class Executing:
             bulk=self._bulk,
             tls=self._tls,
             left_s=left_s,
+            joining=request.joining,
         )
         work.records = self._remembered(work)
         pieces = Decoding(work, request.member).run()
         failpoint("agent.rebuild.decoded")
         handed_over.set()
-        return self._server.issue(Source(pieces, self._free.release))
+        rate = self._join_rate if request.joining else None
+        return self._server.issue(Source(pieces, self._free.release), rate=rate)
 
     def _checked(self, request: wire.RebuildRequest, plan: ParityPlan) -> range:
         """The units of the chunk that are asked for, if that makes sense."""

@@ -97,7 +97,12 @@ class Fetching:
     """The taking side of one node."""
 
     def __init__(
-        self, calls: Calls, bulk: BulkOptions, *, tls: ssl.SSLContext | None = None
+        self,
+        calls: Calls,
+        bulk: BulkOptions,
+        *,
+        tls: ssl.SSLContext | None = None,
+        joining: bool = False,
     ) -> None:
         """Prepare.
 
@@ -105,7 +110,9 @@ class Fetching:
             calls: To other nodes.
             bulk: The limits.
             tls: A client's context; None for none.
+            joining: Whether it is for ranks that join live, which the nodes that send may slow.
         """
+        self._joining = joining
         self._calls = calls
         self._bulk = bulk
         self._tls = tls
@@ -214,6 +221,7 @@ class Fetching:
 
         def ask(first: int) -> IssuedTicket:
             request = wire.OpenRequest(job=transfer.record.job, level=source.level)
+            request.joining = self._joining
             request.incarnation, request.step = snapshot.incarnation, snapshot.step
             request.shard.rank = transfer.rank
             request.shard.units.extend(_ranges(units[first:]))
@@ -337,6 +345,7 @@ class Fetching:
                 member=segment.member,
                 units=wire.UnitRange(first=run.indices[first], count=segment.units - first),
                 usable=segment.usable,
+                joining=self._joining,
             )
             return self._ask(transfer, node, "Rebuild", request, timeout_s)
 

@@ -22,8 +22,8 @@ def other_world(job: str, rank: int, world: int, running: int) -> Refused:
     """A launch of another size cannot be joined."""
     return Refused(
         f"rank {rank} of job {job!r} would join live with a world of {world}, and {running} "
-        "rank(s) make up the one that is running. Nothing was changed, the others go on. Start it with "
-        f"a world of {running}, or end the others and start all ranks anew."
+        "rank(s) make up the one that is running. Nothing was changed, the others go on. Start "
+        f"it with a world of {running}, or end the others and start all ranks anew."
     )
 
 
@@ -46,9 +46,9 @@ def takes_over(job: Job, event: events.Attach) -> bool:
     """Whether the rank was another process's in this incarnation, as far as anything here tells."""
     rank = event.caller.rank
     holder = job.members.get(rank)
-    if holder is not None:
-        return holder.process_id != event.caller.process_id
-    # Every rank had a part in what is committed.
+    if holder is not None and holder.process_id != event.caller.process_id:
+        return True
+    # Every rank had a part in what is committed, and this process asks for the first time.
     return any(
         s.id.incarnation == job.incarnation and s.stage is Stage.COMMITTED
         for s in job.snapshots.values()

@@ -141,6 +141,14 @@ class Rate:
         self._filled_s = now_s
 
 
+def join_rate(bytes_s: int) -> Rate | None:
+    """What all streams to joining ranks share, by `bulk.join_rate_bytes_s`; None for no limit.
+
+    Its burst is an eighth of a second's: a join must not begin with what others would notice.
+    """
+    return Rate(bytes_s, max(1, min(bytes_s // 8, _DEFAULT_BURST_BYTES))) if bytes_s else None
+
+
 def _check(bytes_s: float | None, burst_bytes: int) -> None:
     assert bytes_s is None or (bytes_s > 0 and math.isfinite(bytes_s)), bytes_s
     assert burst_bytes > 0, burst_bytes

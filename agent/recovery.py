@@ -116,6 +116,37 @@ class Recovery:
             raise _asked_otherwise(job)
         return reply
 
+    async def join(self, job: Job, rank: int, wanted: Wanted) -> RestoreReply:
+        """The newest that the running incarnation has committed, for a rank that joined it live.
+
+        If it has committed nothing yet, what all its ranks begin with. What is found stays until
+        the rank offers a step.
+
+        Raises:
+            NothingRecoverable: If no copy of what was committed is whole, or wanted.
+            EverstepError: As `decide`.
+        """
+        incarnation = job.incarnation
+        committed = [s.id for s in job.snapshots.values() if s.stage is Stage.COMMITTED]
+        found = {s for s in (*committed, *job.durable) if s.incarnation == incarnation}
+        if not found:
+            return await self.decide(job, wanted)
+        search = Search(checking=True)
+        for snapshot in sorted(found, reverse=True):
+            if wanted.to_step not in (None, snapshot.step):
+                continue
+            locations = await self._locate(job, snapshot, wanted, search)
+            if job.incarnation != incarnation:
+                raise StaleIncarnation(job.name, incarnation, job.incarnation)
+            if locations is not None:
+                decided = events.JoinDecided(job.name, rank, incarnation, snapshot)
+                self._pipeline.submit(decided)
+                return _found(snapshot, locations, search)
+        reasons = [f"step {r.step}, rank {r.rank}, {r.level}: {r.reason}" for r in search.rejected]
+        raise NothingRecoverable(
+            job.name, tuple(reasons or ["this launch has committed no such step"])
+        )
+
     async def _search(self, job: Job, wanted: Wanted) -> RestoreReply:
         search = Search(checking=job.world > 1)
         if job.world == 1:
@@ -139,13 +170,7 @@ class Recovery:
             decided = events.RestoreDecided(job.name, job.incarnation, snapshot)
             self._pipeline.submit(decided)
             failpoint("agent.restore.decided")
-            return RestoreReply(
-                found=True,
-                incarnation=snapshot.incarnation,
-                step=snapshot.step,
-                shards=locations,
-                rejected=search.rejected,
-            )
+            return _found(snapshot, locations, search)
         if found or job.damaged or job.problems or wanted.to_step is not None:
             reasons = [
                 f"step {r.step}, rank {r.rank}, {r.level}: {r.reason}" for r in search.rejected
@@ -247,6 +272,16 @@ class Recovery:
                 record=shard.record,
                 layout=nvme.layout(job.name, record.layout_id),
             )
+
+
+def _found(snapshot: SnapshotId, locations: list[ShardLocation], search: Search) -> RestoreReply:
+    return RestoreReply(
+        found=True,
+        incarnation=snapshot.incarnation,
+        step=snapshot.step,
+        shards=locations,
+        rejected=search.rejected,
+    )
 
 
 def _asked_otherwise(job: Job) -> Refused:

@@ -22,7 +22,7 @@ from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Wanted
 from everstep.agent.sources import Held, SnapshotPlan, parsed
 from everstep.proto.agent_pb2 import RestoreReply, ShardLocation
-from everstep.proto.errors import DeadlineExceeded, StaleIncarnation
+from everstep.proto.errors import DeadlineExceeded, FormatInvalid, StaleIncarnation
 from everstep.proto.failpoint import failpoint
 from everstep.proto.peer_pb2 import DecideReply, DecideRequest
 from everstep.snapshot.layout import decode
@@ -50,11 +50,11 @@ class Restoring:
         self._fetching = fetching
         self._mending = mending
         self._timeout_s = pipeline.config.limits.restore_timeout_s
+        self._staged_for: set[str] = set()
+        self._dropping = asyncio.Lock()
         self._under_way: dict[tuple[str, int, object], asyncio.Task[object]] = {}
 
-    async def restore(
-        self, job: Job, rank: int, wanted: Wanted, *, live: bool = False
-    ) -> RestoreReply:
+    async def restore(self, job: Job, rank: int, wanted: Wanted) -> RestoreReply:
         """What a rank loads, and where on this node it lies.
 
         Raises:
@@ -63,12 +63,23 @@ class Restoring:
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._restore(job, rank, wanted, live=live)
+                return await self._restore(job, rank, wanted)
         except TimeoutError:
             what = f"bringing what rank {rank} of {job.name} restores to {self._node_id}"
             raise DeadlineExceeded(what, self._timeout_s) from None
 
-    async def _restore(self, job: Job, rank: int, wanted: Wanted, *, live: bool) -> RestoreReply:
+    async def _restore(self, job: Job, rank: int, wanted: Wanted) -> RestoreReply:
+        decided, plan = await self._decided(job, wanted, live=False)
+        snapshot = plan.snapshot if plan is not None else None
+        self._pipeline.submit(events.RestoreDecided(job.name, job.incarnation, snapshot))
+        failpoint("agent.restore.decided")
+        if plan is None:
+            return RestoreReply(found=False)
+        return await self._found(job, rank, decided, plan)
+
+    async def _decided(
+        self, job: Job, wanted: Wanted, *, live: bool
+    ) -> tuple[DecideReply, SnapshotPlan | None]:
         incarnation = job.incarnation
         request = DecideRequest(
             job=job.name, incarnation=incarnation, levels=sorted(wanted.levels), live=live
@@ -78,13 +89,13 @@ class Restoring:
         decided = await self._ask("Decide", request, self._timeout_s)
         if job.incarnation != incarnation:
             raise StaleIncarnation(job.name, incarnation, job.incarnation)
-        plan = parsed(decided.plan, "the coordinator's decision") if decided.found else None
-        snapshot = plan.snapshot if plan is not None else None
-        if not live:
-            self._pipeline.submit(events.RestoreDecided(job.name, incarnation, snapshot))
-        failpoint("agent.restore.decided")
-        if plan is None:
-            return RestoreReply(found=False)
+        if not decided.found:
+            return decided, None
+        return decided, parsed(decided.plan, "the coordinator's decision")
+
+    async def _found(
+        self, job: Job, rank: int, decided: DecideReply, plan: SnapshotPlan
+    ) -> RestoreReply:
         damaged = any(
             (copy.incarnation, copy.step, copy.rank, copy.level)
             == (plan.snapshot.incarnation, plan.snapshot.step, rank, "memory")
@@ -102,7 +113,9 @@ class Restoring:
     async def _located(
         self, job: Job, rank: int, plan: SnapshotPlan, *, damaged: bool
     ) -> list[ShardLocation]:
-        records = await self._once(job, "records", partial(self._records, job.name, plan))
+        records = await self._once(
+            job, (plan.snapshot, "records"), partial(self._records, job.name, plan)
+        )
         assert isinstance(records, dict)
         found = []
         for source in plan.sources:
@@ -112,12 +125,13 @@ class Restoring:
                 found.append(self._local(job, source.rank, source.level, plan, layout))
             elif source.rank == rank:
                 # Held here from now on: the next failure finds it where it belongs.
-                await self._once(job, rank, partial(self._mended, job, plan, rank, damaged))
+                mend = partial(self._mended, job, plan, rank, damaged)
+                await self._once(job, (plan.snapshot, rank), mend)
                 found.append(self._local(job, rank, "memory", plan, layout))
             else:
                 staged = await self._once(
                     job,
-                    ("staged", source.rank),
+                    (plan.snapshot, "staged", source.rank),
                     partial(self._staged, job, plan, source.rank, described),
                 )
                 if staged is not None:
@@ -163,7 +177,22 @@ class Restoring:
             plan.snapshot,
             rank,
         )
+        self._staged_for.add(job.name)
+        async with self._dropping:
+            pass
         return await self._mending.stage(job.name, plan, rank, units, described.record)
+
+    def offered(self, job: Job) -> None:
+        """A rank has gone on to a step: what was staged goes, once no rank may be reading it."""
+        if job.name in self._staged_for and not job.restoring and not job.joining:
+            self._pipeline.spawn(self._drop_staged(job))
+
+    async def _drop_staged(self, job: Job) -> None:
+        staging = self._pipeline.staging
+        async with self._dropping:
+            if staging is not None and not job.restoring and not job.joining:
+                self._staged_for.discard(job.name)
+                await asyncio.to_thread(staging.drop, job.name)
 
     def _local(
         self, job: Job, rank: int, level: str, plan: SnapshotPlan, layout: bytes
@@ -173,7 +202,10 @@ class Restoring:
             assert nvme is not None
             with nvme.open_shard(job.name, plan.snapshot, rank) as stored:
                 return _location(rank, level, str(stored.path), 0, stored.record, layout)
-        shard = job.snapshots[plan.snapshot].sealed[rank]
+        held = job.snapshots.get(plan.snapshot)
+        if held is None or rank not in held.sealed:
+            raise FormatInvalid(f"rank {rank} of {plan.snapshot}", "it is not in memory any more")
+        shard = held.sealed[rank]
         arena = self._pipeline.arena_file(job.name, rank, shard.place.generation)
         offset = shard.place.slot * arena.slot_bytes
         return _location(rank, level, str(arena.path), offset, shard.envelope, layout)

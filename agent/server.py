@@ -15,7 +15,7 @@ from typing import Any
 
 from everstep.agent import events, reports
 from everstep.agent.actions import Place
-from everstep.agent.answering import caller_of, digests_of
+from everstep.agent.answering import among, caller_of, digests_of
 from everstep.agent.cluster import Cluster
 from everstep.agent.config import Config
 from everstep.agent.pipeline import Pipeline
@@ -89,7 +89,7 @@ class Service(AgentServicer):
         caller = caller_of(request.session)
         queue = self._pipeline.notices.subscribe(caller.job, caller.rank)
         try:
-            yield self._attached(incarnation)
+            yield self._attached(incarnation, caller)
             for notice in reports.newest_commits(self._state.jobs[caller.job]):
                 yield notice
             while True:
@@ -102,9 +102,10 @@ class Service(AgentServicer):
 
     async def _attach(self, request: wire.AttachRequest) -> int:
         caller = caller_of(request.session)
-        decided, launch_id = None, request.launch_id[:256]
+        decided, launch_id, live = None, request.launch_id[:256], request.live
         if self._cluster is not None:
-            decided, launch_id = await self._cluster.join(request.session, launch_id)
+            reply = await self._cluster.join(request)
+            decided, launch_id, live = reply.incarnation, reply.launch_id, reply.joined
         job = self._state.jobs.get(caller.job)
         holder = job.members.get(caller.rank) if job is not None else None
         alive = (
@@ -112,6 +113,12 @@ class Service(AgentServicer):
             and holder.process_id != caller.process_id
             and holder.pid != request.pid
             and process_alive(holder.pid, holder.pid_started_s)
+        )
+        others = job.members.items() if job is not None else ()
+        others_alive = live and any(
+            process_alive(member.pid, member.pid_started_s)
+            for rank, member in others
+            if rank != caller.rank
         )
         in_flight = None
         if request.HasField("in_flight"):
@@ -128,12 +135,14 @@ class Service(AgentServicer):
                 nvme_interval_steps=request.nvme_interval_steps if has_interval else None,
                 in_flight=in_flight,
                 decided=decided,
+                live=live,
+                others_alive=others_alive,
             )
         )
         log.info("job %s: rank %d attached, pid %d", caller.job, caller.rank, request.pid)
         return incarnation
 
-    def _attached(self, incarnation: int) -> wire.Notice:
+    def _attached(self, incarnation: int, caller: events.Caller) -> wire.Notice:
         levels = ["memory"]
         if self._cluster is not None and self._cluster.protects:
             levels.append("parity")
@@ -145,6 +154,7 @@ class Service(AgentServicer):
                 node_id=self._config.agent.node_id,
                 agent_version=self._version,
                 levels=levels,
+                joined=caller.rank in self._state.jobs[caller.job].joining,
             )
         )
 
@@ -152,10 +162,8 @@ class Service(AgentServicer):
     async def Declare(self, request: wire.DeclareRequest, context: Any) -> wire.DeclareReply:
         """Agree on replicated leaves, reserve the arena; see agent.proto."""
         caller = caller_of(request.session)
-        agreed: tuple[int, ...] = ()
         if not request.layout:
-            agreed = await self._agree(caller, request)
-            return wire.DeclareReply(agreed=agreed)
+            return await self._agree(caller, request)
         arena = await reserve_arena(
             self._pipeline, self._config, caller, request.layout, request.layout_id
         )
@@ -167,18 +175,24 @@ class Service(AgentServicer):
             generation=arena.generation,
         )
 
-    async def _agree(self, caller: events.Caller, request: wire.DeclareRequest) -> tuple[int, ...]:
+    async def _agree(
+        self, caller: events.Caller, request: wire.DeclareRequest
+    ) -> wire.DeclareReply:
+        self._state.check(caller)
         if self._cluster is not None:
-            self._state.check(caller)
-            return await self._cluster.agree(request)
+            reply = await self._cluster.agree(request)
+            return wire.DeclareReply(agreed=reply.agreed, unknown=reply.unknown)
         candidates = tuple(request.candidates)
+        if request.joining:
+            names = self._state.jobs[caller.job].agreed
+            return wire.DeclareReply(agreed=among(candidates, names), unknown=names is None)
         digests = digests_of(candidates, request.candidate_digests)
         future = self._pipeline.notices.agreement(caller.job, request.round)
         self._pipeline.submit(events.Declare(caller, request.round, candidates, digests))
         timeout_s = self._config.limits.declare_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(future)
+                return wire.DeclareReply(agreed=await asyncio.shield(future))
         except TimeoutError:
             job = self._state.jobs[caller.job]
             declared = job.declarations.get(request.round)
@@ -195,6 +209,8 @@ class Service(AgentServicer):
         self._pipeline.check_arena(caller.job, caller.rank)
         reply = self._pipeline.submit(events.Offer(caller, request.step, request.patient))
         failpoint("agent.offer.decided")
+        if self._cluster is not None:
+            self._cluster.offered(self._state.jobs[caller.job])
         if isinstance(reply, Place):
             return wire.OfferReply(granted=True, slot=reply.slot, generation=reply.generation)
         return wire.OfferReply(granted=False, reason=reply)
@@ -248,8 +264,12 @@ class Service(AgentServicer):
             raise Refused(f"there is no level {unknown[0]!r}; levels are memory and nvme.")
         to_step = request.to_step if request.HasField("to_step") else None
         wanted = Wanted(to_step, frozenset(request.levels), tuple(request.rejected))
+        if request.live:
+            self._state.check(caller)
         if self._cluster is not None:
-            return await self._cluster.restore(job, caller.rank, wanted)
+            return await self._cluster.restore(job, caller.rank, wanted, live=request.live)
+        if request.live:
+            return await self._recovery.join(job, caller.rank, wanted)
         return await self._recovery.decide(job, wanted)
 
     @_answered

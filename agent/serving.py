@@ -19,6 +19,7 @@ from everstep.agent.inventory import LEVELS, MEMORY
 from everstep.agent.job import Job, SealedShard, Snapshot
 from everstep.agent.keeping import Keeping, known_of
 from everstep.agent.pipeline import Pipeline, nvme_intact
+from everstep.agent.rates import Rate
 from everstep.agent.sending import BulkServer, Source
 from everstep.proto import peer_pb2
 from everstep.proto.agent_pb2 import RejectedCopy
@@ -38,11 +39,18 @@ class Serving:
         pipeline: Of this agent.
         bulk: What sends the bytes.
         parity: This node's parity in memory; None if it takes no part in parity.
+        join_rate: How fast ranks that join may take from here; see `agent.rates.join_rate`.
     """
 
     def __init__(
-        self, *, pipeline: Pipeline, bulk: BulkServer, parity: ParityMemory | None
+        self,
+        *,
+        pipeline: Pipeline,
+        bulk: BulkServer,
+        parity: ParityMemory | None,
+        join_rate: Rate | None = None,
     ) -> None:
+        self._join_rate = join_rate
         self.pipeline = pipeline
         self.bulk = bulk
         node_id = pipeline.config.agent.node_id
@@ -118,7 +126,8 @@ class Serving:
             source = await self._source(partial(self._disk_shard, name, snapshot, request.shard))
         else:
             raise Refused("neither a shard nor parity was asked for. Nothing was sent.")
-        issued = self.bulk.issue(source)
+        rate = self._join_rate if request.joining else None
+        issued = self.bulk.issue(source, rate=rate)
         return peer_pb2.Ticket(
             token=issued.token, address=issued.address, units=issued.units, bytes=issued.bytes
         )

@@ -78,6 +78,8 @@ class Work:
     tls: ssl.SSLContext | None
     left_s: Callable[[], float]
     """Seconds until the deadline; raises when it is over."""
+    joining: bool = False
+    """Whether it is for a rank that joins live."""
     problems: list[EverstepError] = field(default_factory=list)
 
 
@@ -188,6 +190,7 @@ class Symbol:
         snapshot = work.plan.snapshot
         request = wire.OpenRequest(job=work.plan.job, level=place.level)
         request.incarnation, request.step = snapshot.incarnation, snapshot.step
+        request.joining = work.joining
         wanted = wire.UnitRange(first=expected[0].index, count=len(expected))
         if isinstance(piece.what, wire.ShardUnits):
             request.shard.CopyFrom(piece.what)

@@ -3,7 +3,8 @@
 Public names are re-exported by `everstep`.
 """
 
-from everstep.client.client import Client, connect
+from everstep.client.client import Client
+from everstep.client.connecting import connect
 from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits, Stats
 

@@ -10,7 +10,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -111,6 +111,18 @@ class Arranger:
         self._divergent: set[str] = set()
         self._unguarded: set[str] = set()
         self._agreed: dict[tuple[object, ...], tuple[str, ...]] = {}
+        self._joining = False
+        self._had: frozenset[str] | None = None
+
+    def join(self, replicated: Collection[str] | None) -> None:
+        """The other ranks go on with what they have agreed on, and will not be asked again.
+
+        Args:
+            replicated: What they had in the snapshot that was restored, if one was; it counts
+                where the agent does not know what they have now.
+        """
+        self._joining = True
+        self._had = None if replicated is None else frozenset(replicated)
 
     def forget(self) -> None:
         """The agent may have changed: arrange anew before the next snapshot."""
@@ -118,6 +130,8 @@ class Arranger:
             self._current.arena.close()
         self._current = None
         self._agreed.clear()
+        # The other ranks need not have forgotten anything.
+        self.join(None)
 
     def distrust(self, names: Sequence[str]) -> None:
         """These leaves were changed outside the fence: copy them at once from now on."""
@@ -185,10 +199,23 @@ class Arranger:
                 candidate_digests=digests,
                 round=step,
             )
-            reply = self._channel.call("Declare", request, self._timeout_s)
-            known = tuple(candidates[index][0] for index in reply.agreed)
-            self._agreed[form] = known
+            known = self._agreed[form] = self._declared(request)
         return known
+
+    def _declared(self, request: wire.DeclareRequest) -> tuple[str, ...]:
+        """What all ranks agree on; of one that joins them, what they agreed on without it.
+
+        That its replicas are theirs shows when all have sealed, as at every step.
+        """
+        request.joining = self._joining
+        reply = self._channel.call("Declare", request, self._timeout_s)
+        if reply.unknown and self._had is None:
+            request.joining = False
+            reply = self._channel.call("Declare", request, self._timeout_s)
+        self._joining, had = False, self._had
+        if reply.unknown and had is not None:
+            return tuple(name for name in request.candidates if name in had)
+        return tuple(request.candidates[index] for index in reply.agreed)
 
     def _layout(
         self,

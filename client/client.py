@@ -1,4 +1,4 @@
-"""The public face inside the trainer: connect, attach, snapshot, restore, rewind, close.
+"""The public face inside the trainer: attach, snapshot, restore, rewind, close.
 
 Owns the order of things around one training step and the single capture that may be under way.
 Promises that training never waits for the agent beyond short, configured limits (P3): an agent
@@ -30,7 +30,6 @@ from everstep.client.attachment import (
 from everstep.client.capturing import Capturing
 from everstep.client.channel import Channel
 from everstep.client.handle import Snapshot
-from everstep.client.launching import find_agent
 from everstep.client.limits import Limits, Stats
 from everstep.client.restoring import RNG_PATH, Restoring
 from everstep.client.session import Session
@@ -45,7 +44,7 @@ from everstep.proto.errors import (
     StaleIncarnation,
     StateMismatch,
 )
-from everstep.proto.ids import UNIT_BYTES, checked_name
+from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import Record, Value
 from everstep.snapshot import values
 
@@ -53,60 +52,6 @@ log = logging.getLogger("everstep")
 _SKIPPED_FOR: dict[type[Exception], str] = {OutOfSpace: "no room", RankClaimed: "claimed"}
 """Kinds of skipped snapshots, each counted and warned of by itself; the rest is the agent's."""
 _ASK_AGAIN_S = 0.005
-
-
-def connect(
-    job: str,
-    interval: int = 1,
-    *,
-    agent: str | None = None,
-    rank: int | None = None,
-    world: int | None = None,
-    launch_id: str | None = None,
-    nvme_interval: int | None = None,
-    on_busy: str = "skip",
-    limits: Limits | None = None,
-) -> "Client":
-    """Connect this trainer to its node's agent, starting one if there is none.
-
-    Args:
-        job: The run's name; restarts of the same run use the same name.
-        interval: `Client.snapshot` acts at every step that this divides.
-        agent: ``unix:/path`` of the agent's socket. By default ``EVERSTEP_AGENT``, else this
-            user's own agent under ``EVERSTEP_HOME``, which outlives the trainer.
-        rank: This process's number; by default from torch.distributed, torchrun or Slurm.
-        world: How many processes the job has; likewise.
-        launch_id: Equal on all ranks of one launch and different in the next; likewise.
-        nvme_interval: Flush to NVMe every so many steps, instead of the agent's own interval.
-        on_busy: "skip" a snapshot when the one before it is still being copied or flushed, or
-            "wait" for it, bounded.
-        limits: How long to wait for what.
-
-    Returns:
-        A client, attached to the agent as one rank of the job.
-
-    Raises:
-        InvalidName: If the job's name is no plain name.
-        RankClaimed: If another living process is this rank of this job.
-        AgentUnavailable: If no agent answers.
-    """
-    checked_name("job", job)
-    if on_busy not in ("skip", "wait"):
-        raise Refused(f"on_busy={on_busy!r}: say 'skip' or 'wait'.")
-    if interval < 1 or (nvme_interval is not None and nvme_interval < 1):
-        raise Refused("interval and nvme_interval count steps: give 1 or more.")
-    distributed = torch.distributed
-    if (
-        rank is None
-        and world is None
-        and distributed.is_available()
-        and distributed.is_initialized()
-    ):
-        rank, world = distributed.get_rank(), distributed.get_world_size()
-    limits = limits or Limits()
-    launch = environment.launch(rank, world, launch_id=launch_id)
-    address = find_agent(agent, limits.agent_start_s)
-    return Client(address, job, launch, interval, nvme_interval, on_busy, limits)
 
 
 class Client:
@@ -127,6 +72,8 @@ class Client:
         nvme_interval: int | None,
         on_busy: str,
         limits: Limits,
+        *,
+        live_join: bool = False,
     ) -> None:
         self.job = job
         self.launch = launch
@@ -144,6 +91,7 @@ class Client:
         self._paused_for = ""
         self._pid = os.getpid()
         self._closed = False
+        self._restored = False
         self._setup_s = 0.0
         self._arranger = Arranger(self._channel, limits.setup_s, limits.offer_s)
         self._session = Session(
@@ -153,6 +101,7 @@ class Client:
             nvme_interval,
             on_notice=lambda notice: self._capturing.on_notice(notice),
             in_flight=lambda: self._capturing.in_flight(),
+            live=live_join,
         )
         self._restoring = Restoring(self._channel, self._session, launch.rank, limits)
         self._capturing = Capturing(
@@ -175,6 +124,11 @@ class Client:
     def incarnation(self) -> int:
         """How often this job has been started, as the agent counts."""
         return self._session.incarnation
+
+    @property
+    def joined(self) -> bool:
+        """Whether this process took its rank over while the others go on: see `connect`."""
+        return self._session.joined
 
     def attach(
         self,
@@ -259,6 +213,8 @@ class Client:
         reason = self._not_ready()
         if reason:
             return Snapshot(step, reason)
+        if self.joined and not self._restored and not self.stats.taken:
+            self._arranger.join(None)
         try:
             collected = collect(self._attachments, frozenset(self._ddp))
             generators = values.encode(rng.capture(), RNG_PATH)
@@ -373,6 +329,9 @@ class Client:
         Every rank of this launch gets the same step. Digests are checked before a byte is used; a
         damaged copy is reported in `rejected` and the next one is taken.
 
+        A rank that `joined` live takes the newest step that the running incarnation has committed,
+        once, and nobody else restores. If nothing is committed yet it begins as all its ranks did.
+
         Args:
             to: This step instead of the newest.
             weights_only: Load modules only; leave optimizers, random generators and the rest.
@@ -386,7 +345,8 @@ class Client:
             StateMismatch: If what is attached does not fit; lists missing, unexpected and
                 reshaped leaves. Nothing was loaded.
             NothingRecoverable: If there are snapshots but none is whole. Nothing was loaded.
-            Refused: If this process has captured snapshots already: that is what `rewind` is for.
+            Refused: If this process has captured snapshots already: that is what `rewind` is for;
+                or if it joined live and has restored already.
         """
         if self._capturing.begun:
             # What was decided at the start may have been overwritten since.
@@ -394,9 +354,17 @@ class Client:
                 "restore() belongs before the first snapshot(): this process has captured "
                 "snapshots already. Go back to one of them with rewind(). Nothing was loaded."
             )
+        if self.joined and self._restored:
+            raise Refused(
+                "this rank joined a running job and has restored already; by now the others may "
+                "have committed another step. Nothing was loaded. Connect anew to join again."
+            )
         restored = self._restoring.restore(
             self._attachments, to=to, weights_only=weights_only, force=force, levels=levels
         )
+        if self.joined:
+            self._restored = restored.step is not None
+            self._arranger.join(restored.replicated if self._restored else None)
         self.rejected = restored.rejected
         self.restored_from = restored.levels
         return restored.step

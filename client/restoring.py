@@ -29,13 +29,14 @@ from everstep.proto.errors import (
     StaleIncarnation,
 )
 from everstep.snapshot import values
-from everstep.snapshot.layout import decode
+from everstep.snapshot.layout import Layout, decode
 from everstep.snapshot.record import open_record
 from everstep.snapshot.restore import Restoration, Shard
 
 log = logging.getLogger("everstep")
 RNG_PATH = "rng"
 _THREADS_LIMIT = 8
+_LIVE_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,13 @@ class Restored:
         step: None if the job has no snapshot at all.
         levels: Of the copies that were used, each once.
         rejected: The copies that were not, as text, with the reasons.
+        replicated: The leaves that were replicated in it.
     """
 
     step: int | None
     levels: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
+    replicated: tuple[str, ...] = ()
 
 
 class _CopyDamaged(Exception):
@@ -83,15 +86,21 @@ class Restoring:
         request = wire.RestoreRequest(levels=levels)
         if to is not None:
             request.to_step = to
+        tries_left = _LIVE_TRIES
         while True:
             reply = self._ask(request)
             self._session.used = True
             if not reply.found:
                 return Restored(None)
             try:
-                self._load(reply, attachments, weights_only=weights_only, force=force)
+                own = self._load(reply, attachments, weights_only=weights_only, force=force)
                 break
             except _CopyDamaged as found:
+                if request.live and tries_left:
+                    # The others go on: they may have overwritten it. The agent looks anew.
+                    tries_left -= 1
+                    log.warning("step %d is not what it was: %s", reply.step, found)
+                    continue
                 alone = request.session.world == 1
                 if not alone or len(request.rejected) >= len(reply.rejected) + 64:
                     raise FormatInvalid("a copy that the agent had checked", str(found)) from found
@@ -104,13 +113,15 @@ class Restoring:
             log.warning("a damaged copy was not used: %s", line)
         log.info("rank %d restored step %d", self._rank, reply.step)
         used = tuple(sorted({shard.level for shard in reply.shards}))
-        return Restored(int(reply.step), used, rejected)
+        replicated = tuple(leaf.name for leaf in own.leaves if leaf.replicated)
+        return Restored(int(reply.step), used, rejected, replicated)
 
     def _ask(self, request: wire.RestoreRequest) -> wire.RestoreReply:
         deadline = time.monotonic() + self._limits.restore_s
         while True:
             self._session.wait_attached(self._limits.agent_start_s)
             request.session.CopyFrom(self._session.identity)
+            request.live = self._session.joined
             try:
                 remaining_s = max(0.1, deadline - time.monotonic())
                 reply: wire.RestoreReply = self._channel.call("Restore", request, remaining_s)
@@ -133,7 +144,7 @@ class Restoring:
         *,
         weights_only: bool,
         force: bool,
-    ) -> None:
+    ) -> Layout:
         shards = {found.rank: _shard(reply, found) for found in reply.shards}
         own = shards[self._rank]
         saved = loading.Saved.of(own.layout, own.record)
@@ -156,6 +167,7 @@ class Restoring:
             states = values.decode(saved.values[RNG_PATH], hook=decode_torch_value)
             for left in rng.restore(states):
                 log.warning("not restored: %s", left)
+        return own.layout
 
 
 def _is_module(attached: Attachment) -> bool:

@@ -42,6 +42,7 @@ class Session:
         nvme_interval_steps: Overrides the agent's own interval, if given.
         on_notice: Called on the session's thread with each notice but the first.
         in_flight: What this rank is copying at the moment, for an agent that comes back.
+        live: Whether to take the rank over while the others go on, if they do.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Session:
         nvme_interval_steps: int | None,
         on_notice: Callable[[wire.Notice], None],
         in_flight: Callable[[], wire.InFlight | None],
+        live: bool = False,
     ) -> None:
         self.channel = channel
         self.levels: tuple[str, ...] = ()
@@ -59,6 +61,9 @@ class Session:
         """Why this process can never attach again; None while it can."""
         self.used = False
         """Whether anything was restored or captured in this incarnation."""
+        self.joined = False
+        """Whether this process took its rank over while the others go on."""
+        self._live = live
         self._identity = wire.Session(
             job=job, rank=launch.rank, world=launch.world, process_id=uuid.uuid4().hex
         )
@@ -139,7 +144,9 @@ class Session:
             self._identity.incarnation = 0
             if as_new_process:
                 self._identity.process_id = uuid.uuid4().hex
+                self._live = False  # it means to end the incarnation
             self.used = False
+            self.joined = False
             self._attached.clear()
         self._renewing.set()
         self._cancel()
@@ -169,6 +176,7 @@ class Session:
                 if isinstance(error, StaleIncarnation) and not self.used:
                     # Another rank has begun a new incarnation before this one did anything.
                     self._identity.incarnation = 0
+                    self.joined = False
                 elif isinstance(error, OutOfSpace) and self._identity.incarnation:
                     # It was attached before, and a full tmpfs may have room again.
                     self._last_error = error
@@ -195,6 +203,7 @@ class Session:
                 with self._changed:
                     self._identity.incarnation = notice.attached.incarnation
                     self.levels = tuple(notice.attached.levels)
+                    self.joined = self.joined or notice.attached.joined
                     self._attached.set()
                     self._changed.notify_all()
             else:
@@ -206,6 +215,7 @@ class Session:
             launch_id=self._launch_id,
             pid=os.getpid(),
             pid_started_s=self._started_s,
+            live=self._live,
         )
         if self._nvme_interval_steps is not None:
             request.nvme_interval_steps = self._nvme_interval_steps

@@ -6,18 +6,17 @@ Everstep: that is the run which the others are compared with.
 """
 
 import argparse
-import hashlib
 import random
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
 
-from everstep.client.client import Client, connect
+from everstep.client.client import Client
+from everstep.client.connecting import connect
 from everstep.client.demo.corpus import Batches, standard_library
 from everstep.client.demo.diary import Diary
+from everstep.client.demo.digest import digest_of
 from everstep.client.demo.model import ByteGPT, Shape
 
 JOB = "demo"
@@ -61,24 +60,7 @@ class Training:
 
     def digest(self) -> str:
         """A digest of every byte of the model's and the optimizer's state."""
-        digest = hashlib.sha256()
-        for state in (self.model.state_dict(), self.optimizer.state_dict()):
-            _add(digest, "", state)
-        return digest.hexdigest()
-
-
-def _add(digest: "hashlib._Hash", path: str, value: Any) -> None:
-    if isinstance(value, Mapping):
-        for key in value:
-            _add(digest, f"{path}/{key}", value[key])
-    elif isinstance(value, list | tuple):
-        for number, element in enumerate(value):
-            _add(digest, f"{path}/{number}", element)
-    elif isinstance(value, torch.Tensor):
-        digest.update(f"{path} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    else:
-        digest.update(f"{path} {value!r}\n".encode())
+        return digest_of(self.model.state_dict(), self.optimizer.state_dict())
 
 
 def train(directory: Path, name: str, steps: int, seed: int, interval: int) -> None:

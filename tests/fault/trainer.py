@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from everstep.client.client import Client, connect
+from everstep.client.client import Client
+from everstep.client.connecting import connect
 from everstep.client.limits import Limits
 from everstep.proto.errors import EverstepError
 
