@@ -37,11 +37,23 @@ def start_flush(state: "State", job: Job, snapshot: Snapshot) -> None:
         # A late flush is skipped, never queued: the next interval brings a newer snapshot.
         job.count("flushes_skipped")
         return
+    if state.rules.clustered and _takes_the_place(job, snapshot.id):
+        # Other nodes may never get theirs to disk. The next commit has another step.
+        job.count("flushes_skipped")
+        job.flush_wanted = True
+        return
     job.flush_wanted = False
     job.flushing = snapshot.id
     job.flushed_at_s = state.now_s
     snapshot.pins += 1
     state.act(actions.Flush(job.name, snapshot.id))
+
+
+def _takes_the_place(job: Job, wanted: SnapshotId) -> bool:
+    """Whether a flush would overwrite what is, or may be, the newest that all nodes have on NVMe: a
+    step that is taken again after a rewind lies in the same directory."""
+    held = {*job.flushed, job.newest_durable()}
+    return any(old is not None and old.step == wanted.step and old != wanted for old in held)
 
 
 def flush_newest(state: "State", job: Job) -> SnapshotId | None:

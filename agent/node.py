@@ -143,8 +143,9 @@ class Node:
         self._boots.clear()
         self._facts = None
 
-    def _go_on(self, step: Step, now_s: float) -> None:
-        """Report what has changed here and, as coordinator, do what that leads to."""
+    def _go_on(self, step: Step, now_s: float, *, quiet: bool = False) -> None:
+        """Report what has changed here and, as coordinator, do what that leads to; `quiet` if what
+        a coordinator has to send by time alone can wait for the next `tick`."""
         self._lead(now_s)
         for _ in range(_OWN_ROUNDS):
             if not self._changed and self._facts is not None:
@@ -164,6 +165,8 @@ class Node:
             self._obey(orders, step, now_s)
         if self._leads:
             self._push(step, now_s, "")
+            if quiet:
+                return
         for contact in self.members.due(now_s):
             if contact.message is Message.CLAIM:
                 step.sends.append(SendClaim(contact, self.members.claim()))
@@ -224,7 +227,7 @@ class Node:
             # Its orders are in the answer.
             self._push(step, now_s, node_id)
         orders = self._orders_for(node_id, now_s)
-        self._go_on(step, now_s)
+        self._go_on(step, now_s, quiet=True)
         return orders, step
 
     def _admit(

@@ -4,13 +4,17 @@ On failure: `pytest tests/sim/test_cluster.py --seed N` repeats the run and prin
 """
 
 import dataclasses
+import time
+from collections import Counter
 
 import pytest
 
 from .cluster.simulation import Profile, Simulation
 
-SHORT_SEEDS = 150
+SHORT_SEEDS = 60
+LONG_SEEDS = 5000
 SHOWN_LINES = 250
+EIGHT = Profile(nodes=(8, 8))
 
 
 def simulate(seed: int, profile: Profile) -> Simulation:
@@ -27,3 +31,96 @@ def simulate(seed: int, profile: Profile) -> Simulation:
         again = f"pytest tests/sim/test_cluster.py --seed {seed}"
         raise AssertionError(f"seed {seed} ({again}): {error}\n{lines}") from error
     return simulation
+
+
+def simulate_all(
+    seeds: range, profile: Profile, one_seed: int | None, seed_count: int | None
+) -> None:
+    if one_seed is not None:
+        simulate(one_seed, dataclasses.replace(profile, trace=True))
+        return
+    if seed_count is not None:
+        seeds = range(seeds.start, seeds.start + seed_count)
+    begun_s, events = time.process_time(), 0
+    for seed in seeds:
+        events += simulate(seed, profile).clock.events
+    taken_s = max(time.process_time() - begun_s, 1e-6)
+    print(
+        f"{len(seeds) / taken_s * 60:.0f} seeds a minute of CPU, "
+        f"{events // max(1, len(seeds))} events each"
+    )
+
+
+def test_promises_hold_among_many(one_seed: int | None, seed_count: int | None) -> None:
+    simulate_all(range(SHORT_SEEDS), Profile(), one_seed, seed_count)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_promises_hold_among_many_for_long(one_seed: int | None, seed_count: int | None) -> None:
+    simulate_all(range(SHORT_SEEDS, SHORT_SEEDS + LONG_SEEDS), Profile(), one_seed, seed_count)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_promises_hold_among_eight(one_seed: int | None, seed_count: int | None) -> None:
+    simulate_all(range(1000), EIGHT, one_seed, seed_count)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_promises_hold_in_long_storms(one_seed: int | None, seed_count: int | None) -> None:
+    simulate_all(range(200), Profile(storm_s=300.0), one_seed, seed_count)
+
+
+def test_a_world_is_repeatable() -> None:
+    first, second = (simulate(7, Profile(trace=True)).happened for _ in range(2))
+    assert first == second
+    assert first != simulate(8, Profile(trace=True)).happened
+
+
+def test_enough_happens_among_many() -> None:
+    """The promises would hold in an empty world, too."""
+    seen: Counter[str] = Counter()
+    levels: Counter[str] = Counter()
+    ended: Counter[bool] = Counter()
+    for seed in range(1000, 1030):
+        simulation = simulate(seed, Profile())
+        seen += simulation.seen
+        levels.update(simulation.ledger.told_levels)
+        ended.update(simulation.ledger.ends.values())
+    assert min(levels[level] for level in ("memory", "parity", "nvme")) > 50, levels
+    assert ended[True] > 100 and ended[False] > 5, ended
+    for what in (
+        "decoded",
+        "died in action",
+        "fresh start",
+        "installed",
+        "one way",
+        "partition",
+        "replacement",
+        "restored",
+        "stale report",
+        "stopped",
+        "takeover",
+        "wiped",
+        "Adopt",
+        "AdoptedVerified",
+        "BeginOrdered",
+        "CommitOrdered",
+        "DeleteDurable",
+        "DeleteParity",
+        "DropOrdered",
+        "DurableOrdered",
+        "Encode",
+        "Encoded",
+        "FlushEnded",
+        "FlushOrdered",
+        "FlushParity",
+        "NotifyDropped",
+        "PrepareOrdered",
+        "RoundEnded",
+        "SessionLost",
+        "StopEncoding",
+    ):
+        assert seen[what], f"there is no {what}"

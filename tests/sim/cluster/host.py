@@ -269,6 +269,8 @@ class Agent:
         """Orders arrive, asked for or not."""
         if self.world.trace and orders.orders:
             self.world.trace(f"  {self.host.node_id} told by {node_id} {orders}")
+        for order in orders.orders:
+            self.world.seen[type(order).__name__] += 1
         self.perform(self.node.answered(node_id, boot_id, view, orders, self.now_s))
 
     def on_claim(self, sender: "Agent", contact: Contact, claim: Claim) -> None:
@@ -306,7 +308,7 @@ class Agent:
         memory.arenas.pop((action.rank, action.generation), None)
         for slot in [
             s for s in memory.slots if (s[0], s[1].generation) == (action.rank, action.generation)
-        ]:  # noqa: E501
+        ]:
             memory.slots.pop(slot)
             memory.records.pop(slot, None)
         self.world.ledger.dirty = True

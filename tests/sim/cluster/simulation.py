@@ -343,7 +343,7 @@ class Simulation:
                 members = agent.node.members
                 lines.append(
                     f"{host.node_id}: coordinator {members.coordinator(agent.now_s)} ready "
-                    f"{members.ready(agent.now_s)} suspects {members.suspected(agent.now_s)} fenced "
-                    f"{members.fenced_by!r} {agent.job}"
+                    f"{members.ready(agent.now_s)} suspects {members.suspected(agent.now_s)} "
+                    f"fenced {members.fenced_by!r} {agent.job}"
                 )
         return "\n".join(lines)

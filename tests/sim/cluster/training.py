@@ -122,7 +122,7 @@ class Training:
             h
             for h in self.world.hosts.values()
             if not h.lost and h.runs and h.agent.node.members.joined
-        ]  # type: ignore[union-attr] # noqa: E501
+        ]  # type: ignore[union-attr]
         for trainer in self.launch.trainers if self.launch is not None else ():
             self.kill(trainer)
         self.launch = None
