@@ -6,6 +6,7 @@ nobody answers. Does not start an agent, and shows nothing.
 """
 
 import socket as sockets
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,13 +14,20 @@ from typing import Any, Self
 import grpc
 
 from everstep.proto import agent_pb2 as wire
+from everstep.proto import peer_pb2 as peer
 from everstep.proto.agent_pb2_grpc import AgentStub
 from everstep.proto.errors import AgentUnavailable, Refused
+from everstep.proto.peer_pb2_grpc import RecoveryStub
 from everstep.proto.places import parse_address
 from everstep.proto.wire_errors import decode
 
 STATUS_TIMEOUT_S = 10.0
 COLLECT_TIMEOUT_S = 600.0
+OVERVIEW_TIMEOUT_S = 60.0
+"""The agent itself gives the others a few seconds, for each job."""
+PLAN_TIMEOUT_S = 120.0
+STREAM_TIMEOUT_S = 86_400.0
+"""Each node's part has a deadline of its own, by how much it is."""
 MESSAGE_LIMIT_BYTES = 256 << 20
 _CONNECT_TIMEOUT_S = 5.0
 _VERIFY_FIRST_S = 60.0
@@ -49,6 +57,7 @@ class Agent:
             ],
         )
         self._stub = AgentStub(self._channel)
+        self._recovery: Any = RecoveryStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -65,11 +74,12 @@ class Agent:
         """Close the connection."""
         self._channel.close()
 
-    def status(self, job: str = "") -> wire.StatusReply:
+    def status(self, job: str = "", elsewhere: Collection[str] = ()) -> wire.StatusReply:
         """What the agent holds and does.
 
         Args:
             job: This one only; empty for all.
+            elsewhere: Jobs that other nodes know: of those it need not know any.
 
         Raises:
             AgentUnavailable: If it does not answer in time.
@@ -79,7 +89,7 @@ class Agent:
         if not job:
             return reply
         known = [one.job for one in reply.jobs]
-        if job not in known:
+        if job not in known and job not in elsewhere:
             raise unknown_job(job, known, f"the agent at {self.address}")
         kept = [one for one in reply.jobs if one.job == job]
         del reply.jobs[:]
@@ -112,9 +122,55 @@ class Agent:
         request = wire.CollectRequest(job=job, everything=everything, dry_run=dry_run)
         return list(self._call("Collect", request, COLLECT_TIMEOUT_S).items)
 
-    def _call(self, method: str, request: Any, timeout_s: float) -> Any:
+    def overview(self, job: str = "") -> peer.OverviewReply:
+        """How safe each job is, over all nodes.
+
+        Raises:
+            AgentUnavailable: If the agent does not answer in time.
+        """
+        request = peer.OverviewRequest(job=job)
+        reply: peer.OverviewReply = self._call(
+            "Overview", request, OVERVIEW_TIMEOUT_S, self._recovery
+        )
+        return reply
+
+    def plan(self, job: str, step: int | None, levels: Sequence[str]) -> peer.PlanReply:
+        """What of a job can be recovered from all nodes.
+
+        Raises:
+            AgentUnavailable: If the agent does not answer in time.
+        """
+        request = peer.PlanRequest(job=job, step=step, levels=levels)
+        reply: peer.PlanReply = self._call("Plan", request, PLAN_TIMEOUT_S, self._recovery)
+        return reply
+
+    def recover(self, request: peer.RecoverRequest) -> Iterator[peer.RecoverProgress]:
+        """Have a snapshot recovered; what the nodes tell, as it comes.
+
+        Raises:
+            AgentUnavailable: If the agent ends before it is done.
+            NothingRecoverable: If that snapshot cannot be recovered.
+        """
+        return self._stream("Recover", request)
+
+    def examine(self, request: peer.ExamineRequest) -> Iterator[peer.ExamineProgress]:
+        """Have the copies on all nodes checked; what is found, as it comes.
+
+        Raises:
+            AgentUnavailable: If the agent ends before it is done.
+            NothingRecoverable: If a step was named that no node has.
+        """
+        return self._stream("Examine", request)
+
+    def _stream(self, method: str, request: Any) -> Iterator[Any]:
         try:
-            return getattr(self._stub, method)(request, timeout=timeout_s)
+            yield from getattr(self._recovery, method)(request, timeout=STREAM_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise decode(error, self.address) from error
+
+    def _call(self, method: str, request: Any, timeout_s: float, stub: Any = None) -> Any:
+        try:
+            return getattr(stub or self._stub, method)(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise decode(error, self.address) from error
 

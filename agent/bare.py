@@ -42,6 +42,8 @@ class Held:
     world: int
     ranks: tuple[int, ...]
     """Those whose shard is here."""
+    expected: tuple[int, ...]
+    """Those whose shard should be here: with peers, the commit of a node names its own only."""
     bytes: int | None
     unix_s: float | None
     """When it was captured, or, on NVMe, committed."""
@@ -244,6 +246,7 @@ def held_by_agent(status: StatusReply, address: str) -> list[Held]:
                     snapshot,
                     read.world if read else max(job.world, len(told.sealed_ranks)),
                     tuple(told.sealed_ranks),
+                    tuple(told.sealed_ranks),
                     told.bytes or (read.bytes if read else None),
                     told.captured_unix_s or (read.unix_s if read else None),
                     told.committed,
@@ -271,6 +274,7 @@ def _in_memory(store: MemoryLevel, job: str) -> Iterator[Held]:
             snapshot,
             world,
             tuple(sorted(records)),
+            tuple(range(world)) if len(records) == world else tuple(sorted(records)),
             sum(record.image_bytes for record in records.values()),
             max(record.captured_unix_s for record in records.values()),
             len(records) == world,
@@ -290,6 +294,7 @@ def _on_disk(store: NvmeLevel, job: str) -> Iterator[Held]:
             snapshot,
             commit.world,
             tuple(ranks),
+            tuple(sorted(shard.rank for shard in commit.shards)),
             sum(shard.image_bytes for shard in commit.shards if shard.rank in here),
             commit.committed_unix_s,
             True,
@@ -315,6 +320,7 @@ def _unfinished(store: NvmeLevel, job: str, path: Path) -> Iterator[Held]:
             store.name,
             SnapshotId(records[0].incarnation, records[0].step),
             records[0].world,
+            tuple(sorted(record.rank for record in records)),
             tuple(sorted(record.rank for record in records)),
             sum(record.image_bytes for record in records),
             max(record.captured_unix_s for record in records),

@@ -20,6 +20,7 @@ _ORDER = (
     verbs_host.agent,
     verbs_safety.status,
     verbs_safety.list_snapshots,
+    verbs_safety.recover,
     verbs_safety.verify,
     verbs_snapshots.inspect,
     verbs_snapshots.export,

@@ -6,9 +6,10 @@ that a node which takes a lost one's place is preferred to one that only has roo
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from everstep.agent.inventory import MEMORY
 from everstep.agent.sources import Held, SnapshotPlan, Source
 
 
@@ -63,6 +64,20 @@ def destinations(
             load[spare] += sizes[rank]
             homes[rank] = Home(rank, spare, f"{why} of this job")
     return tuple(home for _, home in sorted(homes.items()))
+
+
+def to_be_moved(plan: SnapshotPlan, homes: Iterable[Home]) -> dict[str, list[int]]:
+    """By node, the ranks whose shards are to be brought into its memory."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for home in homes:
+        source = plan.source_of(home.rank)
+        there = isinstance(source, Held) and (source.node_id, source.level) == (
+            home.node_id,
+            MEMORY,
+        )
+        if not there:
+            found[home.node_id].append(home.rank)
+    return dict(found)
 
 
 def _last_node(source: Source, runs_on: Mapping[int, str]) -> tuple[str, str]:

@@ -2,22 +2,26 @@
 
 Owns the answer to `everstep verify` where there are several nodes. Promises that every copy and
 every parity which an inventory names is told of once, as intact or with its problem; that a node
-which cannot be asked is told of, too; and that without `repair` nothing is changed. Each node reads
+which fails to answer is told of, too; and that without `repair` nothing is changed. Each node reads
 its own bytes, one snapshot at a time, all nodes side by side.
 """
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from everstep.agent.cluster import Cluster
+from everstep.agent.gathering import Findings, Wishes
 from everstep.agent.inventory import LEVELS, HeldSnapshot, NodeInventory
+from everstep.agent.outlook import job_overview
 from everstep.agent.overseeing import Overseeing
 from everstep.agent.plans import ParityPlan
+from everstep.agent.scrubbing import Looked, Scrubbing
+from everstep.agent.stock import Erasure
 from everstep.proto import peer_pb2 as wire
 from everstep.proto.errors import EverstepError, NothingRecoverable
-from everstep.proto.ids import UNIT_BYTES, checked_name
+from everstep.proto.ids import UNIT_BYTES, SnapshotId, checked_name
 
 _TIMEOUT_FIRST_S = 60.0
 _SLOWEST_BYTES_S = 20e6
@@ -69,17 +73,69 @@ def places_of(
     return [place for place in places if place.sizes or place.parity_bytes is not None]
 
 
+def _learn(known: dict[str, Findings], told: wire.ExamineProgress) -> None:
+    """Take note of what is not there after all."""
+    if told.HasField("unexamined"):
+        for findings in known.values():
+            findings.inventories = tuple(
+                node for node in findings.inventories if node.node_id != told.unexamined.node_id
+            )
+    elif told.HasField("examined") and told.examined.problem and not told.examined.repaired:
+        one = told.examined
+        snapshot = SnapshotId(one.incarnation, one.step)
+        rank = None if one.parity else one.rank
+        known[one.job].erasures.append(Erasure(one.node_id, snapshot, rank, one.level))
+
+
+def mended(request: wire.CheckRequest, looked: Iterable[Looked]) -> wire.CheckReply:
+    """What came of a repair, as the answer to the check that asked for it."""
+    reply = wire.CheckReply()
+    snapshot = SnapshotId(request.incarnation, request.step)
+    for one in looked:
+        if one.item.snapshot != snapshot:
+            continue
+        if not one.bad_units and not one.problem:
+            continue
+        reason = one.problem or f"{len(one.bad_units)} unit(s) did not match their digests"
+        if one.item.rank < 0:
+            reply.parity_problem, reply.parity_repaired = reason, one.repaired
+        else:
+            reply.damaged.add(rank=one.item.rank, level=request.level, reason=reason)
+            reply.repaired_ranks.extend([one.item.rank] if one.repaired else [])
+        if not one.repaired:
+            reply.repair_problem = "it is being made anew" if one.again else reason
+    return reply
+
+
 class Examining:
     """All checks over all nodes, on behalf of one.
 
     Args:
         overseeing: Gathers the inventories.
         cluster: Asks the nodes.
+        scrubbing: Repairs what is held here; None if this agent repairs nothing.
     """
 
-    def __init__(self, overseeing: Overseeing, cluster: Cluster) -> None:
+    def __init__(
+        self, overseeing: Overseeing, cluster: Cluster, scrubbing: Scrubbing | None
+    ) -> None:
         self._overseeing = overseeing
         self._cluster = cluster
+        self._scrubbing = scrubbing
+        cluster.answering.handlers["Check"] = self.check
+
+    async def check(self, request: wire.CheckRequest) -> wire.CheckReply:
+        """The handler of `Check`: as `Serving.check`, and mends what is damaged if asked."""
+        if not request.repair:
+            return await self._cluster.serving.check(request)
+        if self._scrubbing is None:
+            reply = await self._cluster.serving.check(request)
+            reply.repair_problem = "this agent repairs nothing"
+            return reply
+        looked = await self._scrubbing.verify_and_repair(
+            checked_name("job", request.job), step=request.step, levels=(request.level,)
+        )
+        return mended(request, looked)
 
     async def examine(self, request: wire.ExamineRequest) -> AsyncIterator[wire.ExamineProgress]:
         """Check everything that is asked for; its size is told first.
@@ -91,11 +147,10 @@ class Examining:
         step = request.step if request.HasField("step") else None
         levels = frozenset(request.levels)
         places: dict[str, list[_Place]] = defaultdict(list)
-        silent: set[str] = set()
         jobs = [checked_name("job", request.job)] if request.job else await self._jobs()
+        known: dict[str, Findings] = {}
         for job in jobs:
-            findings = await self._overseeing.gather(job, _TIMEOUT_FIRST_S)
-            silent |= set(findings.silent)
+            findings = known[job] = await self._overseeing.gather(job, _TIMEOUT_FIRST_S)
             for node in findings.inventories:
                 places[node.node_id] += places_of(job, node, step, levels)
         if step is not None and not any(places.values()):
@@ -104,11 +159,13 @@ class Examining:
             )
         total = sum(place.bytes for found in places.values() for place in found)
         yield wire.ExamineProgress(total=wire.ExamineTotal(bytes=total))
-        for node_id in sorted(silent):
-            unexamined = wire.Unexamined(node_id=node_id, problem="it did not answer")
-            yield wire.ExamineProgress(unexamined=unexamined)
         async for told in self._each(places, repair=request.repair):
+            _learn(known, told)
             yield told
+        for job, findings in known.items():
+            plans = findings.plans(Wishes(to_step=step))
+            left = job_overview(job, findings.inventories, plans, silent=findings.silent)
+            yield wire.ExamineProgress(outlook=left)
 
     async def _jobs(self) -> list[str]:
         request = wire.SurveyRequest()

@@ -37,6 +37,16 @@ Config = Annotated[
 Socket = Annotated[Path | None, typer.Option(help="The agent's public unix socket.")]
 MemoryDirectory = Annotated[Path | None, typer.Option(help="Where the arenas are, on a tmpfs.")]
 NvmeDirectory = Annotated[str | None, typer.Option(help='The durable level; "" for none.')]
+MemoryDirectories = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--memory-dir", help="A node's memory directory, once for each: no agent is asked."
+    ),
+]
+NvmeDirectories = Annotated[
+    list[Path] | None,
+    typer.Option("--nvme-dir", help="A node's NVMe directory, once for each: no agent is asked."),
+]
 
 NodeId = Annotated[str | None, typer.Option(help="This host's name among agents.")]
 LogFile = Annotated[Path | None, typer.Option(help="Default: standard error.")]

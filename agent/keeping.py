@@ -75,13 +75,17 @@ class Keeping:
 
     Args:
         node_id: This node.
-        memory: Its memory.
+        memory: Its memory; None where only its disk is looked at.
         nvme: Its disk, if it uses one.
         parity: Its parity in memory, if it takes part in parity.
     """
 
     def __init__(
-        self, node_id: str, memory: MemoryLevel, nvme: NvmeLevel | None, parity: ParityMemory | None
+        self,
+        node_id: str,
+        memory: MemoryLevel | None,
+        nvme: NvmeLevel | None,
+        parity: ParityMemory | None,
     ) -> None:
         self._node_id = node_id
         self._memory = memory
@@ -119,6 +123,8 @@ class Keeping:
     def _list_memory(
         self, job: str, known: Known, found: dict[SnapshotId, _Found], problems: list[str]
     ) -> None:
+        if self._memory is None:
+            return
         if known.plans is None:
             # Of a job that the agent does not know, what was left behind counts by its records.
             for held in self._memory.records(job):

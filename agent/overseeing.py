@@ -9,20 +9,20 @@ a problem in words. Decides nothing that trainers depend on: see `agent.deciding
 import asyncio
 import logging
 import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable
 from functools import partial
 
 import grpc
 
 from everstep.agent.cluster import Cluster
-from everstep.agent.destinations import Home, destinations
+from everstep.agent.destinations import Home, destinations, to_be_moved
 from everstep.agent.gathering import Findings, Gathering, Wishes
-from everstep.agent.inventory import MEMORY, NVME, NodeInventory
+from everstep.agent.inventory import NVME
 from everstep.agent.job import Job
 from everstep.agent.keeping import Keeping, known_of
+from everstep.agent.outlook import job_overview, problems_of
 from everstep.agent.pipeline import Pipeline
-from everstep.agent.sources import Held, SnapshotPlan
+from everstep.agent.sources import SnapshotPlan
 from everstep.agent.surveying import captured_times, survey
 from everstep.proto import peer_pb2 as wire
 from everstep.proto.errors import CoordinatorUnknown, EverstepError, NothingRecoverable
@@ -80,15 +80,13 @@ class Overseeing:
     ) -> wire.JobOverview:
         times = captured_times(self._pipeline.state.jobs.get(name))
         on_disk = await self._times_on_disk(name, findings)
-        told = wire.JobOverview(job=name, silent=findings.silent, problems=problems_of(findings))
-        for plan in plans:
-            message = plan.encoded()
-            # Of thousands of ranks, and nobody looks at them here.
-            del message.sources[:]
-            del message.parities[:]
-            told.plans.append(message)
-        told.held.extend(held_overviews(findings.inventories, {**on_disk, **times}))
-        return told
+        return job_overview(
+            name,
+            findings.inventories,
+            plans,
+            silent=findings.silent,
+            captured_unix_s={**on_disk, **times},
+        )
 
     async def _times_on_disk(self, name: str, findings: Findings) -> dict[SnapshotId, float]:
         """When the snapshots were captured of which this node's disk has a shard."""
@@ -144,7 +142,7 @@ class Overseeing:
                 for home in homes
             ],
             silent=findings.silent,
-            problems=problems_of(findings),
+            problems=problems_of(findings.inventories),
             alone=self.alone,
         )
 
@@ -291,66 +289,14 @@ def _id(named: wire.SnapshotName) -> SnapshotId:
     return SnapshotId(named.incarnation, named.step)
 
 
-def to_be_moved(plan: SnapshotPlan, homes: Iterable[Home]) -> dict[str, list[int]]:
-    """By node, the ranks whose shards are to be brought into its memory."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for home in homes:
-        source = plan.source_of(home.rank)
-        there = isinstance(source, Held) and (source.node_id, source.level) == (
-            home.node_id,
-            MEMORY,
-        )
-        if not there:
-            found[home.node_id].append(home.rank)
-    return dict(found)
-
-
-def problems_of(findings: Findings) -> list[str]:
-    """What nodes could not read, in words."""
-    return [f"{node.node_id}: {what}" for node in findings.inventories for what in node.problems]
-
-
 def _reasons(findings: Findings, wishes: Wishes, wanted: SnapshotId) -> list[str]:
     reasons = [f"rank {c.rank}, {c.level}: {c.reason}" for c in findings.rejected]
     for plan in findings.plans(wishes):
         reasons += plan.missing if plan.snapshot == wanted else ()
-    reasons += problems_of(findings)
+    reasons += problems_of(findings.inventories)
     if findings.silent:
         reasons.append(f"not reached, and counted as lost: {', '.join(findings.silent)}")
     return reasons[:40] or [f"{wanted} is on no node that was reached"]
-
-
-def held_overviews(
-    inventories: Iterable[NodeInventory], captured_unix_s: Mapping[SnapshotId, float]
-) -> list[wire.HeldOverview]:
-    """What all nodes together hold, by snapshot and level, newest first."""
-    shards: dict[tuple[SnapshotId, str], dict[int, int]] = defaultdict(dict)
-    parities: dict[tuple[SnapshotId, str], set[str]] = defaultdict(set)
-    for node in inventories:
-        for held in node.snapshots:
-            for shard in held.shards:
-                shards[held.snapshot, shard.level][shard.rank] = shard.image_bytes
-            for parity in held.parities:
-                parities[held.snapshot, parity.level].add(node.node_id)
-    snapshots = {snapshot for snapshot, _ in (*shards, *parities)}
-    return [
-        wire.HeldOverview(
-            incarnation=snapshot.incarnation,
-            step=snapshot.step,
-            captured_unix_s=captured_unix_s.get(snapshot, 0.0),
-            copies=[
-                wire.CopiesOverview(
-                    level=level,
-                    ranks=sorted(shards.get((snapshot, level), ())),
-                    parity_nodes=sorted(parities.get((snapshot, level), ())),
-                    bytes=sum(shards.get((snapshot, level), {}).values()),
-                )
-                for level in (MEMORY, NVME)
-                if (snapshot, level) in shards or (snapshot, level) in parities
-            ],
-        )
-        for snapshot in sorted(snapshots, reverse=True)
-    ]
 
 
 async def _merged(

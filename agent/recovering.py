@@ -3,8 +3,7 @@
 Owns the names in its JSON document, which scripts rely on, and what is shown of it. Promises that
 a plan says for each snapshot whether it can be recovered or what is missing, how many more nodes
 may be lost, which bytes travel and how long that takes; and that a recovery of which any node did
-not say that it is done counts as failed. Asks nobody and moves nothing: plans and progress are
-given to it.
+not say that it is done counts as failed. Moves nothing itself: the agents do.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,9 +16,13 @@ from everstep.proto.errors import NothingRecoverable
 
 if TYPE_CHECKING:
     # For their names alone: what is shown must not wait for numpy.
+    from everstep.agent.asking import Agent
+    from everstep.agent.destinations import Home
+    from everstep.agent.inventory import NodeInventory
     from everstep.agent.rebuilding import Movement
     from everstep.agent.sources import SnapshotPlan, Source
-    from everstep.proto.peer_pb2 import MendProgress
+    from everstep.proto.ids import SnapshotId
+    from everstep.proto.peer_pb2 import MendProgress, PlanReply
 
 Report = dict[str, Any]
 _SHOWN_ROWS = 40
@@ -63,6 +66,7 @@ def recover_report(
     expected_s: float,
     bytes_s: float,
     problems: Sequence[str] = (),
+    homes: "Sequence[Home]" = (),
 ) -> Report:
     """What can be recovered, and what that takes.
 
@@ -74,6 +78,7 @@ def recover_report(
         expected_s: How long, by `rebuilding.expected_s`.
         bytes_s: The rate that was taken for it.
         problems: What nodes could not read, and who could not be asked.
+        homes: Where each rank shall be in memory; nowhere, if it is not to be brought there.
     """
     return {
         "job": job,
@@ -81,6 +86,9 @@ def recover_report(
         "chosen": _chosen_report(chosen) if chosen else None,
         "movements": [
             {"from": m.from_node, "to": m.to_node, "bytes": m.bytes, "what": m.what} for m in moved
+        ],
+        "destinations": [
+            {"rank": home.rank, "node_id": home.node_id, "reason": home.reason} for home in homes
         ],
         "bytes": sum(movement.bytes for movement in moved),
         "bytes_s": bytes_s,
@@ -158,8 +166,12 @@ def _losses(losses: int | None) -> str | None:
 def _show_chosen(report: Report) -> None:
     chosen = report["chosen"]
     line(f"to be recovered: step {chosen['step']}, incarnation {chosen['incarnation']}")
+    _show_homes(report["destinations"], chosen["sources"])
     if not report["movements"]:
-        line("nothing has to travel: every shard is in memory where it is wanted")
+        elsewhere = {one["level"] for one in chosen["sources"]} - {"memory"}
+        where = "on this node, where trainers load it from" if elsewhere else "where it is wanted"
+        held = "held" if elsewhere else "in memory"
+        line(f"nothing has to travel: every shard is {held} {where}")
         return
     shown = report["movements"][:_SHOWN_ROWS]
     table(
@@ -173,6 +185,109 @@ def _show_chosen(report: Report) -> None:
         f"{size(report['bytes'])} in all; {_about(report['expected_s'])} if each node sends and "
         f"receives {size(int(report['bytes_s']))} a second"
     )
+
+
+def _show_homes(homes: Sequence[Report], sources: Sequence[Report]) -> None:
+    """Where ranks go that are not where they were held; the others stay."""
+    held_at = {one["rank"]: one["node_id"] for one in sources}
+    moved: dict[tuple[str, str], list[int]] = {}
+    for home in homes:
+        if held_at.get(home["rank"]) != home["node_id"]:
+            moved.setdefault((home["node_id"], home["reason"]), []).append(home["rank"])
+    for (node, reason), numbers in sorted(moved.items()):
+        line(f"  {_ranks(numbers)} to {node}: {reason}")
+
+
+def planned_report(
+    job: str, reply: "PlanReply", *, bytes_s: float
+) -> "tuple[Report, list[SnapshotPlan]]":
+    """The report of an agent's plans, and the plans.
+
+    Raises:
+        FormatInvalid: If the agent's answer contradicts itself.
+    """
+    from everstep.agent.destinations import Home
+    from everstep.agent.rebuilding import expected_s, movements
+    from everstep.agent.sources import parsed
+
+    plans = [parsed(plan, "the agent's plan of recovery") for plan in reply.plans]
+    chosen = next((plan for plan in plans if plan.recoverable), None)
+    homes = tuple(Home(one.rank, one.node_id, one.reason) for one in reply.destinations)
+    # An agent that stands alone gives its trainers what it has, from where it has it.
+    wanted = {} if reply.alone else {home.rank: home.node_id for home in homes}
+    moved = movements(chosen, wanted) if chosen is not None else []
+    problems = list(reply.problems)
+    if reply.silent:
+        problems.append(f"not reached, and counted as lost: {', '.join(reply.silent)}")
+    report = recover_report(
+        job,
+        plans,
+        chosen,
+        moved,
+        expected_s=expected_s(moved, bytes_s),
+        bytes_s=bytes_s,
+        problems=problems,
+        homes=() if reply.alone else homes,
+    )
+    return report, plans
+
+
+def bare_report(
+    job: str,
+    plans: "Sequence[SnapshotPlan]",
+    nodes: "Sequence[NodeInventory]",
+    *,
+    bytes_s: float,
+) -> Report:
+    """What the directories of some nodes allow, if agents were started on these nodes."""
+    from everstep.agent.destinations import destinations
+    from everstep.agent.rebuilding import expected_s, movements
+
+    chosen = next((plan for plan in plans if plan.recoverable), None)
+    names = [node.node_id for node in nodes]
+    homes = destinations(chosen, {}, names, {}) if chosen is not None else ()
+    wanted = {home.rank: home.node_id for home in homes}
+    moved = movements(chosen, wanted) if chosen is not None else []
+    return recover_report(
+        job,
+        plans,
+        chosen,
+        moved,
+        expected_s=expected_s(moved, bytes_s),
+        bytes_s=bytes_s,
+        problems=[f"{node.node_id}: {what}" for node in nodes for what in node.problems],
+        homes=homes,
+    )
+
+
+def carried_out(
+    agent: "Agent",
+    job: str,
+    snapshot: "SnapshotId",
+    levels: Sequence[str],
+    meter: Meter,
+) -> tuple[Outcome, ...]:
+    """Have the nodes recover a snapshot, and say how it went at each.
+
+    The agent plans anew: damage may have been found since, and nodes may have come and gone.
+
+    Raises:
+        NothingRecoverable: If it cannot be recovered any more.
+        AgentUnavailable: If the agent ends meanwhile.
+    """
+    from everstep.agent.destinations import Home, to_be_moved
+    from everstep.agent.sources import parsed
+    from everstep.proto.peer_pb2 import RecoverRequest, SnapshotName
+
+    name = SnapshotName(incarnation=snapshot.incarnation, step=snapshot.step)
+    told = iter(agent.recover(RecoverRequest(job=job, snapshot=name, levels=levels)))
+    begun = next(told).plan
+    plan = parsed(begun.plans[0], "the agent's plan of recovery")
+    homes = [Home(one.rank, one.node_id, one.reason) for one in begun.destinations]
+    moves = {} if begun.alone else to_be_moved(plan, homes)
+    sizes = {source.rank: source.image_bytes for source in plan.sources}
+    totals = {node: sum(sizes[rank] for rank in ranks) for node, ranks in moves.items()}
+    return follow(((one.node_id, one.progress) for one in told), totals, meter)
 
 
 def _about(seconds: float) -> str:
@@ -243,7 +358,9 @@ def show_outcome(report: Report) -> None:
     if report["chosen"] is None:
         return
     step, job = report["chosen"]["step"], report["job"]
-    if report["recovered"]:
+    if report["recovered"] and not report["movements"]:
+        line(f"step {step} of job {job} is where it is wanted: nothing was moved")
+    elif report["recovered"]:
         amount = sum(one["bytes"] for one in report["nodes"])
         where = ", ".join(one["node_id"] for one in report["nodes"] if one["bytes"]) or "nowhere"
         line(f"recovered step {step} of job {job}: {size(amount)} are again in memory ({where})")

@@ -27,7 +27,10 @@ class RecoveryService(RecoveryServicer):
     def __init__(self, pipeline: Pipeline, cluster: Cluster | None) -> None:
         """Answer for an agent; `cluster` is None if it stands alone."""
         self._overseeing = Overseeing(pipeline, cluster)
-        self._examining = Examining(self._overseeing, cluster) if cluster is not None else None
+        self._examining = None
+        if cluster is not None:
+            scrubbing = getattr(cluster, "scrubbing", None)
+            self._examining = Examining(self._overseeing, cluster, scrubbing)
 
     async def Overview(self, request: wire.OverviewRequest, context: Any) -> Any:
         """See peer.proto."""

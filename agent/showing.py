@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     from everstep.agent.bare import Held
     from everstep.agent.choosing import Chosen
     from everstep.agent.collecting import Item
-    from everstep.agent.doctor import Finding
-    from everstep.agent.verifying import Checked, Verdict
     from everstep.proto.agent_pb2 import JobStatus, StatusReply
+    from everstep.proto.peer_pb2 import OverviewReply
     from everstep.storage.level import Problem
 
 Report = dict[str, Any]
 _SHOWN_ROWS = 40
 
 
-def status_report(status: "StatusReply", address: str) -> Report:
-    """What an agent holds and does."""
+def status_report(
+    status: "StatusReply", address: str, overview: "OverviewReply | None" = None
+) -> Report:
+    """What an agent holds and does; with `overview`, and its cluster."""
+    from everstep.agent.safety import cluster_report
+
+    cluster = cluster_report(status.cluster, overview) if overview is not None else None
     return {
         "address": address,
         "node_id": status.node_id,
@@ -36,6 +40,7 @@ def status_report(status: "StatusReply", address: str) -> Report:
         "nvme_dir": status.nvme_dir,
         "memory_reserved_bytes": status.memory_reserved_bytes,
         "jobs": [_job_report(job) for job in status.jobs],
+        "cluster": cluster,
     }
 
 
@@ -75,17 +80,22 @@ def show_status(report: Report) -> None:
     reserved = size(report["memory_reserved_bytes"])
     line(f"memory {report['memory_dir']}, {reserved} reserved")
     line(f"nvme   {report['nvme_dir'] or 'none'}")
+    if report["cluster"] is not None:
+        from everstep.agent.showing_cluster import show_cluster
+
+        show_cluster(report["cluster"])
     for job in report["jobs"]:
-        _show_job(job)
+        _show_job(job, clustered=report["cluster"] is not None)
     if not report["jobs"]:
         line("no job yet")
 
 
-def _show_job(job: Report) -> None:
+def _show_job(job: Report, *, clustered: bool) -> None:
     newest = ", ".join(f"{level} step {one['step']}" for level, one in job["newest"].items())
     since = span(job["last_commit_age_s"])
     table(
-        f"job {job['job']}, incarnation {job['incarnation']}, world {job['world']}",
+        f"job {job['job']}, incarnation {job['incarnation']}, world {job['world']}"
+        + (", on this node" if clustered else ""),
         ("rank>", "pid>", "attached", "arena>", "last sealed step>"),
         [
             (
@@ -124,11 +134,12 @@ def list_report(source: str, rows: "Iterable[Held]", problems: "Sequence[Problem
             }
             for one in rows
         ],
-        "problems": _problems(problems),
+        "problems": problems_report(problems),
     }
 
 
-def _problems(problems: "Sequence[Problem]") -> list[Report]:
+def problems_report(problems: "Sequence[Problem]") -> list[Report]:
+    """Files that cannot be used."""
     return [{"where": problem.where, "reason": problem.reason} for problem in problems]
 
 
@@ -151,10 +162,11 @@ def show_list(report: Report) -> None:
             for one in report["snapshots"]
         ],
     )
-    _note_problems(report)
+    note_problems(report)
 
 
-def _note_problems(report: Report) -> None:
+def note_problems(report: Report) -> None:
+    """Show the files that cannot be used."""
     for problem in report["problems"]:
         note(f"damaged: {problem['where']}: {problem['reason']}")
 
@@ -226,76 +238,6 @@ def _cut(rows: Sequence[Any], everything: bool) -> Sequence[Any]:
 def _note_cut(rows: Sequence[Any], what: str, everything: bool) -> None:
     if not everything and len(rows) > _SHOWN_ROWS:
         line(f"and {len(rows) - _SHOWN_ROWS} more {what}: see --all")
-
-
-def verify_report(verdict: "Verdict") -> Report:
-    """What a verification found."""
-    return {
-        "intact": verdict.intact,
-        "bytes": sum(one.bytes for one in verdict.checked),
-        "shards": [_checked(one) for one in verdict.checked],
-        "damaged": [_checked(one) for one in verdict.damaged],
-        "problems": _problems(verdict.problems),
-        "usable": [
-            {
-                "job": one.job,
-                "step": one.snapshot.step,
-                "incarnation": one.snapshot.incarnation,
-                "levels": list(one.levels),
-            }
-            for one in verdict.usable()
-        ],
-    }
-
-
-def _checked(one: "Checked") -> Report:
-    return {
-        "job": one.job,
-        "level": one.level,
-        "step": one.snapshot.step,
-        "incarnation": one.snapshot.incarnation,
-        "rank": one.rank,
-        "bytes": one.bytes,
-        "intact": not one.problem,
-        "problem": one.problem,
-    }
-
-
-def show_verify(report: Report) -> None:
-    """Show a `verify_report`."""
-    table(
-        "verified",
-        ("job", "level", "step>", "incarnation>", "rank>", "bytes>", "state"),
-        [
-            (
-                one["job"],
-                one["level"],
-                one["step"],
-                one["incarnation"],
-                one["rank"],
-                size(one["bytes"]),
-                "ok" if one["intact"] else "damaged",
-            )
-            for one in report["shards"]
-        ],
-    )
-    shards = len(report["shards"])
-    if report["intact"]:
-        line(f"{shards} shard(s), {size(report['bytes'])}: all intact")
-        return
-    for one in report["damaged"]:
-        note(f"damaged: {one['job']}, step {one['step']}, rank {one['rank']}: {one['problem']}")
-    _note_problems(report)
-    for job in sorted({one["job"] for one in report["damaged"]}):
-        _note_usable(job, [one for one in report["usable"] if one["job"] == job])
-
-
-def _note_usable(job: str, usable: Sequence[Report]) -> None:
-    shown = [f"step {one['step']} from {' and '.join(one['levels'])}" for one in usable[:8]]
-    if shown:
-        note(f"job {job}: what was verified can still restore {', '.join(shown)}")
-    else:
-        note(f"job {job}: nothing that was verified can be restored whole")
 
 
 def export_report(chosen: "Chosen", form: str, output: Path, written: Report) -> Report:
@@ -382,27 +324,3 @@ def show_gc(report: Report) -> None:
         line(f"freed {size(report['bytes'])}")
     else:
         line(f"nothing was freed; it would be {size(report['bytes'])}")
-
-
-def doctor_report(findings: "Sequence[Finding]") -> Report:
-    """What the doctor found."""
-    return {
-        "fit": all(finding.status != "fail" for finding in findings),
-        "findings": [
-            {
-                "check": finding.check,
-                "status": finding.status,
-                "detail": finding.detail,
-                "advice": finding.advice,
-            }
-            for finding in findings
-        ],
-    }
-
-
-def show_doctor(report: Report) -> None:
-    """Show a `doctor_report`."""
-    rows = [(f["status"], f["check"], f["detail"], f["advice"] or "") for f in report["findings"]]
-    table("doctor", ("", "check", "found", "what to do"), rows)
-    if not report["fit"]:
-        note("an agent would not work, or not keep its promises, here: see the lines that fail")

@@ -108,7 +108,7 @@ def doctor(
     One line for each question, with what to do about it. Exit status 1 if an agent would not
     work or not keep its promises here.
     """
-    from everstep.agent import display, showing
+    from everstep.agent import display, showing_checks
     from everstep.agent.config import load
     from everstep.agent.doctor import examine
 
@@ -117,13 +117,13 @@ def doctor(
         "agent.memory_dir": memory_dir,
         "agent.nvme_dir": nvme_dir,
     }
-    report = showing.doctor_report(
+    report = showing_checks.doctor_report(
         examine(load(config, overrides), probe_disk_bytes=probe_mib << 20)
     )
     if as_json:
         display.document(report)
     else:
-        showing.show_doctor(report)
+        showing_checks.show_doctor(report)
     return FINE if report["fit"] else FAILED
 
 

@@ -1,13 +1,15 @@
 """Are the bytes that are held the bytes that were captured?
 
-Owns `everstep verify`: through an agent, or on directories alone. Promises to change nothing, to
+Owns `everstep verify`: through an agent and all its peers, or on directories alone. Promises to
 look at every committed shard that was asked for, and to say for each job with damage what can
-still be restored. A shard that its snapshot needs and that is not there counts as damaged.
+still be restored; to change nothing, unless the agents are asked to repair. A shard that its
+snapshot needs and that is not there counts as damaged.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from everstep.agent.asking import Agent
 from everstep.agent.bare import Held, Place, held, problems, problems_of_agent
@@ -16,7 +18,13 @@ from everstep.agent.shards import Store, locate, problem_of
 from everstep.proto.agent_pb2 import StatusReply, VerifiedShard
 from everstep.proto.errors import EverstepError, NothingRecoverable
 from everstep.proto.ids import SnapshotId
+from everstep.proto.peer_pb2 import Examined, ExamineRequest, JobOverview
 from everstep.storage.level import Problem
+from everstep.storage.parity import parity_bytes
+
+if TYPE_CHECKING:
+    from everstep.agent.bare_nodes import BareNode, BareNodes
+    from everstep.agent.planning import Erasure
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,13 @@ class Checked:
     bytes: int
     problem: str
     """Empty if it is intact."""
+    node_id: str = ""
+    """Where there are several."""
+    parity: bool = False
+    """Whether it is a node's parity, of no rank."""
+    repaired: bool = False
+    """Whether the problem is mended."""
+    repair_problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +54,7 @@ class Usable:
     job: str
     snapshot: SnapshotId
     levels: tuple[str, ...]
-    """Where from; several if it takes copies of several levels."""
+    """Where from; several if it takes copies of several levels; empty if nobody said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +64,32 @@ class Verdict:
     checked: list[Checked]
     problems: list[Problem]
     """Files that cannot be used, beyond the shards in `checked`."""
+    left: tuple[Usable, ...] | None = None
+    """What can be recovered, where parity and several nodes have a say in it."""
+    unexamined: tuple[tuple[str, str], ...] = ()
+    """Nodes that failed to answer, with the reason."""
+    silent: tuple[str, ...] = ()
+    """Nodes that count as lost: what they hold cannot be looked at."""
 
     @property
     def damaged(self) -> list[Checked]:
-        """The copies that are not intact."""
-        return [one for one in self.checked if one.problem]
+        """The copies that are not intact, and were not made so."""
+        return [one for one in self.checked if one.problem and not one.repaired]
+
+    @property
+    def repaired(self) -> list[Checked]:
+        """The copies that were damaged and are intact again."""
+        return [one for one in self.checked if one.repaired]
 
     @property
     def intact(self) -> bool:
-        """Whether nothing at all is wrong."""
-        return not self.damaged and not self.problems
+        """Whether nothing at all is wrong any more."""
+        return not self.damaged and not self.problems and not self.unexamined
 
     def usable(self) -> list[Usable]:
         """The snapshots that can be restored whole from what was looked at, newest first."""
+        if self.left is not None:
+            return list(self.left)
         by_snapshot: dict[tuple[str, SnapshotId], dict[int, list[str]]] = defaultdict(
             lambda: defaultdict(list)
         )
@@ -112,6 +140,117 @@ def by_agent(
     return Verdict(checked, list(_untold(found_problems, checked)))
 
 
+def by_cluster(
+    agent: Agent, job: str, step: int | None, level: str, meter: Meter, *, repair: bool
+) -> Verdict:
+    """Have all nodes check what they hold, and mend it if asked.
+
+    Raises:
+        NothingRecoverable: If a step was named that no node has.
+    """
+    request = ExamineRequest(job=job, step=step, levels=[level] if level else [], repair=repair)
+    told = iter(agent.examine(request))
+    checked: list[Checked] = []
+    unexamined: list[tuple[str, str]] = []
+    left: list[Usable] = []
+    problems: list[Problem] = []
+    silent: set[str] = set()
+    total = next(told)
+    with meter("checking all nodes", total.total.bytes) as advance:
+        for one in told:
+            match one.WhichOneof("kind"):
+                case "examined":
+                    checked.append(_examined(one.examined))
+                    advance(one.examined.bytes)
+                case "unexamined":
+                    unexamined.append((one.unexamined.node_id, one.unexamined.problem))
+                case "outlook":
+                    left += _usable(one.outlook)
+                    silent |= set(one.outlook.silent)
+                    problems += [Problem(one.outlook.job, what) for what in one.outlook.problems]
+    checked.sort(key=lambda c: (c.job, c.snapshot, c.level, c.node_id, c.parity, c.rank))
+    return Verdict(
+        checked, problems, tuple(left), tuple(sorted(set(unexamined))), tuple(sorted(silent))
+    )
+
+
+def _examined(found: Examined) -> Checked:
+    return Checked(
+        found.job,
+        found.level,
+        SnapshotId(found.incarnation, found.step),
+        found.rank,
+        found.bytes,
+        found.problem,
+        found.node_id,
+        found.parity,
+        found.repaired,
+        found.repair_problem,
+    )
+
+
+def _usable(outlook: JobOverview) -> Iterator[Usable]:
+    for plan in outlook.plans:
+        if plan.recoverable:
+            yield Usable(outlook.job, SnapshotId(plan.incarnation, plan.step), ())
+
+
+def by_nodes(nodes: "BareNodes", step: int | None, level: str, meter: Meter) -> Verdict:
+    """Check the directories of several nodes, with their parity.
+
+    Raises:
+        NothingRecoverable: If a step was named that is not there.
+        Refused: If a job was named that is not there.
+    """
+    checked: list[Checked] = []
+    found_problems: list[Problem] = []
+    jobs = nodes.jobs()
+    for node in nodes.nodes:
+        for place in node.places:
+            if level and all(store.name != level for store in place.stores):
+                continue
+            here = Place(place.stores, place.name, nodes.job or place.job, place.snapshot)
+            one = by_directory(here, None, meter, whole=False)
+            found_problems += one.problems
+            checked += [replace(c, node_id=node.node_id) for c in one.checked]
+        checked += _parities(node, jobs, level)
+    if step is not None:
+        checked = [one for one in checked if one.snapshot.step == step]
+    _require(checked, step, ", ".join(jobs), nodes.name)
+    left = [
+        Usable(job, plan.snapshot, plan.levels)
+        for job in jobs
+        for plan in nodes.plans(job, step=step, erasures=_erasures(checked, job))
+        if plan.recoverable
+    ]
+    return Verdict(checked, found_problems, tuple(left))
+
+
+def _parities(node: "BareNode", jobs: Sequence[str], level: str) -> Iterator[Checked]:
+    for name, store in node.parities():
+        for job in jobs if level in ("", name) else ():
+            for manifest in store.manifests(job):
+                plan = manifest.plan
+                try:
+                    bad = store.verify(job, plan.plan_id)
+                    problem = f"parity {plan.plan_id}: {len(bad)} unit(s) are damaged"
+                except (EverstepError, OSError) as error:
+                    bad, problem = (0,), str(error)
+                snapshot = SnapshotId(plan.incarnation, plan.step)
+                size, said = parity_bytes(manifest), problem if bad else ""
+                yield Checked(job, name, snapshot, 0, size, said, node.node_id, parity=True)
+
+
+def _erasures(checked: Iterable[Checked], job: str) -> "list[Erasure]":
+    from everstep.agent.planning import Erasure
+
+    return [
+        Erasure(one.node_id, one.snapshot, None if one.parity else one.rank, one.level)
+        for one in checked
+        if one.problem and one.job == job
+    ]
+
+
 _UNKNOWN_BYTES = 64 << 30
 """What a step is taken to hold, for a deadline, when the agent does not say."""
 
@@ -122,20 +261,28 @@ def _told(found: VerifiedShard) -> Checked:
     return Checked(found.job, found.level, snapshot, found.rank, found.bytes, problem)
 
 
-def by_directory(place: Place, step: int | None, meter: Meter) -> Verdict:
+def by_directory(place: Place, step: int | None, meter: Meter, *, whole: bool = True) -> Verdict:
     """Check every committed shard of a place.
+
+    Args:
+        place: What to look at.
+        step: Only this step.
+        meter: Shows the progress.
+        whole: Whether only what is committed here is looked at. Of one node among several nothing
+            in memory is, by itself.
 
     Raises:
         NothingRecoverable: If a step was named that is not there.
     """
-    there = [one for one in held(place) if one.committed and step in (None, one.snapshot.step)]
+    found = [one for one in held(place) if step in (None, one.snapshot.step)]
+    there = [one for one in found if one.committed or not whole]
     _require(there, step, ", ".join(place.jobs()), place.name)
     checked = [
         _check(store, one, rank, meter)
         for one in there
         for store in place.stores
         if store.name == one.level
-        for rank in range(one.world)
+        for rank in one.expected
     ]
     return Verdict(checked, list(_untold(problems(place), checked)))
 

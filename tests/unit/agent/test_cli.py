@@ -29,7 +29,18 @@ from everstep.snapshot.record import record_digest, seal_record
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
 
-VERBS = ("agent", "status", "list", "verify", "inspect", "export", "gc", "doctor", "demo")
+VERBS = (
+    "agent",
+    "status",
+    "list",
+    "recover",
+    "verify",
+    "inspect",
+    "export",
+    "gc",
+    "doctor",
+    "demo",
+)
 OF_AN_AGENT = {
     "status": (),
     "list": (),
