@@ -152,6 +152,8 @@ class Restoring:
                 return await work()
 
             task = self._under_way[key] = asyncio.get_running_loop().create_task(done())
+            # Who asked may be gone when it fails; whoever asks next is told.
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return await asyncio.shield(task)
 
     async def _records(self, job: str, plan: SnapshotPlan) -> Records:
