@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import Node, Process, Trainer, Zygote, until
+from harness import Node, Process, Trainer, TrainerError, Zygote, until
 from netns import Network
 
 from everstep.proto import agent_pb2 as wire
@@ -207,11 +207,17 @@ class Fleet:
             for step, levels in states.items():
                 self._hear(int(step), levels)
 
-    def commit(self, steps: int = 1, level: str = "memory", within_s: float = 20.0) -> None:
+    def commit(
+        self,
+        steps: int = 1,
+        level: str = "memory",
+        within_s: float = 20.0,
+        wait_s: float = 1.5,
+    ) -> None:
         """Train until so many steps more were committed at a level on all ranks."""
         deadline = time.monotonic() + within_s
         while steps:
-            lines = self._one(level, timeout=5.0)
+            lines = self._one(level, timeout=wait_s)
             if all(level in line["levels"] for line in lines.values()):
                 steps -= 1
             elif time.monotonic() > deadline:
@@ -238,6 +244,19 @@ class Fleet:
             assert launch_and_step >= told, f"told {told}, lost (P1): {answers}\n"
         self.step = launch_and_step[1] or 0
         return {**answers[0], "levels": sorted({x for a in answers.values() for x in a["levels"]})}
+
+    def refused(self) -> str:
+        """All ranks are refused a restore, and nothing was loaded; what the first was told."""
+        for trainer in self.trainers.values():
+            trainer.begin("restore")
+        told = []
+        for trainer in self.trainers.values():
+            try:
+                raise AssertionError(f"something was restored: {trainer.end()}")
+            except TrainerError as error:
+                told.append(str(error))
+            assert not trainer.do("touched"), told
+        return told[0]
 
     def relaunch(self, at_least: str = "memory", **options: Any) -> Line:
         """New trainers on all nodes, which restore."""

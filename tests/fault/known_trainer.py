@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from everstep.client.client import connect
+from everstep import connect
 from everstep.client.handle import LEVELS
 from everstep.client.limits import Limits
 from everstep.proto.errors import EverstepError
@@ -129,6 +129,10 @@ class Trainer:
         if weight.numpy().tobytes() != common.numpy().tobytes():
             problems.append("common weight")
         return ", ".join(problems)
+
+    def touched(self) -> bool:
+        """Whether anything was ever loaded into what is attached, or trained."""
+        return bool(self._own["step"] or self._own["data"].any())
 
     def restore(self, **options: Any) -> dict[str, Any]:
         """Restore, and check every byte."""
