@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ from everstep.agent.encoding import Encoding
 from everstep.agent.executing import Executing
 from everstep.agent.fetching import Fetching
 from everstep.agent.gathering import Gathering
+from everstep.agent.inventory import NodeInventory
 from everstep.agent.job import Job
 from everstep.agent.live_restoring import LiveRestoring
 from everstep.agent.members import MemberRules, Members
@@ -33,7 +35,9 @@ from everstep.agent.pipeline import Pipeline
 from everstep.agent.protection import ProtectionRules
 from everstep.agent.rates import join_rate
 from everstep.agent.recovery import Wanted
+from everstep.agent.repairing import Repairing
 from everstep.agent.restoring import Restoring
+from everstep.agent.scrubbing import Scrubbing
 from everstep.agent.sending import BulkServer
 from everstep.agent.serving import Serving
 from everstep.agent.tls import client_context, server_context, server_credentials
@@ -97,7 +101,12 @@ class Cluster:
         self.live_restoring = LiveRestoring(
             pipeline, node.node_id, self.ask_coordinator, joining, self.live_mending
         )
-        self._running: asyncio.Task[None] | None = None
+        self.repairing = Repairing(node.node_id, self._inventories, self.fetching, timeout_s)
+        self.scrubbing = Scrubbing(pipeline, self.repairing)
+        self._running: list[asyncio.Task[None]] = []
+
+    async def _inventories(self, job: str) -> Sequence[NodeInventory]:
+        return (await self.gathering.gather(job)).inventories
 
     @property
     def protects(self) -> bool:
@@ -184,14 +193,17 @@ class Cluster:
 
     async def start(self) -> None:
         """Take part from now on."""
-        self._running = asyncio.get_running_loop().create_task(self.peers.run())
+        loop = asyncio.get_running_loop()
+        self._running = [loop.create_task(self.peers.run()), loop.create_task(self.scrubbing.run())]
 
     async def close(self) -> None:
         """Take part no more."""
-        if self._running is not None:
-            self._running.cancel()
+        for task in self._running:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._running
+                await task
+        self.scrubbing.close()
+        self.repairing.close()
         await self.peers.close()
         self.executing.close()
         self.mending.close()

@@ -17,7 +17,7 @@ from everstep.agent.inventory import LEVELS, HeldSnapshot, NodeInventory
 from everstep.agent.outlook import job_overview
 from everstep.agent.overseeing import Overseeing
 from everstep.agent.plans import ParityPlan
-from everstep.agent.scrubbing import Looked, Scrubbing
+from everstep.agent.scrubbing import Looked
 from everstep.agent.stock import Erasure
 from everstep.proto import peer_pb2 as wire
 from everstep.proto.errors import EverstepError, NothingRecoverable
@@ -113,26 +113,18 @@ class Examining:
     Args:
         overseeing: Gathers the inventories.
         cluster: Asks the nodes.
-        scrubbing: Repairs what is held here; None if this agent repairs nothing.
     """
 
-    def __init__(
-        self, overseeing: Overseeing, cluster: Cluster, scrubbing: Scrubbing | None
-    ) -> None:
+    def __init__(self, overseeing: Overseeing, cluster: Cluster) -> None:
         self._overseeing = overseeing
         self._cluster = cluster
-        self._scrubbing = scrubbing
         cluster.answering.handlers["Check"] = self.check
 
     async def check(self, request: wire.CheckRequest) -> wire.CheckReply:
         """The handler of `Check`: as `Serving.check`, and mends what is damaged if asked."""
         if not request.repair:
             return await self._cluster.serving.check(request)
-        if self._scrubbing is None:
-            reply = await self._cluster.serving.check(request)
-            reply.repair_problem = "this agent repairs nothing"
-            return reply
-        looked = await self._scrubbing.verify_and_repair(
+        looked = await self._cluster.scrubbing.verify_and_repair(
             checked_name("job", request.job), step=request.step, levels=(request.level,)
         )
         return mended(request, looked)

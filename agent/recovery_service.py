@@ -29,8 +29,7 @@ class RecoveryService(RecoveryServicer):
         self._overseeing = Overseeing(pipeline, cluster)
         self._examining = None
         if cluster is not None:
-            scrubbing = getattr(cluster, "scrubbing", None)
-            self._examining = Examining(self._overseeing, cluster, scrubbing)
+            self._examining = Examining(self._overseeing, cluster)
 
     async def Overview(self, request: wire.OverviewRequest, context: Any) -> Any:
         """See peer.proto."""
