@@ -181,7 +181,7 @@ class Coordination:
         known = table.snapshots.get(snapshot) if table is not None else None
         if table is None or known is None:
             return False
-        if known.committed_at or snapshot in table.encoded:
+        if known.committed_at or snapshot in table.encoded or snapshot == table.restored:
             return True
         settled = _left_behind(table, snapshot)
         return not settled and known.whole and known.drifted_replicas() == ()

@@ -24,7 +24,7 @@ from .clock import Clock, Network
 from .files import JOB, Disk, Memory, OnDisk, Record, adoption, token_of
 from .ledger import Ledger, insist
 
-TICK_S = 0.5
+TICK_S = 0.7
 
 
 class AgentDied(Exception):

@@ -62,6 +62,8 @@ class Ledger:
     lost_of: dict[str, set[str]] = field(default_factory=dict)
     """By plan: members that had their part and lost it, and themselves."""
     promised: dict[str, Promise] = field(default_factory=dict)
+    restores: dict[int, SnapshotId | None] = field(default_factory=dict)
+    """By incarnation, what it went on from."""
     void: set[tuple[str, SnapshotId]] = field(default_factory=set)
     """What lost a part since: whoever is told of it again is told of what was."""
     commits: dict[SnapshotId, bool] = field(default_factory=dict)
@@ -131,9 +133,9 @@ class Ledger:
         for order in orders.orders:
             if isinstance(order, events.CommitOrdered | events.DropOrdered):
                 commit = isinstance(order, events.CommitOrdered)
-                before = self.commits.setdefault(order.snapshot, commit)
-                if before and not commit and self._settled(order.snapshot):
+                if not commit and self._settled(order.snapshot):
                     continue  # somebody who missed it gives up what is of no use any more
+                before = self.commits.setdefault(order.snapshot, commit)
                 insist(before == commit, f"{order} after the opposite")
             elif isinstance(order, events.RoundEnded):
                 before = self.ends.setdefault(order.plan_id, order.commit)
@@ -143,7 +145,11 @@ class Ledger:
 
     def _settled(self, snapshot: SnapshotId) -> bool:
         newer = any(other > snapshot for other in self.told_of.get("memory", ()))
-        return newer or ("memory", snapshot) in self.void
+        left = any(
+            number > snapshot.incarnation and chosen != snapshot
+            for number, chosen in self.restores.items()
+        )
+        return newer or left or ("memory", snapshot) in self.void
 
     def _superseded(self, plan_id: str) -> bool:
         snapshot = self.plans[plan_id].snapshot
@@ -182,6 +188,7 @@ class Ledger:
             )
             del self.promised[level]  # the job went on without it, and says so
         self._number_taken(incarnation)
+        self.restores[incarnation] = snapshot
 
     def _number_taken(self, incarnation: int) -> None:
         """After all memory of them was lost, numbers may be taken again."""

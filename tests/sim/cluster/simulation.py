@@ -28,7 +28,7 @@ class Profile:
     """How large and how stormy."""
 
     nodes: tuple[int, int] = (2, 8)
-    storm_s: float = 30.0
+    storm_s: float = 10.0
     trace: bool = False
 
 
@@ -76,7 +76,7 @@ class Simulation:
         ranks = nodes if chance.random() < 0.7 else chance.randint(1, 2 * nodes)
         slots = chance.choice((3, 3, 4))
         self.training = Training(self, ranks, slots, chance.choice((1, 1, 2)))
-        self.fault_rate_s = chance.choice((1.0, 2.0, 4.0, 8.0))
+        self.fault_rate_s = chance.choice((0.5, 1.0, 2.0, 4.0))
         self.faults, self.weights = self._choose_faults()
         self.stormy = True
 

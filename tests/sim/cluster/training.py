@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from everstep.agent import events
 from everstep.agent.actions import Place
+from everstep.agent.inventory import NodeInventory
 from everstep.agent.planning import plan_snapshots
-from everstep.agent.sources import Decoded, Held
+from everstep.agent.sources import Decoded, Held, SnapshotPlan
 from everstep.proto.errors import EverstepError, Refused, StaleIncarnation
 from everstep.proto.ids import SnapshotId
 
@@ -70,6 +71,16 @@ class Launch:
         """The ranks' if it is one."""
         found = {trainer.incarnation for trainer in self.trainers}
         return found.pop() if len(found) == 1 else 0
+
+
+def newest_recoverable(inventories: list[NodeInventory]) -> SnapshotPlan | None:
+    """What `plan_snapshots` puts first of what is whole; it need not plan the rest."""
+    held = {one.snapshot for inventory in inventories for one in inventory.snapshots}
+    for snapshot in sorted(held, reverse=True):
+        for plan in plan_snapshots(inventories, to_step=snapshot.step):
+            if plan.snapshot == snapshot and plan.recoverable:
+                return plan
+    return None
 
 
 class Training:
@@ -264,8 +275,7 @@ class Training:
         network = self.world.network
         if not all(h.runs and network.call(coordinator.host.address, h.address) for h in hosts):
             return
-        plans = plan_snapshots([inventory(h.node_id, h.memory, h.disk) for h in hosts])
-        chosen = next((plan for plan in plans if plan.recoverable), None)
+        chosen = newest_recoverable([inventory(h.node_id, h.memory, h.disk) for h in hosts])
         tokens = []
         for source in chosen.sources if chosen is not None else ():
             token = self._token(chosen.snapshot, source)
@@ -335,7 +345,8 @@ class Training:
             for h in self.world.hosts.values()
             if not h.lost and h.runs and self.world.network.call(agent.host.address, h.address)
         ]
-        plans = [p for p in plan_snapshots(there) if p.snapshot == snapshot]
+        plans = plan_snapshots(there, to_step=snapshot.step)
+        plans = [plan for plan in plans if plan.snapshot == snapshot]
         source = next((s for p in plans for s in p.sources if s.rank == trainer.rank), None)
         if source is None:
             return False

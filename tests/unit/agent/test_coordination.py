@@ -1,0 +1,108 @@
+"""What the coordinator makes of the members' reports: commits and drops."""
+
+from everstep.agent import events
+from everstep.agent.holdings import FlushedFact, RoundFact
+
+from .coordinating import S1, S2, Office, fact, part
+
+
+def test_a_snapshot_commits_once_all_ranks_are_sealed_somewhere() -> None:
+    office = Office(2)
+    office.reports("n1", fact([0], [part(S1, "sealed", [0], 2)]))
+    assert office.orders("n1") == []
+    office.reports("n2", fact([1], [part(S1, "sealed", [1], 2)]))
+    (one,), (other,) = office.orders("n1"), office.orders("n2")
+    assert isinstance(one, events.CommitOrdered)
+    assert one == other
+    assert office.coordination.changed() == {"n1", "n2"}
+
+
+def test_a_step_that_one_node_dropped_is_dropped_everywhere() -> None:
+    office = Office(2)
+    office.reports("n1", fact([0], [part(S1, "sealed", [0], 2)]))
+    office.reports("n2", fact([1], [part(S1, "dropped", [], 2)]))
+    (order,) = office.orders("n1")
+    assert isinstance(order, events.DropOrdered) and "n2" in order.reason
+
+
+def test_a_step_that_one_node_never_saw_is_given_up_once_it_took_part_in_a_newer_one() -> None:
+    office = Office(2)
+    office.reports("n1", fact([0], [part(S1, "sealed", [0], 2)]))
+    office.reports("n2", fact([1]))
+    office.decide()
+    assert office.orders("n1") == []
+    office.reports("n2", fact([1], [part(S2, "open", [], 2)]))
+    office.decide()
+    (order,) = office.orders("n1")
+    assert isinstance(order, events.DropOrdered) and order.snapshot == S1
+
+
+def test_a_slow_node_has_not_passed_a_step_by() -> None:
+    office = Office(2)
+    office.reports("n1", fact([0], [part(S1, "sealed", [0], 2)]))
+    office.reports("n2", fact([1], [part(S1, "open", [], 2), part(S2, "dropped", [], 2)]))
+    office.decide()
+    assert office.orders("n1") == []
+
+
+def test_what_is_left_of_earlier_incarnations_waits_for_what_was_restored() -> None:
+    office = Office(1)
+    office.reports("n1", fact([0], [part(S1, "sealed", [0], 2)], incarnation=2))
+    assert office.orders("n1") == [], "others may have the rest of it"
+    office.reports(
+        "n1",
+        fact([0], [part(S1, "sealed", [0], 2)], incarnation=2, restore_decided=True, restored=None),
+    )
+    (order,) = office.orders("n1")
+    assert isinstance(order, events.DropOrdered)
+
+
+def test_what_the_job_left_behind_never_commits_though_it_turns_out_whole() -> None:
+    office = Office(2)
+    again = fact([0], [part(S1, "sealed", [0], 2)], incarnation=2, restore_decided=True)
+    office.reports("n1", again)
+    office.reports("n2", fact([1], [part(S1, "sealed", [1], 2)], incarnation=2))
+    assert all(isinstance(office.orders(n)[0], events.DropOrdered) for n in ("n1", "n2"))
+
+
+def test_what_was_restored_is_committed_for_those_who_missed_it() -> None:
+    office = Office(2)
+    held = [part(S1, "sealed", [1], 2)]
+    office.reports("n1", fact([0], incarnation=2, restore_decided=True, restored=S1))
+    office.reports("n2", fact([1], held, incarnation=2))
+    (order,) = office.orders("n2")
+    assert isinstance(order, events.CommitOrdered)
+
+
+def test_a_parity_round_proves_a_commit() -> None:
+    office = Office(2)
+    known = RoundFact("1-1-1-1-0.1", S1, "prepared", ("n1", "n2"))
+    office.reports("n1", fact([0], [part(S1, "sealed", [0], 2)]))
+    office.reports("n2", fact([1], rounds=[known]))
+    (order,) = office.orders("n1", events.CommitOrdered)
+    assert order.snapshot == S1
+    office.reports("n2", fact([1]))
+    assert office.orders("n1") == [], "what a node said before its last report leaves no trace"
+
+
+def test_durable_means_all_parts_are_on_disk() -> None:
+    office = Office(2)
+    committed = [part(S1, "committed", [0], 2)]
+    office.reports("n1", fact([0], committed, flushed=(FlushedFact(S1, 2, (0,)),)))
+    assert office.orders("n1", events.DurableOrdered) == []
+    office.reports("n2", fact([1], [part(S1, "committed", [1], 2)]))
+    assert [order.snapshot for order in office.orders("n2", events.FlushOrdered)] == [S1]
+    office.reports(
+        "n2", fact([1], [part(S1, "committed", [1], 2)], flushed=(FlushedFact(S1, 2, (1,)),))
+    )
+    for node_id in ("n1", "n2"):
+        assert [order.snapshot for order in office.orders(node_id, events.DurableOrdered)] == [S1]
+
+
+def test_a_late_report_changes_nothing() -> None:
+    office = Office(1)
+    office.reports("n1", fact([0], [part(S1, "sealed", [0], 1)], world=1))
+    before = office.orders("n1")
+    office._sequence = -5
+    office.reports("n1")
+    assert office.orders("n1") == before != []
