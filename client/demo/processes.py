@@ -27,18 +27,18 @@ _END_S = 20.0
 _CREDENTIALS = struct.Struct("3i")
 
 
-class TrainerFailed(EverstepError):
-    """A trainer of the demo ended by itself.
+class ProcessFailed(EverstepError):
+    """A process of the demo ended by itself.
 
     Attributes:
         log: Where its last words are.
     """
 
-    def __init__(self, status: int, log: Path) -> None:
+    def __init__(self, who: str, status: int, log: Path) -> None:
         self.log = log
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
         super().__init__(
-            f"the trainer ended with status {status} ({' '.join(last) or 'it said nothing'}). "
+            f"{who} ended with status {status} ({' '.join(last) or 'it said nothing'}). "
             f"All that it said is in {log}; your own jobs and their state were not touched."
         )
 
@@ -79,7 +79,7 @@ class Trainer:
         """What the trainer notes, as it does, until it has ended well.
 
         Raises:
-            TrainerFailed: If it ends otherwise.
+            ProcessFailed: If it ends otherwise.
             DeadlineExceeded: If it is silent for too long.
         """
         deadline = time.monotonic() + _SILENCE_S
@@ -97,7 +97,7 @@ class Trainer:
             else:
                 time.sleep(_POLL_S)
         if status:
-            raise TrainerFailed(status, self._log)
+            raise ProcessFailed("the trainer", status, self._log)
 
     def kill(self) -> None:
         """SIGKILL, without waiting."""

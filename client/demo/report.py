@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from everstep.client.demo.scenario import KILLED, LEFT_ALONE, Outcome
+from everstep.client.demo.scenario import Outcome
 
 
 class Silent:
@@ -31,9 +31,10 @@ class Shown:
     Args:
         console: Where; stderr, so that the table can be piped.
         steps: Of each run.
+        runs: Their names.
     """
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int, runs: tuple[str, ...]) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -42,10 +43,7 @@ class Shown:
             TimeElapsedColumn(),
             console=console,
         )
-        self._tasks = {
-            run: self._progress.add_task(run, total=steps, start=False)
-            for run in (LEFT_ALONE, KILLED)
-        }
+        self._tasks = {run: self._progress.add_task(run, total=steps, start=False) for run in runs}
 
     def __enter__(self) -> "Shown":
         self._progress.start()
@@ -127,14 +125,14 @@ def _rows(outcome: Outcome) -> list[tuple[str, ...]]:
     plan, killed = outcome.plan, outcome.killed
     rows: list[tuple[str, ...]] = [
         ("model", f"byte-level GPT, {outcome.parameters / 1e6:.2f} M"),
-        ("steps", f"{plan.steps} of {_duration(killed.step_s)}"),
+        ("steps", f"{plan.steps} of {duration(killed.step_s)}"),
         (
             "a snapshot every",
-            f"{plan.interval} steps ({_duration(plan.interval * killed.step_s)})",
+            f"{plan.interval} steps ({duration(plan.interval * killed.step_s)})",
         ),
         (
             "stall of a snapshot",
-            f"{_duration(_median(outcome.stalls_s))} median of {len(outcome.stalls_s)}",
+            f"{duration(_median(outcome.stalls_s))} median of {len(outcome.stalls_s)}",
             "",
         ),
     ]
@@ -146,20 +144,21 @@ def _rows(outcome: Outcome) -> list[tuple[str, ...]]:
                 f"step {recovery.restored_step} from {recovery.level}; "
                 f"steps lost: {recovery.lost_steps}",
             ),
-            ("from the kill to the first new step", _duration(recovery.total_s)),
-            ("    new process, import torch, model", _duration(recovery.start_s)),
-            ("    find or start the agent", _duration(recovery.connect_s)),
-            ("    restore, digests verified", _duration(recovery.restore_s)),
-            ("    first step", _duration(recovery.first_step_s), ""),
+            ("from the kill to the first new step", duration(recovery.total_s)),
+            ("    new process, import torch, model", duration(recovery.start_s)),
+            ("    find or start the agent", duration(recovery.connect_s)),
+            ("    restore, digests verified", duration(recovery.restore_s)),
+            ("    first step", duration(recovery.first_step_s), ""),
         ]
     return [
         *rows,
-        ("every loss equals the run left alone", _verdict(outcome.losses_equal)),
-        ("final weights and optimizer state do", _verdict(outcome.weights_equal)),
+        ("every loss equals the run left alone", verdict(outcome.losses_equal)),
+        ("final weights and optimizer state do", verdict(outcome.weights_equal)),
     ]
 
 
-def _verdict(equal: bool) -> str:
+def verdict(equal: bool) -> str:
+    """Whether two things are the same."""
     return "[green]yes, bit for bit[/green]" if equal else "[bold red]NO[/bold red]"
 
 
@@ -167,7 +166,8 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Seconds for people."""
     if seconds is None:
         return "-"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

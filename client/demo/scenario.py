@@ -121,6 +121,15 @@ class Run:
         )
 
 
+def first_difference(reference: Run, other: Run, steps: int) -> int | None:
+    """The first step whose losses differ, or which one of the runs has not done."""
+    expected = dict(reference.losses())
+    done = other.losses()
+    wrong = [step for step, loss in done if expected.get(step) != loss]
+    wrong += set(range(1, steps + 1)) - ({step for step, _ in done} & set(expected))
+    return min(wrong, default=None)
+
+
 @dataclass(slots=True)
 class Outcome:
     """All that the demo has to show."""
@@ -134,11 +143,7 @@ class Outcome:
     @property
     def first_difference(self) -> int | None:
         """The first step whose losses differ, or which one of the runs has not done."""
-        expected = dict(self.reference.losses())
-        done = self.killed.losses()
-        wrong = [step for step, loss in done if expected.get(step) != loss]
-        wrong += set(range(1, self.plan.steps + 1)) - ({step for step, _ in done} & set(expected))
-        return min(wrong, default=None)
+        return first_difference(self.reference, self.killed, self.plan.steps)
 
     @property
     def losses_equal(self) -> bool:
