@@ -24,7 +24,9 @@ from everstep.proto.errors import (
     ShardCorrupt,
 )
 from everstep.proto.ids import UNIT_BYTES
+from everstep.proto.state_pb2 import Record
 from everstep.snapshot.digest import unit_digest
+from everstep.snapshot.record import seal_record
 
 from .several_nodes import JOB, UNEQUAL, Group, group_of
 
@@ -139,6 +141,22 @@ def test_symbols_are_taken_from_disk_and_from_nodes_outside_the_group(tmp_path: 
             assert await fetched(group, plan, rank) == group.shards[rank].image
 
     run(tmp_path, 2, body, hold=False)
+
+
+def test_a_shard_that_moved_still_gives_its_symbols(tmp_path: Path) -> None:
+    """All three are needed, and one lies with a node that the plan does not know."""
+
+    async def body(group: Group) -> None:
+        for name in UNEQUAL:
+            group.protect(name)
+        group.hold("n3")
+        group.hold("n4")
+        group.hold("spare", [1])
+        plan = await group.plan_of(("n1",))
+        for rank in UNEQUAL["n1"]:
+            assert await fetched(group, plan, rank) == group.shards[rank].image
+
+    run(tmp_path, 1, body, hold=False)
 
 
 def test_an_executor_that_is_down_is_replaced(tmp_path: Path) -> None:
@@ -451,18 +469,26 @@ def test_the_deadline_holds(tmp_path: Path) -> None:
     run(tmp_path, 1, body)
 
 
-def test_a_record_that_the_plan_does_not_fit_is_not_believed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lie", ["of another rank", "other bytes", "another world"])
+def test_a_record_that_the_plan_does_not_fit_is_not_believed(tmp_path: Path, lie: str) -> None:
     async def body(group: Group) -> None:
         plan = await group.plan_of(("n3",))
+        right, other = group.shards[2], group.shards[6]
+        false = Record.FromString(right.record.SerializeToString())
+        if lie == "other bytes":
+            false.unit_digests = bytes(len(false.unit_digests))
+        else:
+            false.world += 1
+        envelope = other.envelope if lie == "of another rank" else seal_record(false)
+        layout = (other if lie == "of another rank" else right).layout_envelope
 
-        def lie(node: str, reply: Any) -> Any:
-            other = group.shards[6]
+        def change(node: str, reply: Any) -> Any:
             for shard in reply.shards:
                 if shard.rank == 2:
-                    shard.record, shard.layout = other.envelope, other.layout_envelope
+                    shard.record, shard.layout = envelope, layout
             return reply
 
-        answering(group, "Describe", lie)
+        answering(group, "Describe", change)
         with pytest.raises(FormatInvalid, match="rank 2"):
             await fetched(group, plan, 2)
 

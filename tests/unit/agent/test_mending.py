@@ -246,9 +246,12 @@ def test_a_caller_that_leaves_does_not_give_the_slot_free(tmp_path: Path) -> Non
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
+        described = group.asked.count(("n1", "Describe"))
         second = asyncio.create_task(mending.install(JOB, plan, (2,)))
         go_on.set()
         await asyncio.wait_for(second, 20)
+        # It waited for the first, and found the work done.
+        assert group.asked.count(("n1", "Describe")) == described == 1
         assert len(group.nodes["spare"].memory.arenas(JOB)) == 1
         assert in_memory(group.nodes["spare"], 2) == group.shards[2].image
 

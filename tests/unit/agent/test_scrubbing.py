@@ -142,10 +142,12 @@ def test_rot_in_memory_is_decoded_away_and_only_that_is_fetched(tmp_path: Path) 
         node.overwrite(2, UNIT_BYTES + 5, b"rot")
         node.overwrite(2, 3 * UNIT_BYTES + 1, b"rot")
         fetched: list[Any] = []
+        pins: list[int] = []
         fetch = group.fetching["n3"].fetch
 
         def noting(plan: Any, rank: int, units: Any, *rest: Any, **named: Any) -> None:
             fetched.append((rank, units))
+            pins.append(node.state.jobs[JOB].snapshots[SNAPSHOT].pins)
             fetch(plan, rank, units, *rest, **named)
 
         group.fetching["n3"].fetch = noting  # type: ignore[method-assign]
@@ -153,6 +155,7 @@ def test_rot_in_memory_is_decoded_away_and_only_that_is_fetched(tmp_path: Path) 
         assert damage_of(looked) == {("memory", 2): (1, 3)}
         assert [one.repaired for one in looked if one.bad_units] == [True]
         assert fetched == [(2, [range(1, 2), range(3, 4)])]
+        assert pins == [1]
         assert in_memory(group, "n3", 2) == group.shards[2].image
         job = node.state.jobs[JOB]
         assert job.counters["scrub_repaired"] == 2
