@@ -127,25 +127,44 @@ def doctor(
     return FINE if report["fit"] else FAILED
 
 
-@app.command(epilog=examples("demo --short", "demo --output /tmp/demo --seed 7", "demo --json"))
+@app.command(
+    epilog=examples(
+        "demo --short",
+        "demo --output /tmp/demo --seed 7",
+        "demo --nodes 4 --lose 1",
+        "demo --nodes 4 --lose 2 --parity 1 --short --json",
+    )
+)
 def demo(
     short: Annotated[bool, typer.Option("--short", help="A smaller model, fewer steps.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for the picture.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the kills and the training.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=2, help="So many agents, each with a rank of one job.")
+    ] = None,
+    lose: Annotated[
+        int | None, typer.Option(min=1, help="Nodes that are killed and wiped; default 1.")
+    ] = None,
+    parity: Annotated[
+        int | None, typer.Option(min=1, help="Nodes that may be lost at one time.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Train, kill, recover, compare bit for bit.
 
-    Needs torch: runs as a child process, whose exit status this is.
+    With --nodes: some of several nodes are lost with all they held, and what they held is decoded
+    from the memory of the others. Needs torch: runs as a child process, whose exit status this is.
     """
     import subprocess
 
     command = [sys.executable, "-P", "-m", "everstep.client.demo"]
     command += ["--short"] if short else []
     command += ["--json"] if as_json else []
-    for flag, value in (("--steps", steps), ("--output", output), ("--seed", seed)):
+    given = {"steps": steps, "output": output, "seed": seed}
+    given |= {"nodes": nodes, "lose": lose, "parity": parity}
+    for flag, value in given.items():
         if value is not None:
-            command += [flag, str(value)]
+            command += [f"--{flag}", str(value)]
     status = subprocess.run(command, check=False).returncode
     return status if status >= 0 else 128 - status
