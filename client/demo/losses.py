@@ -153,7 +153,8 @@ class Outcome:
         """Whether the loss was made up for from where it should have been."""
         back = self.back
         if self.plan.decodable:
-            return bool(back.decoded_ranks) and back.restored_step >= back.protected_step
+            decoded = len(back.decoded_ranks) == self.plan.lose
+            return decoded and back.restored_step >= max(1, back.protected_step)
         return back.restored_step == back.disk_step > 0
 
     @property
