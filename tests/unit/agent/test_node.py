@@ -1,0 +1,118 @@
+"""State, membership and coordination put together: who obeys whom, and when."""
+
+import pytest
+
+from everstep.agent import events
+from everstep.agent.holdings import Orders, Report
+from everstep.agent.members import MemberRules, Members
+from everstep.agent.node import Node, SendOrders, SendReport
+from everstep.agent.protection import ProtectionRules
+from everstep.agent.state import Rules, State
+from everstep.agent.view import Entry, View
+from everstep.proto.errors import StaleEpoch
+
+from .coordinating import JOB, S1, fact, part
+
+VIEW = View([Entry(f"n{i}", 1, f"boot{i}", address=f"n{i}:1") for i in (1, 2, 3)])
+SINCE_S = 100.0
+
+
+def node(index: int) -> Node:
+    rules = MemberRules(node_id=f"n{index}", boot_id=f"boot{index}", address=f"n{index}:1")
+    members = Members(rules, [("", "n1:1"), ("", "n3:1")])
+    members.learned(VIEW, SINCE_S)
+    state = State(Rules(clustered=True, node_id=f"n{index}", nvme=False), lambda known: [])
+    return Node(state, members, ProtectionRules(enabled=False))
+
+
+def orders(sender: int, term: int, *, coordinator: str = "") -> Orders:
+    begin = events.BeginOrdered(JOB, term, 2, "launch")
+    return Orders(0, term, (begin,), (), coordinator or f"n{sender}")
+
+
+def with_job(index: int) -> Node:
+    made = node(index)
+    caller = events.Caller(JOB, 0, 2, "p0", 0)
+    made.handle(events.Attach(caller, "launch", 1, 0.0, False, decided=1), SINCE_S)
+    return made
+
+
+def told(made: Node, sender: int, term: int, *, boot: str = "", coordinator: str = "") -> int:
+    """Orders to begin the incarnation of the term's number; the one that the job is in then."""
+    given = orders(sender, term, coordinator=coordinator)
+    made.answered(f"n{sender}", boot or f"boot{sender}", VIEW, given, SINCE_S + 0.1)
+    return made.state.jobs[JOB].incarnation
+
+
+def test_orders_of_an_older_term_are_not_obeyed() -> None:
+    made = with_job(2)
+    assert told(made, 1, 5) == 5
+    assert told(made, 1, 4) == 5
+    assert told(made, 1, 6) == 6
+
+
+def test_orders_of_one_that_does_not_coordinate_or_lost_its_place_are_not_obeyed() -> None:
+    made = with_job(2)
+    assert told(made, 1, 5, coordinator="n3") == 1
+    assert told(made, 1, 5, boot="another") == 1
+
+
+def test_a_fenced_node_obeys_nobody() -> None:
+    made = with_job(2)
+    taken = View([Entry("n2", 9, "another", address="n2:2")])
+    made.refused(VIEW.merge(taken), SINCE_S)
+    assert made.members.fenced_by
+    assert told(made, 1, 5) == 1
+
+
+def test_whatever_changes_is_reported_at_once() -> None:
+    made = with_job(2)
+    made.tick(SINCE_S)
+    step = made.handle(
+        events.Attach(events.Caller(JOB, 1, 2, "p1", 0), "launch", 2, 0.0, False, decided=1),
+        SINCE_S + 0.1,
+    )
+    (send,) = step.sends
+    assert isinstance(send, SendReport) and send.contact.node_id == "n1"
+    assert len(send.report.jobs[0].members) == 2
+
+
+def test_the_coordinator_answers_who_reports_and_tells_the_others() -> None:
+    made = node(1)
+    made.tick(SINCE_S)
+    for index in (2, 3):
+        held = fact([index - 2], [part(S1, "sealed", [index - 2], 2)])
+        answer, step = made.reported(
+            f"n{index}", f"boot{index}", VIEW, Report(1, 0, (held,)), SINCE_S
+        )
+    assert [type(order) for order in answer.orders] == [events.CommitOrdered]
+    (send,) = (send for send in step.sends if isinstance(send, SendOrders))
+    assert send.node_id == "n2" and send.orders.orders == answer.orders
+
+
+def test_a_report_of_a_boot_that_lost_its_place_is_refused() -> None:
+    made = node(1)
+    with pytest.raises(StaleEpoch):
+        made.reported("n2", "another", VIEW, Report(1, 0, ()), SINCE_S)
+
+
+def test_a_coordinator_is_ready_once_all_have_reported_in_its_term() -> None:
+    made = node(1)
+    made.tick(SINCE_S)
+    for index in (2, 3):
+        assert not made.ready(SINCE_S)
+        made.reported(f"n{index}", f"boot{index}", VIEW, Report(1, 0, ()), SINCE_S)
+    assert made.ready(SINCE_S)
+    # Somebody obeyed a newer coordinator: this one begins anew, and knows nothing yet.
+    made.reported("n2", "boot2", VIEW, Report(2, made._term + (1 << 40), ()), SINCE_S)
+    assert not made.ready(SINCE_S)
+
+
+def test_no_two_coordinators_have_the_same_term() -> None:
+    terms = set()
+    for index in (1, 2, 3):
+        made = node(index)
+        for late_s in range(40):
+            made.tick(SINCE_S + late_s)
+        terms.add(made._term)
+    assert len(terms) == 3 and 0 not in terms
