@@ -9,7 +9,7 @@ place. What was decided and not reported yet is remembered here. Pure: does no I
 clock.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from everstep.agent.coordination import Coordination
@@ -18,6 +18,9 @@ from everstep.agent.job import Declaration
 from everstep.agent.joining import other_world
 from everstep.agent.tables import JobTable
 from everstep.proto.errors import Refused, StaleIncarnation
+
+_UNDER_WAY = 4
+"""After so many reports of its node a process that was given its rank is named, or gone."""
 
 
 class RankHeld(Refused):
@@ -44,6 +47,8 @@ class Holder:
     attached: bool
     reported: bool = False
     """Whether its node has named it: if that node does no longer, the process is gone."""
+    sequence: int | None = None
+    """Of its node's last report when this was decided; None if the node has named it since."""
 
 
 @dataclass(slots=True)
@@ -114,7 +119,10 @@ class Assembly:
                 other = not launch.members or launch.world != caller.world or launched_anew
                 if other or holder is not None:
                     launch = self._begin(caller, launch_id)
-        launch.members[caller.rank] = Holder(node_id, caller.process_id, attached=True)
+        sequence = self._coordination.reported.get(node_id, 0)
+        launch.members[caller.rank] = Holder(
+            node_id, caller.process_id, attached=True, sequence=sequence
+        )
         self._launches[caller.job] = launch
         self._coordination.begun(caller.job, launch.incarnation, launch.world, launch.launch_id)
         return launch.incarnation
@@ -207,10 +215,10 @@ class Assembly:
         known = self._launches.get(caller.job)
         table = self._coordination.jobs.get(caller.job)
         if table is None:
-            return known or _Launch(0, caller.world, launch_id)
+            table = JobTable(world=caller.world, launch_id=launch_id)
         if known is None or table.incarnation > known.incarnation:
             known = _Launch(table.incarnation, table.world, table.launch_id)
-        _take_over(known, table, self._coordination.reported.keys())
+        _take_over(known, table, self._coordination.reported)
         return known
 
     def _begin(self, caller: Caller, launch_id: str) -> _Launch:
@@ -233,22 +241,36 @@ def _runs(launch: _Launch, rank: int, live: frozenset[str]) -> bool:
     )
 
 
-def _take_over(launch: _Launch, table: JobTable, reported: Collection[str]) -> None:
+def _take_over(launch: _Launch, table: JobTable, reported: Mapping[str, int]) -> None:
     """What the nodes report of the incarnation's processes is newer than what was decided."""
     for rank, holder in launch.members.items():
-        if holder.reported and holder.attached and holder.node_id in reported:
-            fact = table.facts.get(holder.node_id)
-            named = fact.members if fact is not None else ()
-            if not any(member.process_id == holder.process_id for member in named):
-                # Its node was started anew, and remembers nothing of it.
-                launch.members[rank] = replace(holder, attached=False)
+        fact = table.facts.get(holder.node_id)
+        named = fact.members if fact is not None else ()
+        known = any(member.process_id == holder.process_id for member in named)
+        if holder.attached and not known and _is_outlived(holder, reported):
+            # Its node was started anew, and remembers nothing of it.
+            launch.members[rank] = replace(holder, attached=False)
     for node_id, fact in table.facts.items():
         if fact.incarnation != launch.incarnation:
             continue
         for member in fact.members:
-            known = launch.members.get(member.rank)
-            # A report from before the rank was given to another process says nothing.
-            if known is None or known.process_id == member.process_id:
+            holder_now = launch.members.get(member.rank)
+            # A report from before the rank was given to a process says nothing of it.
+            if holder_now is None or (
+                holder_now.process_id == member.process_id
+                and reported.get(node_id) != holder_now.sequence
+            ):
                 launch.members[member.rank] = Holder(
                     node_id, member.process_id, member.attached, reported=True
                 )
+
+
+def _is_outlived(holder: Holder, reported: Mapping[str, int]) -> bool:
+    """Whether a node that does not name a process must have, if it were still there."""
+    sequence = reported.get(holder.node_id)
+    if sequence is None:
+        return False
+    if holder.sequence is None:
+        return holder.reported
+    # Some reports may have been under way when it was decided; another agent counts anew.
+    return not holder.sequence <= sequence < holder.sequence + _UNDER_WAY

@@ -11,7 +11,9 @@ import pytest
 
 from everstep.agent.asking import Agent
 from everstep.proto.agent_pb2 import JobStatus
+from everstep.storage.parity_memory import ParityMemory
 
+from .clusters import AgentCluster
 from .conftest import AgentProcess, eventually
 from .live_ranks import LiveRank
 
@@ -56,7 +58,7 @@ def commit(address: str, ranks: list[LiveRank], step: int) -> dict[int, dict[str
 
 
 def gone(address: str, rank: int) -> bool:
-    return not job_of(address).ranks[rank].attached
+    return not any(r.attached for r in job_of(address).ranks if r.rank == rank)
 
 
 def started(rank: LiveRank) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -93,3 +95,106 @@ def test_a_rank_leaves_and_joins_again_and_again_while_the_other_goes_on(
         assert {fact["incarnation"] for fact in alone} == {1}
         step += 4
     assert commit(address, [stayer, leaver], step)[0]["incarnation"] == 1
+
+
+def sent(cluster: AgentCluster, node_id: str) -> int:
+    """Bytes that a node has sent over the bulk plane."""
+    return int(cluster.status(node_id).cluster.bulk_counters["bytes_sent"])
+
+
+def protected(cluster: AgentCluster, step: int) -> bool:
+    """Whether every node holds the parity of a step."""
+    return all(
+        any(
+            m.plan.step == step
+            for m in ParityMemory(node.memory_dir, keep_free_bytes=0).manifests(JOB)
+        )
+        for node in cluster.nodes.values()
+    )
+
+
+def ranks_on(
+    cluster: AgentCluster, start_rank: Callable[..., LiveRank], *arguments: str
+) -> list[LiveRank]:
+    """One rank on each node, begun."""
+    nodes = list(cluster.nodes.values())
+    ranks = [
+        start_rank(node.address, rank, len(nodes), "--live", *arguments)
+        for rank, node in enumerate(nodes)
+    ]
+    for rank in ranks:
+        attached, start = started(rank)
+        assert (attached["joined"], attached["incarnation"], start["step"]) == (False, 1, None)
+    return ranks
+
+
+def go_on_without(ranks: list[LiveRank], steps: range) -> list[dict[str, Any]]:
+    """Steps of the others, which must not be slowed."""
+    facts = []
+    for step in steps:
+        for rank in ranks:
+            rank.begin(step)
+        facts += [rank.says("step") for rank in ranks]
+    assert all(fact["stalled_s"] < STALL_S and fact["incarnation"] == 1 for fact in facts), facts
+    return facts
+
+
+def commit_soon(cluster: AgentCluster, ranks: list[LiveRank], step: int) -> int:
+    """Steps until one is committed on all nodes again, within a few; which one it was."""
+    first = cluster["n1"].address
+    for tried in range(step, step + 4):
+        go_on_without(ranks, range(tried, tried + 1))
+        try:
+            eventually(lambda at=tried: committed(first, at), f"the commit of {tried}", 3.0)
+        except AssertionError:
+            continue
+        return tried
+    raise AssertionError(f"nothing was committed from step {step} on: {job_of(first)}")
+
+
+RATE_BYTES_S = 1_000_000
+
+
+def test_a_rank_joins_over_the_network_no_faster_than_allowed(
+    start_cluster: Callable[..., AgentCluster], start_rank: Callable[..., LiveRank]
+) -> None:
+    options = f"[parity]\nparities = 0\n[bulk]\njoin_rate_bytes_s = {RATE_BYTES_S}\n"
+    cluster = start_cluster(3, options)
+    ranks = ranks_on(cluster, start_rank, "--width", "1000")
+    at = commit(cluster["n1"].address, ranks, 1)
+    ranks[2].kill()
+    eventually(lambda: gone(cluster["n3"].address, 2), "n3 noticed")
+    before = {node_id: sent(cluster, node_id) for node_id in ("n1", "n2")}
+    joiner = start_rank(cluster["n3"].address, 2, 3, "--live", "--width", "1000")
+    go_on_without(ranks[:2], range(2, 5))
+    attached, start = started(joiner)
+    assert (attached["joined"], attached["incarnation"], start["step"]) == (True, 1, 1)
+    assert (start["shared"], start["own"]) == (at[0]["shared"], at[2]["own"])
+    for node_id, sent_before in before.items():
+        count_bytes = sent(cluster, node_id) - sent_before
+        assert count_bytes > RATE_BYTES_S, f"{node_id} has a third of the model"
+        assert start["took_s"] >= (count_bytes - RATE_BYTES_S / 8) / RATE_BYTES_S
+    for step in (2, 3, 4):
+        joiner.step(step)
+    commit_soon(cluster, [*ranks[:2], joiner], 5)
+
+
+def test_a_rank_joins_from_what_the_others_remember_of_its_node(
+    start_cluster: Callable[..., AgentCluster], start_rank: Callable[..., LiveRank]
+) -> None:
+    cluster = start_cluster(3, "[parity]\nparities = 1\n")
+    ranks = ranks_on(cluster, start_rank)
+    at = commit(cluster["n1"].address, ranks, 1)
+    eventually(lambda: protected(cluster, 1), "the parity of step 1")
+    ranks[2].kill()
+    cluster.kill("n3")
+    cluster.wipe("n3", nvme=True)
+    go_on_without(ranks[:2], range(2, 4))
+    cluster.restart("n3")
+    joiner = start_rank(cluster["n3"].address, 2, 3, "--live")
+    attached, start = started(joiner)
+    assert (attached["joined"], attached["incarnation"], start["step"]) == (True, 1, 1)
+    assert (start["shared"], start["own"]) == (at[0]["shared"], at[2]["own"])
+    for step in (2, 3):
+        joiner.step(step)
+    commit_soon(cluster, [*ranks[:2], joiner], 4)
