@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from everstep.client.demo import losses, losses_report, scenario
+from everstep.client.demo import losing, losses, losses_report, scenario
 from everstep.client.demo.picture import FILE_NAME, can_draw, draw
 from everstep.client.demo.processes import end_agent
 from everstep.client.demo.report import Shown, Silent, as_document, as_table
@@ -137,12 +137,12 @@ def _several(options: argparse.Namespace, home: Path) -> bool:
         nvme_interval=_NVME_INTERVAL,
     )
     if options.json:
-        outcome = losses.play(plan, home, Silent())
+        outcome = losing.play(plan, home, Silent())
         _print_document(losses_report.as_document(outcome))
         return outcome.equal
-    runs = (scenario.LEFT_ALONE, losses.LOST)
+    runs = (scenario.LEFT_ALONE, losing.LOST)
     with Shown(Console(stderr=True), steps, runs) as watcher:
-        outcome = losses.play(plan, home, watcher)
+        outcome = losing.play(plan, home, watcher)
     Console().print(losses_report.as_table(outcome))
     return outcome.equal
 

@@ -15,10 +15,10 @@ from everstep.client.demo.words import listed
 _MIB = 1 << 20
 _PARTS = {
     "notice_s": "the others notice the loss",
-    "replace_s": "the replacement's agent starts and joins",
-    "start_s": "new processes, import torch, model",
+    "replace_s": "replacement agents start and join",
+    "start_s": "new processes, import torch",
     "connect_s": "find the agents",
-    "restore_s": "restore: decode, send, verify, load",
+    "restore_s": "restore: decode, verify, load",
     "first_step_s": "first step",
 }
 
@@ -61,6 +61,7 @@ def as_document(outcome: Outcome) -> dict[str, Any]:
             "lost_steps": back.lost_steps,
             "decoded_ranks": back.decoded_ranks,
             "levels": back.levels,
+            "protected_again_s": back.protected_again_s,
             "recovery_s": back.total_s,
             **back.parts,
         },
@@ -116,7 +117,7 @@ def _way_back(outcome: Outcome) -> list[tuple[str, str]]:
     if plan.decodable:
         source = f"rank {listed(back.decoded_ranks)} decoded from parity in memory"
     else:
-        source = f"from disk, since {plan.lose} lost is more than parity {plan.parity} makes up for"
+        source = f"from disk: {plan.lose} are more than parity {plan.parity}"
     rows = [
         ("kill -9 and wipe", f"[bold]{listed(back.lost)}[/bold] after step {back.step}"),
         ("in its place", listed(back.replaced_by)),
@@ -129,11 +130,12 @@ def _way_back(outcome: Outcome) -> list[tuple[str, str]]:
         ("sent to bring it back", f"{outcome.held.recovery_sent_bytes / _MIB:.1f} MiB"),
         ("from the kill to the first new step", duration(back.total_s)),
     ]
-    return rows + [(f"    {_PARTS[part]}", duration(took)) for part, took in back.parts.items()]
+    rows += [(f"    {_PARTS[part]}", duration(took)) for part, took in back.parts.items()]
+    return [*rows, ("a new step protected from the next loss", duration(back.protected_again_s))]
 
 
 def _verdicts(outcome: Outcome) -> list[tuple[str, str]]:
     return [
-        ("every rank's every loss equals the run left alone", verdict(outcome.losses_equal)),
+        ("every loss equals the run left alone", verdict(outcome.losses_equal)),
         ("final weights and optimizer state do", verdict(outcome.weights_equal)),
     ]

@@ -86,6 +86,7 @@ def test_a_lost_node_is_decoded_and_the_job_ends_equal(tmp_path: Path) -> None:
     assert loss["replaced_by"] == ["n5"]
     assert loss["decoded_ranks"] == [int(loss["nodes"][0][1:]) - 1]
     assert loss["protected_step"] <= loss["restored_step"]
+    assert loss["protected_again_s"] > loss["recovery_s"]
     # Whole units of 1 MiB, of which a node has twelve here: by the formula, but for their ends.
     assert 1 / 3 <= document["parity_share"] < 0.36
     assert document["parity_share_by_formula"] == 1 / 3
@@ -187,6 +188,7 @@ def outcome_of(survived: list[Run], **changes: Any) -> Outcome:
         "decoded_ranks": [1],
         "disk_step": 1,
         "protected_step": 2,
+        "protected_again_s": 4.0,
         "parts": dict.fromkeys(PARTS, 0.5),
     }
     plan = Losses(2, changes.pop("lose", 1), 1, 3, 0, 1, 1)
