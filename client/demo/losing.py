@@ -201,8 +201,6 @@ class _Story:
             missing = "; ".join(reply.plans[0].missing) if reply.plans else "they hold nothing"
             self._watcher.say(f"The others cannot bring anything back by themselves: {missing}.")
             self._watcher.say("An older step is whole on disk, once the lost disks are back.")
-                "What is on disk, of an older step, is whole once its disks are back."
-            )
             return
         self._wanted = wanted
         self._watcher.say(f"The others can bring back step {wanted.step}: {_in_words(wanted)}.")
