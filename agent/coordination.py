@@ -107,6 +107,14 @@ class Coordination:
             table.newest_incarnation = max(table.newest_incarnation, incarnation)
             self._changed |= set(table.facts)
 
+    def restored(self, name: str, incarnation: int, snapshot: SnapshotId | None) -> None:
+        """This coordinator has decided what an incarnation goes on from: nothing that is against it
+        is decided from now on, though nobody has reported it yet."""
+        table = self.jobs.get(name)
+        if table is not None and incarnation > table.decided_incarnation:
+            table.decided_incarnation, table.restored = incarnation, snapshot
+            self._changed |= set(table.facts)
+
     def decide(self, cluster: Cluster, now_s: float) -> None:
         """Start, end and give up parity rounds; give up steps that some node has passed by."""
         for table in self.jobs.values():

@@ -135,9 +135,11 @@ class Deciding:
             plan = await self._gathering.checked(job, findings, wishes, lambda p: True)
         if plan is None:
             if bound is None and not findings.anything and asked[0] is None:
+                self._coordination.restored(job, incarnation, None)
                 return peer_pb2.DecideReply(found=False)
             raise NothingRecoverable(job, tuple(_reasons(findings, wishes)))
         self._check_world(job, plan)
+        self._coordination.restored(job, incarnation, plan.snapshot)
         return peer_pb2.DecideReply(found=True, plan=plan.encoded(), rejected=findings.rejected)
 
     def _facts(self, job: str, incarnation: int) -> dict[str, JobFact]:

@@ -19,7 +19,7 @@ from everstep.agent.members import Claim, ClaimAnswer, Contact, Members, Message
 from everstep.agent.protection import ProtectionRules
 from everstep.agent.state import Outcome, State
 from everstep.agent.view import View
-from everstep.proto.errors import StaleEpoch
+from everstep.proto.errors import Fenced, StaleEpoch
 
 _OWN_ROUNDS = 16
 """How often the coordinator's orders to itself may lead to further ones, at one time."""
@@ -87,7 +87,14 @@ class Node:
         return self.members.rules.node_id
 
     def handle(self, event: events.Event, now_s: float) -> Step:
-        """Something happened on this node. See `State.handle`."""
+        """Something happened on this node. See `State.handle`.
+
+        Raises:
+            Refused: As `State.handle` does.
+            Fenced: If a trainer wants to write, and this node's place is another's.
+        """
+        if self.members.fenced_by and isinstance(event, events.Offer | events.Seal):
+            raise Fenced(self.node_id, self.members.fenced_by)
         outcome: Outcome = self.state.handle(event, now_s)
         self._changed = True
         step = Step(list(outcome.actions), reply=outcome.reply)

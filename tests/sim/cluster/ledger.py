@@ -93,6 +93,8 @@ class Ledger:
         self.told_of.setdefault(level, set()).add(snapshot)
         if snapshot < max(self.told_of[level]) or (level, snapshot) in self.void:
             return
+        if self._left_behind(snapshot):
+            return  # somebody who missed it hears of it late
         round_id = ""
         if level == "parity":
             job = host.agent.job  # type: ignore[attr-defined]
@@ -143,13 +145,15 @@ class Ledger:
                     continue  # somebody who missed the end of it gives up what is left of it
                 insist(before == order.commit, f"{order} after the opposite")
 
-    def _settled(self, snapshot: SnapshotId) -> bool:
-        newer = any(other > snapshot for other in self.told_of.get("memory", ()))
-        left = any(
+    def _left_behind(self, snapshot: SnapshotId) -> bool:
+        return any(
             number > snapshot.incarnation and chosen != snapshot
             for number, chosen in self.restores.items()
         )
-        return newer or left or ("memory", snapshot) in self.void
+
+    def _settled(self, snapshot: SnapshotId) -> bool:
+        newer = any(other > snapshot for other in self.told_of.get("memory", ()))
+        return newer or self._left_behind(snapshot) or ("memory", snapshot) in self.void
 
     def _superseded(self, plan_id: str) -> bool:
         snapshot = self.plans[plan_id].snapshot

@@ -12,7 +12,7 @@ from everstep.agent.actions import Place
 from everstep.agent.inventory import NodeInventory
 from everstep.agent.planning import plan_snapshots
 from everstep.agent.sources import Decoded, Held, SnapshotPlan
-from everstep.proto.errors import EverstepError, Refused, StaleIncarnation
+from everstep.proto.errors import EverstepError, Fenced, Refused, StaleIncarnation
 from everstep.proto.ids import SnapshotId
 
 from .files import JOB, LAYOUT, Record, Token, adopted_shard, inventory, token_of
@@ -284,6 +284,7 @@ class Training:
             tokens.append(token)
         asked = {host.node_id for host in hosts}
         launch.restored = chosen.snapshot if chosen is not None else None
+        coordinator.node.coordination.restored(JOB, launch.incarnation, launch.restored)
         self.world.ledger.restored(launch.incarnation, launch.restored, tokens, asked)
         self.world.seen["restored" if chosen is not None else "fresh start"] += 1
         if chosen is not None and chosen.decoded:
@@ -408,6 +409,9 @@ class Training:
         except StaleIncarnation:
             self.kill(trainer)
             return
+        except Fenced:
+            self.world.seen["fenced"] += 1
+            return
         except EverstepError:
             return
         if not agent.here:
@@ -461,6 +465,9 @@ class Training:
             )
         except StaleIncarnation:
             self.kill(trainer)
+            return
+        except Fenced:
+            self.world.seen["fenced"] += 1
             return
         if not agent.here:
             return

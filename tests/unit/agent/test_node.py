@@ -9,7 +9,7 @@ from everstep.agent.node import Node, SendOrders, SendReport
 from everstep.agent.protection import ProtectionRules
 from everstep.agent.state import Rules, State
 from everstep.agent.view import Entry, View
-from everstep.proto.errors import StaleEpoch
+from everstep.proto.errors import Fenced, StaleEpoch
 
 from .coordinating import JOB, S1, fact, part
 
@@ -63,6 +63,13 @@ def test_a_fenced_node_obeys_nobody() -> None:
     made.refused(VIEW.merge(taken), SINCE_S)
     assert made.members.fenced_by
     assert told(made, 1, 5) == 1
+
+
+def test_a_fenced_node_grants_nothing() -> None:
+    made = with_job(2)
+    made.refused(VIEW.merge(View([Entry("n2", 9, "another", address="n2:2")])), SINCE_S)
+    with pytest.raises(Fenced):
+        made.handle(events.Offer(events.Caller(JOB, 0, 2, "p0", 1), 1), SINCE_S)
 
 
 def test_whatever_changes_is_reported_at_once() -> None:
