@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,7 +23,13 @@ from everstep.agent.receiving import Expected, Receiver
 from everstep.agent.stock import Copy
 from everstep.agent.tickets import IssuedTicket
 from everstep.proto import peer_pb2 as wire
-from everstep.proto.errors import EverstepError, FormatInvalid, PeerUnavailable, ShardCorrupt
+from everstep.proto.errors import (
+    EverstepError,
+    FormatInvalid,
+    PeerBusy,
+    PeerUnavailable,
+    ShardCorrupt,
+)
 from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import ParityManifest, Record
 from everstep.snapshot.digest import DIGEST_BYTES, unit_matches
@@ -35,7 +42,8 @@ from everstep.storage.parity_memory import ParityMemory
 
 log = logging.getLogger("everstep.agent")
 _ATTEMPTS = 2
-"""How often a place is tried again before another one is."""
+"""How often a place that does not deliver is tried before another one is."""
+_BUSY_PAUSE_S = 0.1
 
 
 class Stores(Protocol):
@@ -154,15 +162,20 @@ class Symbol:
         places = self._places.setdefault(piece.first, list(self._candidates))
         problem: EverstepError = PeerUnavailable(self.node_id, "nobody is known to hold its part")
         while places:
-            for _ in range(_ATTEMPTS):
+            attempts, patient_until_s = 0, time.monotonic() + self._work.bulk.stall_timeout_s / 2
+            while attempts < _ATTEMPTS:
                 try:
                     return self._buffer[: self._read(piece, places[0], unit)]
                 except (EverstepError, OSError) as error:
                     self.close()
-                    self._work.left_s()
+                    left_s = self._work.left_s()
                     problem = _typed(error, places[0])
+                    if isinstance(error, PeerBusy) and time.monotonic() < patient_until_s:
+                        time.sleep(min(_BUSY_PAUSE_S, left_s))
+                        continue
                     if not isinstance(error, PeerUnavailable):
                         break
+                    attempts += 1
             log.warning("%s has no unit %d of %s: %s", places[0], unit, self.node_id, problem)
             places.pop(0)
         self.gone = True
@@ -208,7 +221,11 @@ class Symbol:
             stall_timeout_s=work.bulk.stall_timeout_s,
             tls=work.tls,
         )
-        return receiver.__enter__()
+        try:
+            return receiver.__enter__()
+        except PeerUnavailable as error:
+            # It has just answered, so it is there: it serves as many streams as it may.
+            raise PeerBusy(place.node_id, error.detail) from error
 
     def _data(self) -> Iterator[_Piece]:
         work = self._work

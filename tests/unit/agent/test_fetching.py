@@ -4,15 +4,17 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from everstep.agent.framing import ANSWER, MAGIC, Status
 from everstep.agent.rates import Rate
 from everstep.agent.rebuilding import rebuild_work
-from everstep.agent.sending import BufferPiece, Piece, Source
+from everstep.agent.sending import BufferPiece, BulkServer, Piece, Source
 from everstep.agent.sources import Decoded, Held, SnapshotPlan
 from everstep.proto import peer_pb2 as wire
 from everstep.proto.errors import (
@@ -377,6 +379,29 @@ def test_a_busy_executor_is_waited_for(tmp_path: Path) -> None:
         calls.handlers["Rebuild"] = busy
         assert await fetched(group, plan, 2) == group.shards[2].image
         assert len(refusals) == 3
+
+    run(tmp_path, 1, body)
+
+
+def test_sources_that_serve_as_many_streams_as_they_may_are_waited_for(tmp_path: Path) -> None:
+    async def body(group: Group) -> None:
+        plan = await group.plan_of(("n3",))
+        begin, refused = BulkServer._begin, []
+
+        def busy(self: BulkServer, connection: Any, peer: str) -> bytes | None:
+            if len(refused) < 6:
+                refused.append(peer)
+                return ANSWER.pack(MAGIC, Status.BUSY)
+            return begin(self, connection, peer)
+
+        with pytest.MonkeyPatch.context() as patch:
+            # Before they listen for the next stream; all of them, as all are needed.
+            patch.setattr(BulkServer, "_begin", busy)
+            for node in group.nodes.values():
+                patch.setattr(node.bulk._listener, "_begin", partial(busy, node.bulk))
+            for rank in UNEQUAL["n3"]:
+                assert await fetched(group, plan, rank) == group.shards[rank].image
+        assert len(refused) == 6
 
     run(tmp_path, 1, body)
 
