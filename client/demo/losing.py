@@ -246,6 +246,7 @@ class _Story:
             restored_step=steps.pop() or 0,
             levels=sorted({level for facts in restored for level in facts["levels"]}),
             decoded_ranks=[source.rank for source in wanted.sources if not source.node_id],
+            parity_levels=_parity_levels(wanted),
             disk_step=self._disk_step,
             protected_step=self._protected_step(),
             protected_again_s=min(
@@ -279,9 +280,13 @@ def _in_words(plan: SnapshotPlan) -> str:
         words.append(f"rank {listed(ranks)} from {level}")
     if decoded:
         ranks = [source.rank for source in decoded]
-        levels = sorted({parity.level for parity in plan.parities})
-        words.append(f"rank {listed(ranks)} decoded from what they hold in {listed(levels)}")
+        where = listed(_parity_levels(plan))
+        words.append(f"rank {listed(ranks)} decoded with the parity in {where}")
     return ", ".join(words)
+
+
+def _parity_levels(plan: SnapshotPlan) -> list[str]:
+    return sorted({parity.level for parity in plan.parities})
 
 
 def _durations(begun_s: float, moments: dict[str, float]) -> dict[str, float]:

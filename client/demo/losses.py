@@ -79,6 +79,8 @@ class Return:
     levels: list[str]
     """Of the copies that the trainers read; what was decoded lies in memory by then."""
     decoded_ranks: list[int]
+    parity_levels: list[str]
+    """Where the parity was that they were decoded with."""
     disk_step: int
     """The newest step that was on the disks of all nodes; 0: none."""
     protected_step: int

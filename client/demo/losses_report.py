@@ -60,6 +60,7 @@ def as_document(outcome: Outcome) -> dict[str, Any]:
             "restored_step": back.restored_step,
             "lost_steps": back.lost_steps,
             "decoded_ranks": back.decoded_ranks,
+            "parity_levels": back.parity_levels,
             "levels": back.levels,
             "protected_again_s": back.protected_again_s,
             "recovery_s": back.total_s,
@@ -115,7 +116,8 @@ def _protection(outcome: Outcome) -> list[tuple[str, str]]:
 def _way_back(outcome: Outcome) -> list[tuple[str, str]]:
     plan, back = outcome.plan, outcome.back
     if plan.decodable:
-        source = f"rank {listed(back.decoded_ranks)} decoded from parity in memory"
+        where = listed(back.parity_levels)
+        source = f"rank {listed(back.decoded_ranks)} decoded, parity in {where}"
     else:
         source = f"from disk: {plan.lose} are more than parity {plan.parity}"
     rows = [

@@ -85,6 +85,7 @@ def test_a_lost_node_is_decoded_and_the_job_ends_equal(tmp_path: Path) -> None:
     loss = check_equal(document)
     assert loss["replaced_by"] == ["n5"]
     assert loss["decoded_ranks"] == [int(loss["nodes"][0][1:]) - 1]
+    assert "memory" in loss["parity_levels"]
     assert loss["protected_step"] <= loss["restored_step"]
     assert loss["protected_again_s"] > loss["recovery_s"]
     # Whole units of 1 MiB, of which a node has twelve here: by the formula, but for their ends.
@@ -101,7 +102,7 @@ def test_two_nodes_are_decoded_and_shown(tmp_path: Path) -> None:
     status, out, err = demo.end(880)
     assert status == 0, err
     assert err.count("takes the place of") == 2
-    assert "decoded from parity in memory" in out
+    assert "decoded, parity in memory" in out
     assert out.count("yes, bit for bit") == 2
     assert demo.left_behind(6) == []
 
@@ -186,6 +187,7 @@ def outcome_of(survived: list[Run], **changes: Any) -> Outcome:
         "restored_step": 2,
         "levels": ["memory"],
         "decoded_ranks": [1],
+        "parity_levels": ["memory"],
         "disk_step": 1,
         "protected_step": 2,
         "protected_again_s": 4.0,
