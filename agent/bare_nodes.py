@@ -72,7 +72,7 @@ class BareNodes:
         job: Only this job; empty for all.
 
     Raises:
-        Refused: If a directory is nothing of Everstep's, or of the other kind.
+        Refused: If a directory is nothing of Everstep's, of the other kind, or given twice.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class BareNodes:
     ) -> None:
         self.job = job
         self._stack = ExitStack()
+        self._roots: set[Path] = set()
         try:
             memory = [self._opened(path, "memory") for path in memory_dirs]
             nvme = [self._opened(path, "nvme") for path in nvme_dirs]
@@ -92,6 +93,10 @@ class BareNodes:
         place = self._stack.enter_context(place_of(path))
         if any(store.name != kind for store in place.stores):
             raise Refused(f"{path} is no {kind} directory: give it with the other flag.")
+        roots = {store.root for store in place.stores}
+        if roots & self._roots:
+            raise Refused(f"{path} is given twice: it would count as two nodes.")
+        self._roots |= roots
         return place
 
     def __enter__(self) -> Self:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,17 @@ class Saved:
         )
 
     def store(self, level: MemoryLevel | NvmeLevel) -> None:
+        self.store_ranks(level, range(WORLD))
+
+    def store_ranks(self, level: MemoryLevel | NvmeLevel, ranks: Iterable[int]) -> None:
+        """Only these: the others are on other nodes."""
         for step in self.steps:
             snapshot = SnapshotId(1, step)
             commit = Commit(
                 job="gpt", incarnation=1, step=step, world=WORLD, committed_unix_s=1.8e9
             )
             level.begin("gpt", snapshot)
-            for rank in range(WORLD):
+            for rank in ranks:
                 layout, record = self.layout(rank), self.record(step, rank)
                 image = self.image(step, rank)
                 level.put_layout("gpt", layout.layout_id, encode(layout))

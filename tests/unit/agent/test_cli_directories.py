@@ -1,10 +1,12 @@
 """`list`, `inspect` and `verify` on directories alone: output, exit status, damage."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from everstep.proto.ids import UNIT_BYTES
+from everstep.storage.nvme import NvmeLevel
 
 from .saved import HALF, WORLD, Cli, Saved
 
@@ -189,3 +191,56 @@ def test_inspect_of_something_else_is_status_1(cli: Cli, tmp_path: Path, content
     outcome = cli("inspect", "other.bin")
     assert (outcome.status, outcome.out) == (1, "")
     assert "safetensors" in outcome.err
+
+
+def test_a_snapshot_over_the_disks_of_two_nodes(cli: Cli, saved: Saved, tmp_path: Path) -> None:
+    """Each disk has one rank, as the agents of two nodes leave them: together they are whole."""
+    other = tmp_path / "other"
+    with NvmeLevel(other, write_threads=1, direct=False) as level:
+        saved.store_ranks(level, [1])
+    shutil.rmtree(saved.nvme)
+    with NvmeLevel(saved.nvme, write_threads=1, direct=False) as level:
+        saved.store_ranks(level, [0])
+    both = ("--nvme-dir", saved.nvme, "--nvme-dir", other)
+    planned = cli("recover", "--dry-run", *both, "--json")
+    assert (planned.status, planned.document["chosen"]["step"]) == (0, 5)
+    assert [one["further_losses"] for one in planned.document["snapshots"]] == [0, 0]
+    assert "rank 0, from nvme" in cli("recover", "--dry-run", *both).out
+    one = cli("recover", "--dry-run", *both[:2], "--json")
+    assert (one.status, one.document["chosen"]) == (1, None)
+    assert "rank 1: no intact copy is in reach" in one.document["snapshots"][0]["missing"][0]
+    for words in (both, both[:2]):
+        assert cli("verify", *words).status == 0, "what should be there is there, and intact"
+    rows = cli("list", *both, "--json").document["cluster"]["snapshots"]
+    assert [(row["step"], row["recoverable"]) for row in rows] == [(5, True), (3, True)]
+    saved.flip(5, 0)
+    damaged = cli("verify", *both, "--json")
+    assert damaged.status == 1
+    assert [(one["step"], one["rank"]) for one in damaged.document["damaged"]] == [(5, 0)]
+    assert [one["step"] for one in damaged.document["usable"]] == [3]
+
+
+def test_a_node_whose_disk_lacks_its_own_rank_is_damaged(
+    cli: Cli, saved: Saved, tmp_path: Path
+) -> None:
+    with NvmeLevel(tmp_path / "other", write_threads=1, direct=False) as level:
+        saved.store_ranks(level, [1])
+    (tmp_path / "other/gpt/step-000000000005/rank-00001.safetensors").unlink()
+    document = cli("verify", tmp_path / "other", "--json").document
+    assert [(one["step"], one["rank"]) for one in document["damaged"]] == [(5, 1)]
+
+
+def test_memory_and_disk_of_one_node_count_as_one(
+    cli: Cli, saved: Saved, in_memory: Path, tmp_path: Path
+) -> None:
+    words = ("recover", "--dry-run", "--json", "--nvme-dir", saved.nvme)
+    (first, *_) = cli(*words, "--memory-dir", in_memory).document["snapshots"]
+    assert (first["levels"], first["further_losses"]) == (["memory"], 0)
+    with NvmeLevel(tmp_path / "other", write_threads=1, direct=False) as level:
+        saved.store(level)
+    apart = ("--memory-dir", in_memory, "--nvme-dir", tmp_path / "other")
+    (first, *_) = cli(*words, *apart).document["snapshots"]
+    assert first["further_losses"] == 2, "three directories in two unlike lists: three nodes"
+    twice = cli(*words, "--nvme-dir", saved.nvme / "gpt")
+    assert twice.status == 2
+    assert "twice" in twice.document["error"]["message"]
