@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import pytest
 
 from everstep.agent.framing import ANSWER, MAGIC, Status
 from everstep.agent.rates import Rate
-from everstep.agent.rebuilding import rebuild_work
-from everstep.agent.sending import BufferPiece, BulkServer, Piece, Source
+from everstep.agent.rebuilding import Segment, rebuild_work
+from everstep.agent.sending import BufferPiece, Piece, Source
 from everstep.agent.sources import Decoded, Held, SnapshotPlan
 from everstep.proto import peer_pb2 as wire
 from everstep.proto.errors import (
@@ -385,36 +384,42 @@ def test_a_busy_executor_is_waited_for(tmp_path: Path) -> None:
 
 def test_sources_that_serve_as_many_streams_as_they_may_are_waited_for(tmp_path: Path) -> None:
     async def body(group: Group) -> None:
-        plan = await group.plan_of(("n3",))
-        begin, refused = BulkServer._begin, []
+        plan = await group.plan_of(("n1",))
+        (segment,) = rebuild_work(plan, 0, 8)
+        (node,) = {place.partition("/")[0] for place in segment.usable} - {segment.executor}
+        refused: list[str] = []
 
-        def busy(self: BulkServer, connection: Any, peer: str) -> bytes | None:
+        def busy(connection: Any, peer: str) -> bytes | None:
             if len(refused) < 6:
                 refused.append(peer)
                 return ANSWER.pack(MAGIC, Status.BUSY)
-            return begin(self, connection, peer)
+            return begin(connection, peer)
 
         with pytest.MonkeyPatch.context() as patch:
-            # Before they listen for the next stream; all of them, as all are needed.
-            patch.setattr(BulkServer, "_begin", busy)
-            for node in group.nodes.values():
-                patch.setattr(node.bulk._listener, "_begin", partial(busy, node.bulk))
-            for rank in UNEQUAL["n3"]:
-                assert await fetched(group, plan, rank) == group.shards[rank].image
+            listener = group.nodes[node].bulk._listener
+            begin = listener._begin
+            patch.setattr(listener, "_begin", busy)
+            request = request_of(segment)
+            ticket = await group.executing[segment.executor].rebuild(request)
+        assert ticket.units == segment.units
         assert len(refused) == 6
 
     run(tmp_path, 1, body)
 
 
-def rebuild_request(plan: SnapshotPlan, rank: int, units: int = 1) -> tuple[str, Any]:
-    segment = rebuild_work(plan, rank, units)[0]
-    return segment.executor, wire.RebuildRequest(
+def request_of(segment: Segment) -> Any:
+    return wire.RebuildRequest(
         plan=segment.plan.encoded(),
         row=segment.row,
         member=segment.member,
         units=wire.UnitRange(first=segment.first_unit, count=segment.units),
         usable=segment.usable,
     )
+
+
+def rebuild_request(plan: SnapshotPlan, rank: int, units: int = 1) -> tuple[str, Any]:
+    segment = rebuild_work(plan, rank, units)[0]
+    return segment.executor, request_of(segment)
 
 
 def test_an_executor_takes_no_more_than_it_may(tmp_path: Path) -> None:
