@@ -47,6 +47,8 @@ _RETRIES = 1
 _ROUNDS = 6
 """How often in a row, with pauses of some seconds together, a stream of a held shard may break: a
 node that serves as many streams as it may refuses others."""
+_DECODE_ROUNDS = 2
+"""Each decodes anew: better at another node, soon."""
 _PAUSE_S = 0.1
 _ASKED = 2
 """How often in a row a node that does not answer is asked."""
@@ -349,7 +351,7 @@ class Fetching:
             )
             return self._ask(transfer, node, "Rebuild", request, timeout_s)
 
-        self._receive(transfer, node, run, ask, 1)
+        self._receive(transfer, node, run, ask, _DECODE_ROUNDS)
 
     def _ask(
         self, transfer: _Transfer, node: str, method: str, request: object, timeout_s: float
