@@ -155,7 +155,7 @@ class Examining:
             _learn(known, told)
             yield told
         for job, findings in known.items():
-            plans = findings.plans(Wishes(to_step=step))
+            plans = await asyncio.to_thread(findings.plans, Wishes(to_step=step))
             left = job_overview(job, findings.inventories, plans, silent=findings.silent)
             yield wire.ExamineProgress(outlook=left)
 

@@ -71,7 +71,9 @@ class Overseeing:
         known = {name for name in self._pipeline.state.jobs if request.job in ("", name)}
         for name in sorted(known | surveyed.keys()):
             findings = await self.gather(name, LOOK_TIMEOUT_S)
-            plans = findings.plans(self._wishes(name, surveyed.get(name)))
+            wishes = self._wishes(name, surveyed.get(name))
+            # In a thread: of thousands of ranks it takes a while, and heartbeats do not wait.
+            plans = await asyncio.to_thread(findings.plans, wishes)
             reply.jobs.append(await self._job_overview(name, findings, plans))
         return reply
 
@@ -123,7 +125,7 @@ class Overseeing:
         findings = await self.gather(job, self._pipeline.config.limits.declare_timeout_s)
         to_step = request.step if request.HasField("step") else None
         wishes = self._wishes(job, surveyed, frozenset(request.levels), to_step)
-        plans = findings.plans(wishes)
+        plans = await asyncio.to_thread(findings.plans, wishes)
         chosen = next((plan for plan in plans if plan.recoverable), None)
         return self._plan_reply(plans, chosen, findings, surveyed)
 

@@ -27,8 +27,8 @@ LEVELS = ("memory", "parity", "nvme")
 _SHOWN_FALLBACKS = 4
 
 
-def cluster_report(cluster: "ClusterStatus", overview: "OverviewReply") -> Report:
-    """The membership, and how safe each job is."""
+def cluster_report(node_id: str, cluster: "ClusterStatus", overview: "OverviewReply") -> Report:
+    """The membership as a node sees it, and how safe each job is."""
     gone = [member.node_id for member in cluster.members if member.state == "suspected"]
     surveyed = {one.job: one for one in overview.survey.jobs}
     return {
@@ -42,7 +42,9 @@ def cluster_report(cluster: "ClusterStatus", overview: "OverviewReply") -> Repor
                 "node_id": member.node_id,
                 "address": member.address,
                 "labels": dict(sorted(member.labels.items())),
-                "state": "fenced" if member.node_id == cluster.fenced_by else member.state,
+                "state": (
+                    "fenced" if member.node_id == node_id and cluster.fenced_by else member.state
+                ),
                 "replaced_by": member.replaced_by,
                 "since_epoch": member.since_epoch,
             }

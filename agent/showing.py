@@ -29,7 +29,9 @@ def status_report(
     """What an agent holds and does; with `overview`, and its cluster."""
     from everstep.agent.safety import cluster_report
 
-    cluster = cluster_report(status.cluster, overview) if overview is not None else None
+    cluster = None
+    if overview is not None:
+        cluster = cluster_report(status.node_id, status.cluster, overview)
     return {
         "address": address,
         "node_id": status.node_id,

@@ -96,9 +96,7 @@ def test_lag_is_told_in_steps_and_seconds() -> None:
         "nvme": (100, 20, 30.0),
     }
     other = report(unprotected_newest(), memory=SnapshotId(3, 90), nvme=OLD)["newest"]["nvme"]
-    assert (other["lag_steps"], other["lag_s"]) == (None, None), (
-        "no time known, other steps"
-    )
+    assert (other["lag_steps"], other["lag_s"]) == (None, None), "no time known, other steps"
 
 
 def test_a_job_that_has_all_levels_is_at_no_risk() -> None:
@@ -187,7 +185,7 @@ def told_cluster() -> tuple[agent_pb2.ClusterStatus, peer_pb2.OverviewReply]:
 
 
 def test_the_report_of_a_cluster_names_who_is_gone_and_late() -> None:
-    found = cluster_report(*told_cluster())
+    found = cluster_report("n1", *told_cluster())
     assert (found["coordinator"], found["suspected"], found["epoch"]) == ("n1", ["n2"], 7)
     assert [one["state"] for one in found["members"]] == ["live", "suspected", "replaced"]
     assert found["refused_calls"] == {"n2": 3, "strangers": 2}
@@ -216,7 +214,7 @@ def test_the_report_of_a_cluster_names_who_is_gone_and_late() -> None:
     ],
 )
 def test_people_are_shown_all_of_it(said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    show_cluster(cluster_report(*told_cluster()))
+    show_cluster(cluster_report("n1", *told_cluster()))
     shown = capsys.readouterr()
     assert said in shown.out
     assert "rack a holds two of a group" in shown.err
@@ -226,10 +224,19 @@ def test_a_coordinator_that_cannot_be_asked_is_said(capsys: pytest.CaptureFixtur
     status, reply = told_cluster()
     reply.ClearField("survey")
     reply.problem = "nobody coordinates"
-    show_cluster(cluster_report(status, reply))
+    show_cluster(cluster_report("n1", status, reply))
     shown = capsys.readouterr()
     assert "the coordinator could not be asked: nobody coordinates" in shown.err
     assert "step 120" in shown.out, "what the nodes hold is known all the same"
+
+
+def test_a_fenced_agent_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    status, reply = told_cluster()
+    status.joined, status.fenced_by = False, "n3 at h9:1"
+    found = cluster_report("n3", status, reply)
+    assert [one["state"] for one in found["members"]] == ["live", "suspected", "fenced"]
+    show_cluster(found)
+    assert "place is held by n3 at h9:1: it takes no snapshots" in capsys.readouterr().out
 
 
 def test_the_list_over_all_nodes_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
