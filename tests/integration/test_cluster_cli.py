@@ -141,6 +141,12 @@ def test_a_node_is_lost_and_recovered(start_cluster: StartCluster, cli: Cli) -> 
     assert {one["to"] for one in planned["movements"] if "decoded" in one["what"]} == {"n4"}
     assert planned["expected_s"] > 0
     assert images(cluster, "n4", STEPS) == {}, "a dry run moves nothing"
+    cluster.restart("n4", {"EVERSTEP_FAILPOINTS": "agent.mend.before_record=kill"})
+    broken = cli(*words, "--yes", cluster=cluster)
+    assert (broken.status, broken.document["recovered"]) == (1, False), broken
+    assert [one["node_id"] for one in broken.document["nodes"] if one["problem"]] == ["n4"]
+    assert images(cluster, "n4", STEPS) == {}, "all of a shard, or nothing"
+    cluster.restart("n4")
     done = cli(*words, "--yes", cluster=cluster, node="n4")
     assert (done.status, done.document["recovered"]) == (0, True), done
     assert [one["node_id"] for one in done.document["nodes"]] == ["n4"]
