@@ -11,7 +11,7 @@ import pytest
 
 from .cluster.simulation import Profile, Simulation
 
-SHORT_SEEDS = 60
+SHORT_SEEDS = 150
 LONG_SEEDS = 5000
 SHOWN_LINES = 250
 EIGHT = Profile(nodes=(8, 8))

