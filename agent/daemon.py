@@ -15,7 +15,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
@@ -27,6 +27,7 @@ from everstep.agent.config import Config
 from everstep.agent.door import Door
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery_service import serve_recovery
+from everstep.agent.scrubbing import Scrubbing
 from everstep.agent.server import Service
 from everstep.agent.state import Rules, State
 from everstep.agent.version import installed_version
@@ -175,9 +176,12 @@ async def _serve(config: Config) -> bool:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    alone = contextlib.AsyncExitStack()
     if cluster is not None and peer_server is not None:
         await peer_server.start()
         await cluster.start()
+    else:
+        await alone.enter_async_context(_scrubbing(pipeline))
     await server.start()
     await door.start()
     # What was made so far lives as long as the process.
@@ -185,6 +189,7 @@ async def _serve(config: Config) -> bool:
     gc.freeze()
     log.info("agent %s answers at %s", config.agent.node_id, config.agent.socket)
     await ended.wait()
+    await alone.aclose()
     in_order = await _end(config, pipeline, door, server)
     if cluster is not None and peer_server is not None:
         await cluster.close()
@@ -192,6 +197,18 @@ async def _serve(config: Config) -> bool:
     # Last: until now others could give this agent something to do.
     pipeline.close()
     return in_order
+
+
+@contextlib.asynccontextmanager
+async def _scrubbing(pipeline: Pipeline) -> AsyncIterator[None]:
+    """Look for bit rot where there is nobody to mend it from: it is reported."""
+    scrubbing = Scrubbing(pipeline, None)
+    task = asyncio.get_running_loop().create_task(scrubbing.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        scrubbing.close()
 
 
 async def _end(config: Config, pipeline: Pipeline, door: Door, server: grpc.aio.Server) -> bool:
