@@ -92,7 +92,10 @@ def job_report(
         "newest": newest,
         "recoverable": _plan_report(recoverable[0]) if recoverable else None,
         "fallbacks": list(_fallbacks(recoverable)),
-        "at_risk": list(_risks(job, recoverable, newest, protects=protects)),
+        "at_risk": [
+            *_risks_of_loss(job, recoverable, protects=protects),
+            *(_risks_of_power(recoverable, newest.get("nvme")) if surveyed else ()),
+        ],
         "pending": [
             {
                 "step": one.step,
@@ -179,9 +182,10 @@ def _left_after(recoverable: Sequence["SnapshotPlan"], losses: int) -> "Snapshot
     return next((plan for plan in recoverable if plan.further_losses >= losses), None)
 
 
-def _risks(
-    job: "JobOverview", recoverable: Sequence["SnapshotPlan"], newest: Report, *, protects: bool
+def _risks_of_loss(
+    job: "JobOverview", recoverable: Sequence["SnapshotPlan"], *, protects: bool
 ) -> Iterator[str]:
+    """What the loss of one node would cost."""
     if not job.plans:
         return
     if not recoverable:
@@ -195,7 +199,6 @@ def _risks(
             f"step {wanted.step} cannot be recovered now ({'; '.join(wanted.missing)}); "
             f"step {first.step} can"
         )
-    on_disk = newest.get("nvme")
     if first.further_losses == 0:
         left = _left_after(recoverable, 1)
         where = _where(first, job.held)
@@ -206,6 +209,13 @@ def _risks(
             f"step {first.step} has no parity in memory yet; "
             "the loss of one node is mended from NVMe only"
         )
+
+
+def _risks_of_power(recoverable: Sequence["SnapshotPlan"], on_disk: Report | None) -> Iterator[str]:
+    """What the loss of all memory would cost."""
+    if not recoverable:
+        return
+    first = recoverable[0]
     if on_disk is None:
         yield "no step is on NVMe: the loss of all nodes' memory leaves nothing"
     elif on_disk["step"] != first.step:

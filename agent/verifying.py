@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from everstep.agent.asking import Agent
+from everstep.agent.asking import Agent, unknown_job
 from everstep.agent.bare import Held, Place, held, problems, problems_of_agent
 from everstep.agent.display import Meter
 from everstep.agent.shards import Store, locate, problem_of
@@ -147,6 +147,7 @@ def by_cluster(
 
     Raises:
         NothingRecoverable: If a step was named that no node has.
+        Refused: If no node knows the job.
     """
     request = ExamineRequest(job=job, step=step, levels=[level] if level else [], repair=repair)
     told = iter(agent.examine(request))
@@ -168,6 +169,10 @@ def by_cluster(
                     left += _usable(one.outlook)
                     silent |= set(one.outlook.silent)
                     problems += [Problem(one.outlook.job, what) for what in one.outlook.problems]
+    if job and not checked and not unexamined:
+        known_jobs = [one.job for one in agent.overview().jobs]
+        if job not in known_jobs:
+            raise unknown_job(job, known_jobs, f"the cluster of the agent at {agent.address}")
     checked.sort(key=lambda c: (c.job, c.snapshot, c.level, c.node_id, c.parity, c.rank))
     return Verdict(
         checked, problems, tuple(left), tuple(sorted(set(unexamined))), tuple(sorted(silent))

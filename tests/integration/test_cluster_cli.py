@@ -180,6 +180,12 @@ def test_what_rots_is_found_on_every_node_and_mended(start_cluster: StartCluster
     assert images(cluster, "n1", STEPS) == whole
     assert cli(*words, cluster=cluster, node="n3").status == 0
 
+    for verb in ("status", "list", "verify"):
+        outcome = cli(verb, "--job", "other", cluster=cluster)
+        assert outcome.status == 2, verb
+        assert f"it knows {JOB}" in outcome.err
+    assert cli("recover", "--job", "other", "--dry-run", cluster=cluster).status == 1
+
     # All nodes restart with empty memory, and one of them lost its disk as well.
     for trainer in cluster.trainers:
         trainer.kill()

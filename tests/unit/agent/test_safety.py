@@ -228,6 +228,7 @@ def test_a_coordinator_that_cannot_be_asked_is_said(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr()
     assert "the coordinator could not be asked: nobody coordinates" in shown.err
     assert "step 120" in shown.out, "what the nodes hold is known all the same"
+    assert "NVMe" not in shown.out, "what is durable is not"
 
 
 def test_a_fenced_agent_says_so(capsys: pytest.CaptureFixture[str]) -> None:
