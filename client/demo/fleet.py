@@ -47,7 +47,9 @@ class Fleet:
         meeting = home / f"meeting-{options['name']}-{number}"
         for rank, (log, environ) in enumerate(zip(self._logs, environs, strict=True)):
             own = {**options, "meeting": meeting, "rank": rank, "world": world}
-            self._processes.append(_start(own, log, environ))
+            # torch makes it, in the user's temporary directory unless it is told where.
+            cache = {"TORCHINDUCTOR_CACHE_DIR": str(home / "torch")}
+            self._processes.append(_start(own, log, {**cache, **environ}))
 
     def entries(self) -> Iterator[tuple[int, Entry]]:
         """What the ranks note, as they do, until all have ended well.

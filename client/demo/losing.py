@@ -203,7 +203,7 @@ class _Story:
             self._watcher.say("An older step is whole on disk, once the lost disks are back.")
             return
         self._wanted = wanted
-        self._watcher.say(f"The others can bring back step {wanted.step}: {_in_words(wanted)}.")
+        self._watcher.say(f"The others can bring back step {wanted.step}: {in_words(wanted)}.")
 
     def _replace(self) -> None:
         plan = self._plan
@@ -246,7 +246,7 @@ class _Story:
             restored_step=steps.pop() or 0,
             levels=sorted({level for facts in restored for level in facts["levels"]}),
             decoded_ranks=[source.rank for source in wanted.sources if not source.node_id],
-            parity_levels=_parity_levels(wanted),
+            parity_levels=parity_levels(wanted),
             disk_step=self._disk_step,
             protected_step=self._protected_step(),
             protected_again_s=min(
@@ -270,7 +270,7 @@ class _Story:
         return max(int(one.facts["step"]) for one in self._before()[0].of_kind("protected"))
 
 
-def _in_words(plan: SnapshotPlan) -> str:
+def in_words(plan: SnapshotPlan) -> str:
     """Where each rank's part of a snapshot would come from."""
     held = [source for source in plan.sources if source.node_id]
     decoded = [source for source in plan.sources if not source.node_id]
@@ -280,13 +280,18 @@ def _in_words(plan: SnapshotPlan) -> str:
         words.append(f"rank {listed(ranks)} from {level}")
     if decoded:
         ranks = [source.rank for source in decoded]
-        where = listed(_parity_levels(plan))
+        where = listed(parity_levels(plan))
         words.append(f"rank {listed(ranks)} decoded with the parity in {where}")
     return ", ".join(words)
 
 
-def _parity_levels(plan: SnapshotPlan) -> list[str]:
-    return sorted({parity.level for parity in plan.parities})
+def parity_levels(plan: SnapshotPlan) -> list[str]:
+    """Where the parity is that is decoded with; who has it in memory need not read its disk."""
+    best: dict[tuple[str, str], str] = {}
+    for parity in plan.parities:
+        place = parity.plan_id, parity.node_id
+        best[place] = min(parity.level, best.get(place, parity.level))
+    return sorted(set(best.values()))
 
 
 def _durations(begun_s: float, moments: dict[str, float]) -> dict[str, float]:

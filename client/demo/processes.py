@@ -67,6 +67,8 @@ class Trainer:
                 # Threads that wait for work by spinning steal the time of whatever else runs here.
                 "OMP_WAIT_POLICY": "PASSIVE",
                 "OMP_DYNAMIC": "FALSE",
+                # torch makes it, in the user's temporary directory unless it is told where.
+                "TORCHINDUCTOR_CACHE_DIR": str(home / "torch"),
             }
         )
         self.started_s = time.monotonic()

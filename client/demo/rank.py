@@ -27,8 +27,8 @@ def train(options: argparse.Namespace) -> None:
     """Train from where the newest snapshot is, or from the start, to the end."""
     diary = Diary(options.directory / f"{options.name}-{options.rank}.jsonl")
     diary.note("imported")
-    # With one thread the CPU's kernels are deterministic; to say so to torch imports its compiler.
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{options.meeting}",

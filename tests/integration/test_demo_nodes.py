@@ -14,10 +14,12 @@ import pytest
 
 from everstep.client.demo.__main__ import main
 from everstep.client.demo.diary import Entry, Follower
+from everstep.client.demo.losing import in_words, parity_levels
 from everstep.client.demo.losses import Held, Losses, Outcome, Return
 from everstep.client.demo.losses_report import as_document
 from everstep.client.demo.scenario import Run
 from everstep.client.environment import places
+from everstep.proto.peer_pb2 import ParitySource, ShardSource, SnapshotPlan
 
 from .conftest import eventually
 
@@ -58,7 +60,8 @@ class NodesDemo:
         ]
         homes = [self.home, *(self.home / f"n{number + 1}" for number in range(nodes))]
         memory = [places({"EVERSTEP_HOME": str(home)}).memory_dir for home in homes]
-        return found + [str(path) for path in (self.home, *memory) if path.exists()]
+        there = [path for path in memory if path.exists()] + list(self.temporary.iterdir())
+        return found + [str(path) for path in there]
 
 
 def check_equal(document: dict[str, Any]) -> dict[str, Any]:
@@ -245,3 +248,20 @@ def test_other_weights_of_one_rank_are_a_difference() -> None:
 )
 def test_going_back_further_than_promised_is_a_failure(changes: dict[str, Any], kept: bool) -> None:
     assert outcome_of(SAME, **changes).equal is kept
+
+
+def test_a_plan_is_said_in_words() -> None:
+    sources = [
+        ShardSource(rank=0, node_id="n1", level="memory"),
+        ShardSource(rank=1, level="memory"),
+        ShardSource(rank=2, node_id="n3", level="nvme"),
+        ShardSource(rank=3, node_id="n4", level="memory"),
+    ]
+    held = [("n1", "nvme"), ("n1", "memory"), ("n3", "nvme"), ("n4", "memory")]
+    parities = [ParitySource(plan_id="a", node_id=node, level=level) for node, level in held]
+    plan = SnapshotPlan(sources=sources, parities=parities)
+    assert in_words(plan) == (
+        "rank 0 and 3 from memory, rank 2 from nvme, "
+        "rank 1 decoded with the parity in memory and nvme"
+    )
+    assert parity_levels(SnapshotPlan(parities=parities[:2])) == ["memory"]
