@@ -195,20 +195,23 @@ class Node:
         if self.node_id in changed:
             orders = self.coordination.orders(self.node_id, self.cluster(now_s))
             self._obey(orders, step, now_s)
+        coordinator, suspected = self.members.coordinator(now_s), self.members.suspected(now_s)
+        cluster = self.cluster(now_s)
         for node_id in sorted(changed - {self.node_id}):
             entry = self.members.view.get(node_id)
             if entry is not None:
-                told = self._orders_for(node_id, now_s)
+                told = self._orders_for(node_id, cluster, coordinator, suspected)
                 step.sends.append(SendOrders(node_id, entry.address, told))
 
-    def _orders_for(self, node_id: str, now_s: float) -> Orders:
-        coordinator = self.members.coordinator(now_s)
+    def _orders_for(
+        self, node_id: str, cluster: Cluster, coordinator: str, suspected: tuple[str, ...]
+    ) -> Orders:
         counts = self._leads and node_id in self.coordination.reported
         return Orders(
             sequence=self.coordination.reported.get(node_id, 0),
             term=self._term,
-            orders=self.coordination.orders(node_id, self.cluster(now_s)) if counts else (),
-            suspected=self.members.suspected(now_s),
+            orders=self.coordination.orders(node_id, cluster) if counts else (),
+            suspected=suspected,
             coordinator=coordinator,
         )
 
@@ -233,7 +236,12 @@ class Node:
             self.coordination.report(node_id, report)
             # Its orders are in the answer.
             self._push(step, now_s, node_id)
-        orders = self._orders_for(node_id, now_s)
+        orders = self._orders_for(
+            node_id,
+            self.cluster(now_s),
+            self.members.coordinator(now_s),
+            self.members.suspected(now_s),
+        )
         self._go_on(step, now_s, quiet=True)
         return orders, step
 
