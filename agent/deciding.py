@@ -16,6 +16,7 @@ from everstep.agent.gathering import Findings, Gathering, Wishes
 from everstep.agent.holdings import JobFact
 from everstep.agent.job import Job
 from everstep.agent.planning import SnapshotPlan
+from everstep.agent.tables import JobTable
 from everstep.proto import peer_pb2
 from everstep.proto.errors import (
     DeadlineExceeded,
@@ -115,7 +116,7 @@ class Deciding:
             levels=asked[1],
             to_step=asked[0],
             prefer_node={m.rank: node_id for node_id, f in facts.items() for m in f.members},
-            preference=_preference(facts, incarnation),
+            preference=_preference(self._coordination.jobs.get(job), facts, incarnation),
             excluded=self._drifted(job),
         )
 
@@ -173,9 +174,18 @@ def _decided_before(facts: dict[str, JobFact]) -> tuple[SnapshotId | None] | Non
 
 
 def _preference(
-    facts: dict[str, JobFact], incarnation: int
+    table: JobTable | None, facts: dict[str, JobFact], incarnation: int
 ) -> Callable[[SnapshotId], tuple[bool, SnapshotId]]:
     restored = max((f.restored for f in facts.values() if f.restored is not None), default=None)
+    if table is not None and restored is not None:
+        # A node that was started between a commit and the order for it still remembers what the
+        # incarnation before went on from, as if that had committed nothing.
+        known = table.restored == restored and table.decided_incarnation < incarnation
+        since = table.decided_incarnation if known else incarnation - 1
+        named = [(s.snapshot, s.stage == "committed") for f in facts.values() for s in f.snapshots]
+        named += [(snapshot, True) for fact in facts.values() for snapshot in fact.durable]
+        if any(committed and s.incarnation >= since for s, committed in named):
+            restored = None
     job = Job("", 1, incarnation, restored=restored)
     return job.preference
 
