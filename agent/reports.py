@@ -146,7 +146,12 @@ def _copies(job: Job, request: wire.VerifyRequest) -> list[tuple[SnapshotId, int
         if snapshot.stage is Stage.COMMITTED
         for rank in sorted(snapshot.sealed)
     ]
-    nvme = [(s, rank, "nvme") for s, world in job.durable.items() for rank in range(world)]
+    # Of several nodes, each has its own ranks on its disk.
+    nvme = [
+        (s, rank, "nvme")
+        for s, world in job.durable.items()
+        for rank in job.durable_ranks.get(s, range(world))
+    ]
     wanted = [copy for copy in memory + nvme if copy[2] in levels]
     if request.HasField("step"):
         wanted = [copy for copy in wanted if copy[0].step == request.step]
