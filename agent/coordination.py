@@ -178,6 +178,11 @@ class Coordination:
             return events.DropOrdered(
                 name, snapshot, f"{known.passed_by} went on to a newer step without sealing it"
             )
+        absent = table.absent_rank(snapshot)
+        if absent is not None:
+            # Nobody shall wait for it: if it was to seal this, its node would say so.
+            reason = f"rank {absent} is not attached, or is joining"
+            return events.DropOrdered(name, snapshot, reason)
         return None
 
     def is_committed(self, name: str, snapshot: SnapshotId) -> bool:

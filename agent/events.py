@@ -49,7 +49,7 @@ class Attach:
     """Whether it takes its rank over while the others go on: it asks to, where this agent stands
     alone, and does by the coordinator's word otherwise."""
     others_alive: bool = False
-    """Whether a process that held another rank is alive, be it attached or not."""
+    """Whether a process is alive that held another rank of an earlier agent's, and will be back."""
 
 
 @dataclass(frozen=True, slots=True)

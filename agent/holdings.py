@@ -69,6 +69,8 @@ class MemberFact:
     rank: int
     process_id: str
     attached: bool
+    joining: bool = False
+    """Whether it was taken over live, and has not offered a step yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ def job_fact(job: Job) -> JobFact:
         launch_id=job.launch_id,
         newest_incarnation=max(known),
         members=tuple(
-            MemberFact(rank, member.process_id, member.attached)
+            MemberFact(rank, member.process_id, member.attached, rank in job.joining)
             for rank, member in sorted(job.members.items())
         ),
         snapshots=(*_snapshot_facts(job), *_refusals(job)),

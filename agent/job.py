@@ -106,6 +106,8 @@ class Member:
     pid: int
     pid_started_s: float
     attached: bool = True
+    adopted: bool = False
+    """Whether it is known from before this agent began, and has not attached to it yet."""
 
 
 @dataclass(slots=True)

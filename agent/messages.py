@@ -143,7 +143,9 @@ def _job_message(fact: JobFact) -> wire.JobFact:
         launch_id=fact.launch_id,
         newest_incarnation=fact.newest_incarnation,
         members=[
-            wire.MemberFact(rank=m.rank, process_id=m.process_id, attached=m.attached)
+            wire.MemberFact(
+                rank=m.rank, process_id=m.process_id, attached=m.attached, joining=m.joining
+            )
             for m in fact.members
         ],
         snapshots=[_snapshot_message(part) for part in fact.snapshots],
@@ -203,7 +205,9 @@ def _parsed_job(message: wire.JobFact) -> JobFact:
         world=message.world,
         launch_id=message.launch_id,
         newest_incarnation=message.newest_incarnation,
-        members=tuple(MemberFact(m.rank, m.process_id, m.attached) for m in message.members),
+        members=tuple(
+            MemberFact(m.rank, m.process_id, m.attached, m.joining) for m in message.members
+        ),
         snapshots=tuple(_parsed_snapshot(part) for part in message.snapshots),
         rounds=tuple(
             RoundFact(

@@ -77,7 +77,8 @@ def adopted(event: events.Adopt) -> Job:
     """A job as it was found at the agent's start; nothing in it is judged yet."""
     job = Job(event.job, event.world, event.incarnation, event.launch_id)
     job.members = {
-        m.rank: Member(m.process_id, m.pid, m.pid_started_s, attached=False) for m in event.members
+        m.rank: Member(m.process_id, m.pid, m.pid_started_s, attached=False, adopted=True)
+        for m in event.members
     }
     for arena in event.arenas:
         job.add_arena(arena)

@@ -118,7 +118,7 @@ class Service(AgentServicer):
         others_alive = live and any(
             process_alive(member.pid, member.pid_started_s)
             for rank, member in others
-            if rank != caller.rank
+            if rank != caller.rank and member.adopted
         )
         in_flight = None
         if request.HasField("in_flight"):

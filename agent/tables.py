@@ -25,6 +25,14 @@ def _uncount(counter: Counter[Key], keys: Iterable[Key]) -> None:
             del counter[key]
 
 
+def _ranks(fact: JobFact, *, at_work: bool) -> list[tuple[int, int]]:
+    return [
+        (fact.incarnation, member.rank)
+        for member in fact.members
+        if (member.attached and not member.joining) == at_work
+    ]
+
+
 def _fingerprint(shard: ShardFact) -> int:
     data = shard.rank.to_bytes(4, "big") + shard.record_digest
     return int.from_bytes(xxhash.xxh3_128_digest(data), "big")
@@ -153,6 +161,24 @@ class JobTable:
     decided_incarnation: int = 0
     """The newest one of which it is known what it restored."""
     restored: SnapshotId | None = None
+    at_work: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """By incarnation and rank, how many nodes have it attached, and not joining."""
+    away: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Likewise, how many nodes know it and have not; hardly ever any."""
+
+    def absent_rank(self, snapshot: SnapshotId) -> int | None:
+        """A rank that has not sealed a snapshot of the present incarnation, and is not there to.
+
+        Its node says so; of a rank that no node tells of nothing is known.
+        """
+        known = self.snapshots[snapshot]
+        if snapshot.incarnation != self.incarnation or known.open_at:
+            return None
+        for incarnation, rank in sorted(self.away):
+            there = (incarnation, rank) in self.at_work or rank in known.ranks
+            if incarnation == snapshot.incarnation and not there:
+                return rank
+        return None
 
     def find_passed(self) -> set[str]:
         """Look for snapshots that a node has passed by: its ranks took part in a newer step of the
@@ -209,6 +235,10 @@ class JobTable:
             self.durable.update(new.durable)
         if old.rounds != new.rounds:
             self._replace_rounds(node_id, old.rounds, new.rounds)
+        if (old.incarnation, old.members) != (new.incarnation, new.members):
+            for counter, at_work in ((self.at_work, True), (self.away, False)):
+                _uncount(counter, _ranks(old, at_work=at_work))
+                counter.update(_ranks(new, at_work=at_work))
         self._learn(new)
         return touched
 

@@ -259,10 +259,10 @@ class StaleIncarnation(Refused):
         self.job = job
         self.mine = mine
         self.current = current
-        super().__init__(
-            f"job {job!r} was restarted: incarnation {current} has replaced {mine}, to which this "
-            "process belongs. Nothing of this process is stored any more; end it."
-        )
+        what = f"was restarted: incarnation {current} has replaced {mine}"
+        if mine == current:
+            what = f"goes on as incarnation {current}, but another process has taken this rank over"
+        super().__init__(f"job {job!r} {what}. Nothing of this process is stored any more; end it.")
 
 
 class StaleEpoch(Refused):

@@ -18,13 +18,7 @@ class Sender(_message.Message):
     boot_id: str
     epoch: int
     protocol: int
-    def __init__(
-        self,
-        node_id: _Optional[str] = ...,
-        boot_id: _Optional[str] = ...,
-        epoch: _Optional[int] = ...,
-        protocol: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class Entry(_message.Message):
     __slots__ = ("node_id", "boot_id", "since_epoch", "address", "labels", "replaced_by")
@@ -35,7 +29,6 @@ class Entry(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     SINCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -48,15 +41,7 @@ class Entry(_message.Message):
     address: str
     labels: _containers.ScalarMap[str, str]
     replaced_by: str
-    def __init__(
-        self,
-        node_id: _Optional[str] = ...,
-        boot_id: _Optional[str] = ...,
-        since_epoch: _Optional[int] = ...,
-        address: _Optional[str] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-        replaced_by: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[str] = ..., since_epoch: _Optional[int] = ..., address: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., replaced_by: _Optional[str] = ...) -> None: ...
 
 class View(_message.Message):
     __slots__ = ("entries",)
@@ -73,7 +58,6 @@ class ClaimRequest(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     SENDER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
@@ -84,14 +68,7 @@ class ClaimRequest(_message.Message):
     labels: _containers.ScalarMap[str, str]
     replaces: str
     view: View
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        address: _Optional[str] = ...,
-        labels: _Optional[_Mapping[str, str]] = ...,
-        replaces: _Optional[str] = ...,
-        view: _Optional[_Union[View, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., address: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., replaces: _Optional[str] = ..., view: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
 
 class ClaimReply(_message.Message):
     __slots__ = ("view", "refusal", "coordinator")
@@ -101,12 +78,7 @@ class ClaimReply(_message.Message):
     view: View
     refusal: str
     coordinator: str
-    def __init__(
-        self,
-        view: _Optional[_Union[View, _Mapping]] = ...,
-        refusal: _Optional[str] = ...,
-        coordinator: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, view: _Optional[_Union[View, _Mapping]] = ..., refusal: _Optional[str] = ..., coordinator: _Optional[str] = ...) -> None: ...
 
 class ShardFact(_message.Message):
     __slots__ = ("rank", "layout_id", "image_bytes", "record_digest", "replica_samples")
@@ -120,14 +92,7 @@ class ShardFact(_message.Message):
     image_bytes: int
     record_digest: bytes
     replica_samples: bytes
-    def __init__(
-        self,
-        rank: _Optional[int] = ...,
-        layout_id: _Optional[str] = ...,
-        image_bytes: _Optional[int] = ...,
-        record_digest: _Optional[bytes] = ...,
-        replica_samples: _Optional[bytes] = ...,
-    ) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., layout_id: _Optional[str] = ..., image_bytes: _Optional[int] = ..., record_digest: _Optional[bytes] = ..., replica_samples: _Optional[bytes] = ...) -> None: ...
 
 class SnapshotFact(_message.Message):
     __slots__ = ("incarnation", "step", "world", "stage", "shards", "reason", "drifted")
@@ -145,16 +110,7 @@ class SnapshotFact(_message.Message):
     shards: _containers.RepeatedCompositeFieldContainer[ShardFact]
     reason: str
     drifted: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(
-        self,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        world: _Optional[int] = ...,
-        stage: _Optional[str] = ...,
-        shards: _Optional[_Iterable[_Union[ShardFact, _Mapping]]] = ...,
-        reason: _Optional[str] = ...,
-        drifted: _Optional[_Iterable[int]] = ...,
-    ) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., stage: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardFact, _Mapping]]] = ..., reason: _Optional[str] = ..., drifted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RoundFact(_message.Message):
     __slots__ = ("plan_id", "incarnation", "step", "stage", "problem", "members")
@@ -170,15 +126,7 @@ class RoundFact(_message.Message):
     stage: str
     problem: str
     members: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self,
-        plan_id: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        stage: _Optional[str] = ...,
-        problem: _Optional[str] = ...,
-        members: _Optional[_Iterable[str]] = ...,
-    ) -> None: ...
+    def __init__(self, plan_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., stage: _Optional[str] = ..., problem: _Optional[str] = ..., members: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FlushedFact(_message.Message):
     __slots__ = ("incarnation", "step", "world", "ranks", "parity")
@@ -192,29 +140,19 @@ class FlushedFact(_message.Message):
     world: int
     ranks: _containers.RepeatedScalarFieldContainer[int]
     parity: bool
-    def __init__(
-        self,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        world: _Optional[int] = ...,
-        ranks: _Optional[_Iterable[int]] = ...,
-        parity: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., parity: _Optional[bool] = ...) -> None: ...
 
 class MemberFact(_message.Message):
-    __slots__ = ("rank", "process_id", "attached")
+    __slots__ = ("rank", "process_id", "attached", "joining")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    JOINING_FIELD_NUMBER: _ClassVar[int]
     rank: int
     process_id: str
     attached: bool
-    def __init__(
-        self,
-        rank: _Optional[int] = ...,
-        process_id: _Optional[str] = ...,
-        attached: _Optional[bool] = ...,
-    ) -> None: ...
+    joining: bool
+    def __init__(self, rank: _Optional[int] = ..., process_id: _Optional[str] = ..., attached: _Optional[bool] = ..., joining: _Optional[bool] = ...) -> None: ...
 
 class SnapshotName(_message.Message):
     __slots__ = ("incarnation", "step")
@@ -225,22 +163,7 @@ class SnapshotName(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class JobFact(_message.Message):
-    __slots__ = (
-        "job",
-        "incarnation",
-        "world",
-        "launch_id",
-        "members",
-        "snapshots",
-        "rounds",
-        "flushed",
-        "durable",
-        "newest_incarnation",
-        "flushing",
-        "flush_failed",
-        "restore_decided",
-        "restored",
-    )
+    __slots__ = ("job", "incarnation", "world", "launch_id", "members", "snapshots", "rounds", "flushed", "durable", "newest_incarnation", "flushing", "flush_failed", "restore_decided", "restored")
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
@@ -269,23 +192,7 @@ class JobFact(_message.Message):
     flush_failed: _containers.RepeatedCompositeFieldContainer[SnapshotName]
     restore_decided: bool
     restored: SnapshotName
-    def __init__(
-        self,
-        job: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        world: _Optional[int] = ...,
-        launch_id: _Optional[str] = ...,
-        members: _Optional[_Iterable[_Union[MemberFact, _Mapping]]] = ...,
-        snapshots: _Optional[_Iterable[_Union[SnapshotFact, _Mapping]]] = ...,
-        rounds: _Optional[_Iterable[_Union[RoundFact, _Mapping]]] = ...,
-        flushed: _Optional[_Iterable[_Union[FlushedFact, _Mapping]]] = ...,
-        durable: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ...,
-        newest_incarnation: _Optional[int] = ...,
-        flushing: _Optional[_Union[SnapshotName, _Mapping]] = ...,
-        flush_failed: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ...,
-        restore_decided: _Optional[bool] = ...,
-        restored: _Optional[_Union[SnapshotName, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., world: _Optional[int] = ..., launch_id: _Optional[str] = ..., members: _Optional[_Iterable[_Union[MemberFact, _Mapping]]] = ..., snapshots: _Optional[_Iterable[_Union[SnapshotFact, _Mapping]]] = ..., rounds: _Optional[_Iterable[_Union[RoundFact, _Mapping]]] = ..., flushed: _Optional[_Iterable[_Union[FlushedFact, _Mapping]]] = ..., durable: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ..., newest_incarnation: _Optional[int] = ..., flushing: _Optional[_Union[SnapshotName, _Mapping]] = ..., flush_failed: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ..., restore_decided: _Optional[bool] = ..., restored: _Optional[_Union[SnapshotName, _Mapping]] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ("sender", "sequence", "term", "jobs", "view")
@@ -299,28 +206,10 @@ class ReportRequest(_message.Message):
     term: int
     jobs: _containers.RepeatedCompositeFieldContainer[JobFact]
     view: View
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        sequence: _Optional[int] = ...,
-        term: _Optional[int] = ...,
-        jobs: _Optional[_Iterable[_Union[JobFact, _Mapping]]] = ...,
-        view: _Optional[_Union[View, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., sequence: _Optional[int] = ..., term: _Optional[int] = ..., jobs: _Optional[_Iterable[_Union[JobFact, _Mapping]]] = ..., view: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = (
-        "job",
-        "incarnation",
-        "step",
-        "commit",
-        "drop",
-        "durable",
-        "prepare",
-        "end_round",
-        "begin",
-        "flush",
-    )
+    __slots__ = ("job", "incarnation", "step", "commit", "drop", "durable", "prepare", "end_round", "begin", "flush")
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -341,19 +230,7 @@ class Order(_message.Message):
     end_round: EndRound
     begin: Begin
     flush: Flush
-    def __init__(
-        self,
-        job: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        commit: _Optional[_Union[Commit, _Mapping]] = ...,
-        drop: _Optional[_Union[Drop, _Mapping]] = ...,
-        durable: _Optional[_Union[Durable, _Mapping]] = ...,
-        prepare: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ...,
-        end_round: _Optional[_Union[EndRound, _Mapping]] = ...,
-        begin: _Optional[_Union[Begin, _Mapping]] = ...,
-        flush: _Optional[_Union[Flush, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., drop: _Optional[_Union[Drop, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., prepare: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., end_round: _Optional[_Union[EndRound, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., flush: _Optional[_Union[Flush, _Mapping]] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("commit_id",)
@@ -371,9 +248,7 @@ class Drop(_message.Message):
     DRIFTED_FIELD_NUMBER: _ClassVar[int]
     reason: str
     drifted: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(
-        self, reason: _Optional[str] = ..., drifted: _Optional[_Iterable[int]] = ...
-    ) -> None: ...
+    def __init__(self, reason: _Optional[str] = ..., drifted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Durable(_message.Message):
     __slots__ = ()
@@ -387,12 +262,7 @@ class EndRound(_message.Message):
     plan_id: str
     commit: bool
     reason: str
-    def __init__(
-        self,
-        plan_id: _Optional[str] = ...,
-        commit: _Optional[bool] = ...,
-        reason: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, plan_id: _Optional[str] = ..., commit: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Begin(_message.Message):
     __slots__ = ("world", "launch_id")
@@ -418,16 +288,7 @@ class OrdersReply(_message.Message):
     view: View
     coordinator: str
     term: int
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        sequence: _Optional[int] = ...,
-        orders: _Optional[_Iterable[_Union[Order, _Mapping]]] = ...,
-        suspected: _Optional[_Iterable[str]] = ...,
-        view: _Optional[_Union[View, _Mapping]] = ...,
-        coordinator: _Optional[str] = ...,
-        term: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., sequence: _Optional[int] = ..., orders: _Optional[_Iterable[_Union[Order, _Mapping]]] = ..., suspected: _Optional[_Iterable[str]] = ..., view: _Optional[_Union[View, _Mapping]] = ..., coordinator: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...
 
 class OrdersRequest(_message.Message):
     __slots__ = ("orders",)
@@ -449,13 +310,7 @@ class JoinRequest(_message.Message):
     session: _agent_pb2.Session
     launch_id: str
     live: bool
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ...,
-        launch_id: _Optional[str] = ...,
-        live: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ..., launch_id: _Optional[str] = ..., live: _Optional[bool] = ...) -> None: ...
 
 class JoinReply(_message.Message):
     __slots__ = ("incarnation", "launch_id", "joined")
@@ -465,12 +320,7 @@ class JoinReply(_message.Message):
     incarnation: int
     launch_id: str
     joined: bool
-    def __init__(
-        self,
-        incarnation: _Optional[int] = ...,
-        launch_id: _Optional[str] = ...,
-        joined: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., launch_id: _Optional[str] = ..., joined: _Optional[bool] = ...) -> None: ...
 
 class AgreeRequest(_message.Message):
     __slots__ = ("sender", "session", "round", "candidates", "candidate_digests", "joining")
@@ -486,15 +336,7 @@ class AgreeRequest(_message.Message):
     candidates: _containers.RepeatedScalarFieldContainer[str]
     candidate_digests: bytes
     joining: bool
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ...,
-        round: _Optional[int] = ...,
-        candidates: _Optional[_Iterable[str]] = ...,
-        candidate_digests: _Optional[bytes] = ...,
-        joining: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ..., round: _Optional[int] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., joining: _Optional[bool] = ...) -> None: ...
 
 class AgreeReply(_message.Message):
     __slots__ = ("agreed", "unknown")
@@ -502,9 +344,7 @@ class AgreeReply(_message.Message):
     UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     agreed: _containers.RepeatedScalarFieldContainer[int]
     unknown: bool
-    def __init__(
-        self, agreed: _Optional[_Iterable[int]] = ..., unknown: _Optional[bool] = ...
-    ) -> None: ...
+    def __init__(self, agreed: _Optional[_Iterable[int]] = ..., unknown: _Optional[bool] = ...) -> None: ...
 
 class DecideRequest(_message.Message):
     __slots__ = ("sender", "job", "incarnation", "to_step", "levels", "live")
@@ -520,15 +360,7 @@ class DecideRequest(_message.Message):
     to_step: int
     levels: _containers.RepeatedScalarFieldContainer[str]
     live: bool
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        job: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        to_step: _Optional[int] = ...,
-        levels: _Optional[_Iterable[str]] = ...,
-        live: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., to_step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ..., live: _Optional[bool] = ...) -> None: ...
 
 class ParitySource(_message.Message):
     __slots__ = ("plan_id", "node_id", "level")
@@ -538,12 +370,7 @@ class ParitySource(_message.Message):
     plan_id: str
     node_id: str
     level: str
-    def __init__(
-        self,
-        plan_id: _Optional[str] = ...,
-        node_id: _Optional[str] = ...,
-        level: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, plan_id: _Optional[str] = ..., node_id: _Optional[str] = ..., level: _Optional[str] = ...) -> None: ...
 
 class ShardSource(_message.Message):
     __slots__ = ("rank", "node_id", "level", "plan", "image_bytes")
@@ -557,28 +384,10 @@ class ShardSource(_message.Message):
     level: str
     plan: _state_pb2.ParityPlan
     image_bytes: int
-    def __init__(
-        self,
-        rank: _Optional[int] = ...,
-        node_id: _Optional[str] = ...,
-        level: _Optional[str] = ...,
-        plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ...,
-        image_bytes: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., level: _Optional[str] = ..., plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., image_bytes: _Optional[int] = ...) -> None: ...
 
 class SnapshotPlan(_message.Message):
-    __slots__ = (
-        "incarnation",
-        "step",
-        "world",
-        "recoverable",
-        "sources",
-        "missing",
-        "further_losses",
-        "further_loss_level",
-        "parities",
-        "memory_losses",
-    )
+    __slots__ = ("incarnation", "step", "world", "recoverable", "sources", "missing", "further_losses", "further_loss_level", "parities", "memory_losses")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
@@ -599,19 +408,7 @@ class SnapshotPlan(_message.Message):
     further_loss_level: str
     parities: _containers.RepeatedCompositeFieldContainer[ParitySource]
     memory_losses: int
-    def __init__(
-        self,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        world: _Optional[int] = ...,
-        recoverable: _Optional[bool] = ...,
-        sources: _Optional[_Iterable[_Union[ShardSource, _Mapping]]] = ...,
-        missing: _Optional[_Iterable[str]] = ...,
-        further_losses: _Optional[int] = ...,
-        further_loss_level: _Optional[str] = ...,
-        parities: _Optional[_Iterable[_Union[ParitySource, _Mapping]]] = ...,
-        memory_losses: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., recoverable: _Optional[bool] = ..., sources: _Optional[_Iterable[_Union[ShardSource, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., further_losses: _Optional[int] = ..., further_loss_level: _Optional[str] = ..., parities: _Optional[_Iterable[_Union[ParitySource, _Mapping]]] = ..., memory_losses: _Optional[int] = ...) -> None: ...
 
 class DecideReply(_message.Message):
     __slots__ = ("found", "plan", "rejected")
@@ -621,12 +418,7 @@ class DecideReply(_message.Message):
     found: bool
     plan: SnapshotPlan
     rejected: _containers.RepeatedCompositeFieldContainer[_agent_pb2.RejectedCopy]
-    def __init__(
-        self,
-        found: _Optional[bool] = ...,
-        plan: _Optional[_Union[SnapshotPlan, _Mapping]] = ...,
-        rejected: _Optional[_Iterable[_Union[_agent_pb2.RejectedCopy, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, found: _Optional[bool] = ..., plan: _Optional[_Union[SnapshotPlan, _Mapping]] = ..., rejected: _Optional[_Iterable[_Union[_agent_pb2.RejectedCopy, _Mapping]]] = ...) -> None: ...
 
 class InventoryRequest(_message.Message):
     __slots__ = ("sender", "job")
@@ -634,9 +426,7 @@ class InventoryRequest(_message.Message):
     JOB_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     job: str
-    def __init__(
-        self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ...
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ...) -> None: ...
 
 class HeldShard(_message.Message):
     __slots__ = ("rank", "level", "image_bytes", "layout_id", "record_digest")
@@ -650,14 +440,7 @@ class HeldShard(_message.Message):
     image_bytes: int
     layout_id: str
     record_digest: bytes
-    def __init__(
-        self,
-        rank: _Optional[int] = ...,
-        level: _Optional[str] = ...,
-        image_bytes: _Optional[int] = ...,
-        layout_id: _Optional[str] = ...,
-        record_digest: _Optional[bytes] = ...,
-    ) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., level: _Optional[str] = ..., image_bytes: _Optional[int] = ..., layout_id: _Optional[str] = ..., record_digest: _Optional[bytes] = ...) -> None: ...
 
 class HeldParity(_message.Message):
     __slots__ = ("plan", "level", "bytes")
@@ -667,12 +450,7 @@ class HeldParity(_message.Message):
     plan: _state_pb2.ParityPlan
     level: str
     bytes: int
-    def __init__(
-        self,
-        plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ...,
-        level: _Optional[str] = ...,
-        bytes: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., level: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class HeldSnapshot(_message.Message):
     __slots__ = ("incarnation", "step", "world", "shards", "parities")
@@ -686,14 +464,7 @@ class HeldSnapshot(_message.Message):
     world: int
     shards: _containers.RepeatedCompositeFieldContainer[HeldShard]
     parities: _containers.RepeatedCompositeFieldContainer[HeldParity]
-    def __init__(
-        self,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        world: _Optional[int] = ...,
-        shards: _Optional[_Iterable[_Union[HeldShard, _Mapping]]] = ...,
-        parities: _Optional[_Iterable[_Union[HeldParity, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[HeldShard, _Mapping]]] = ..., parities: _Optional[_Iterable[_Union[HeldParity, _Mapping]]] = ...) -> None: ...
 
 class InventoryReply(_message.Message):
     __slots__ = ("node_id", "snapshots", "problems")
@@ -703,12 +474,7 @@ class InventoryReply(_message.Message):
     node_id: str
     snapshots: _containers.RepeatedCompositeFieldContainer[HeldSnapshot]
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self,
-        node_id: _Optional[str] = ...,
-        snapshots: _Optional[_Iterable[_Union[HeldSnapshot, _Mapping]]] = ...,
-        problems: _Optional[_Iterable[str]] = ...,
-    ) -> None: ...
+    def __init__(self, node_id: _Optional[str] = ..., snapshots: _Optional[_Iterable[_Union[HeldSnapshot, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ("sender", "job", "incarnation", "step", "ranks", "level", "parity", "repair")
@@ -728,17 +494,7 @@ class CheckRequest(_message.Message):
     level: str
     parity: bool
     repair: bool
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        job: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        ranks: _Optional[_Iterable[int]] = ...,
-        level: _Optional[str] = ...,
-        parity: _Optional[bool] = ...,
-        repair: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., level: _Optional[str] = ..., parity: _Optional[bool] = ..., repair: _Optional[bool] = ...) -> None: ...
 
 class CheckReply(_message.Message):
     __slots__ = ("damaged", "parity_problem", "repaired_ranks", "parity_repaired", "repair_problem")
@@ -752,14 +508,7 @@ class CheckReply(_message.Message):
     repaired_ranks: _containers.RepeatedScalarFieldContainer[int]
     parity_repaired: bool
     repair_problem: str
-    def __init__(
-        self,
-        damaged: _Optional[_Iterable[_Union[_agent_pb2.RejectedCopy, _Mapping]]] = ...,
-        parity_problem: _Optional[str] = ...,
-        repaired_ranks: _Optional[_Iterable[int]] = ...,
-        parity_repaired: _Optional[bool] = ...,
-        repair_problem: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, damaged: _Optional[_Iterable[_Union[_agent_pb2.RejectedCopy, _Mapping]]] = ..., parity_problem: _Optional[str] = ..., repaired_ranks: _Optional[_Iterable[int]] = ..., parity_repaired: _Optional[bool] = ..., repair_problem: _Optional[str] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ("sender", "job", "incarnation", "step", "ranks")
@@ -773,14 +522,7 @@ class DescribeRequest(_message.Message):
     incarnation: int
     step: int
     ranks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        job: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        ranks: _Optional[_Iterable[int]] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DescribedShard(_message.Message):
     __slots__ = ("rank", "record", "layout")
@@ -790,20 +532,13 @@ class DescribedShard(_message.Message):
     rank: int
     record: bytes
     layout: bytes
-    def __init__(
-        self,
-        rank: _Optional[int] = ...,
-        record: _Optional[bytes] = ...,
-        layout: _Optional[bytes] = ...,
-    ) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., record: _Optional[bytes] = ..., layout: _Optional[bytes] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
     __slots__ = ("shards",)
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     shards: _containers.RepeatedCompositeFieldContainer[DescribedShard]
-    def __init__(
-        self, shards: _Optional[_Iterable[_Union[DescribedShard, _Mapping]]] = ...
-    ) -> None: ...
+    def __init__(self, shards: _Optional[_Iterable[_Union[DescribedShard, _Mapping]]] = ...) -> None: ...
 
 class UnitRange(_message.Message):
     __slots__ = ("first", "count")
@@ -831,17 +566,7 @@ class OpenRequest(_message.Message):
     shard: ShardUnits
     parity: ParityUnits
     joining: bool
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        job: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        level: _Optional[str] = ...,
-        shard: _Optional[_Union[ShardUnits, _Mapping]] = ...,
-        parity: _Optional[_Union[ParityUnits, _Mapping]] = ...,
-        joining: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., level: _Optional[str] = ..., shard: _Optional[_Union[ShardUnits, _Mapping]] = ..., parity: _Optional[_Union[ParityUnits, _Mapping]] = ..., joining: _Optional[bool] = ...) -> None: ...
 
 class ShardUnits(_message.Message):
     __slots__ = ("rank", "units")
@@ -849,11 +574,7 @@ class ShardUnits(_message.Message):
     UNITS_FIELD_NUMBER: _ClassVar[int]
     rank: int
     units: _containers.RepeatedCompositeFieldContainer[UnitRange]
-    def __init__(
-        self,
-        rank: _Optional[int] = ...,
-        units: _Optional[_Iterable[_Union[UnitRange, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., units: _Optional[_Iterable[_Union[UnitRange, _Mapping]]] = ...) -> None: ...
 
 class ParityUnits(_message.Message):
     __slots__ = ("plan_id", "row", "units")
@@ -863,12 +584,7 @@ class ParityUnits(_message.Message):
     plan_id: str
     row: int
     units: UnitRange
-    def __init__(
-        self,
-        plan_id: _Optional[str] = ...,
-        row: _Optional[int] = ...,
-        units: _Optional[_Union[UnitRange, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, plan_id: _Optional[str] = ..., row: _Optional[int] = ..., units: _Optional[_Union[UnitRange, _Mapping]] = ...) -> None: ...
 
 class RebuildRequest(_message.Message):
     __slots__ = ("sender", "plan", "row", "member", "units", "usable", "joining")
@@ -886,16 +602,7 @@ class RebuildRequest(_message.Message):
     units: UnitRange
     usable: _containers.RepeatedScalarFieldContainer[str]
     joining: bool
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ...,
-        row: _Optional[int] = ...,
-        member: _Optional[int] = ...,
-        units: _Optional[_Union[UnitRange, _Mapping]] = ...,
-        usable: _Optional[_Iterable[str]] = ...,
-        joining: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., row: _Optional[int] = ..., member: _Optional[int] = ..., units: _Optional[_Union[UnitRange, _Mapping]] = ..., usable: _Optional[_Iterable[str]] = ..., joining: _Optional[bool] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("token", "address", "units", "bytes")
@@ -907,13 +614,7 @@ class Ticket(_message.Message):
     address: str
     units: int
     bytes: int
-    def __init__(
-        self,
-        token: _Optional[bytes] = ...,
-        address: _Optional[str] = ...,
-        units: _Optional[int] = ...,
-        bytes: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, token: _Optional[bytes] = ..., address: _Optional[str] = ..., units: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class MendRequest(_message.Message):
     __slots__ = ("sender", "job", "plan", "ranks", "parity")
@@ -927,14 +628,7 @@ class MendRequest(_message.Message):
     plan: SnapshotPlan
     ranks: _containers.RepeatedScalarFieldContainer[int]
     parity: bool
-    def __init__(
-        self,
-        sender: _Optional[_Union[Sender, _Mapping]] = ...,
-        job: _Optional[str] = ...,
-        plan: _Optional[_Union[SnapshotPlan, _Mapping]] = ...,
-        ranks: _Optional[_Iterable[int]] = ...,
-        parity: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., plan: _Optional[_Union[SnapshotPlan, _Mapping]] = ..., ranks: _Optional[_Iterable[int]] = ..., parity: _Optional[bool] = ...) -> None: ...
 
 class MendProgress(_message.Message):
     __slots__ = ("what", "done_bytes", "total_bytes", "problem", "ended")
@@ -948,14 +642,7 @@ class MendProgress(_message.Message):
     total_bytes: int
     problem: str
     ended: bool
-    def __init__(
-        self,
-        what: _Optional[str] = ...,
-        done_bytes: _Optional[int] = ...,
-        total_bytes: _Optional[int] = ...,
-        problem: _Optional[str] = ...,
-        ended: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, what: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., ended: _Optional[bool] = ...) -> None: ...
 
 class SurveyRequest(_message.Message):
     __slots__ = ("sender", "job")
@@ -963,9 +650,7 @@ class SurveyRequest(_message.Message):
     JOB_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     job: str
-    def __init__(
-        self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ...
-    ) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ...) -> None: ...
 
 class SurveyReply(_message.Message):
     __slots__ = ("coordinator", "jobs", "waiting_for", "warnings", "protects")
@@ -979,29 +664,10 @@ class SurveyReply(_message.Message):
     waiting_for: _containers.RepeatedScalarFieldContainer[str]
     warnings: _containers.RepeatedScalarFieldContainer[str]
     protects: bool
-    def __init__(
-        self,
-        coordinator: _Optional[str] = ...,
-        jobs: _Optional[_Iterable[_Union[JobSurvey, _Mapping]]] = ...,
-        waiting_for: _Optional[_Iterable[str]] = ...,
-        warnings: _Optional[_Iterable[str]] = ...,
-        protects: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, coordinator: _Optional[str] = ..., jobs: _Optional[_Iterable[_Union[JobSurvey, _Mapping]]] = ..., waiting_for: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., protects: _Optional[bool] = ...) -> None: ...
 
 class JobSurvey(_message.Message):
-    __slots__ = (
-        "job",
-        "incarnation",
-        "world",
-        "ranks",
-        "newest",
-        "pending",
-        "round",
-        "groups",
-        "problems",
-        "restored",
-        "excluded",
-    )
+    __slots__ = ("job", "incarnation", "world", "ranks", "newest", "pending", "round", "groups", "problems", "restored", "excluded")
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
@@ -1024,20 +690,7 @@ class JobSurvey(_message.Message):
     problems: _containers.RepeatedScalarFieldContainer[str]
     restored: SnapshotName
     excluded: _containers.RepeatedCompositeFieldContainer[SnapshotName]
-    def __init__(
-        self,
-        job: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        world: _Optional[int] = ...,
-        ranks: _Optional[_Iterable[_Union[RankSurvey, _Mapping]]] = ...,
-        newest: _Optional[_Iterable[_Union[LevelSurvey, _Mapping]]] = ...,
-        pending: _Optional[_Iterable[_Union[PendingSurvey, _Mapping]]] = ...,
-        round: _Optional[_Union[RoundSurvey, _Mapping]] = ...,
-        groups: _Optional[_Iterable[_Union[GroupSurvey, _Mapping]]] = ...,
-        problems: _Optional[_Iterable[str]] = ...,
-        restored: _Optional[_Union[SnapshotName, _Mapping]] = ...,
-        excluded: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., world: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankSurvey, _Mapping]]] = ..., newest: _Optional[_Iterable[_Union[LevelSurvey, _Mapping]]] = ..., pending: _Optional[_Iterable[_Union[PendingSurvey, _Mapping]]] = ..., round: _Optional[_Union[RoundSurvey, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[GroupSurvey, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ..., restored: _Optional[_Union[SnapshotName, _Mapping]] = ..., excluded: _Optional[_Iterable[_Union[SnapshotName, _Mapping]]] = ...) -> None: ...
 
 class RankSurvey(_message.Message):
     __slots__ = ("rank", "node_id", "attached")
@@ -1047,12 +700,7 @@ class RankSurvey(_message.Message):
     rank: int
     node_id: str
     attached: bool
-    def __init__(
-        self,
-        rank: _Optional[int] = ...,
-        node_id: _Optional[str] = ...,
-        attached: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., attached: _Optional[bool] = ...) -> None: ...
 
 class LevelSurvey(_message.Message):
     __slots__ = ("level", "incarnation", "step")
@@ -1062,12 +710,7 @@ class LevelSurvey(_message.Message):
     level: str
     incarnation: int
     step: int
-    def __init__(
-        self,
-        level: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, level: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class PendingSurvey(_message.Message):
     __slots__ = ("incarnation", "step", "late_ranks", "late_nodes")
@@ -1079,13 +722,7 @@ class PendingSurvey(_message.Message):
     step: int
     late_ranks: _containers.RepeatedScalarFieldContainer[int]
     late_nodes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        late_ranks: _Optional[_Iterable[int]] = ...,
-        late_nodes: _Optional[_Iterable[str]] = ...,
-    ) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., late_ranks: _Optional[_Iterable[int]] = ..., late_nodes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RoundSurvey(_message.Message):
     __slots__ = ("incarnation", "step", "waiting_for", "running_s")
@@ -1097,13 +734,7 @@ class RoundSurvey(_message.Message):
     step: int
     waiting_for: _containers.RepeatedScalarFieldContainer[str]
     running_s: float
-    def __init__(
-        self,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        waiting_for: _Optional[_Iterable[str]] = ...,
-        running_s: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., waiting_for: _Optional[_Iterable[str]] = ..., running_s: _Optional[float] = ...) -> None: ...
 
 class GroupSurvey(_message.Message):
     __slots__ = ("plan_id", "incarnation", "step", "members", "missing")
@@ -1117,14 +748,7 @@ class GroupSurvey(_message.Message):
     step: int
     members: _containers.RepeatedScalarFieldContainer[str]
     missing: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self,
-        plan_id: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        members: _Optional[_Iterable[str]] = ...,
-        missing: _Optional[_Iterable[str]] = ...,
-    ) -> None: ...
+    def __init__(self, plan_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., members: _Optional[_Iterable[str]] = ..., missing: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OverviewRequest(_message.Message):
     __slots__ = ("job",)
@@ -1140,12 +764,7 @@ class OverviewReply(_message.Message):
     survey: SurveyReply
     problem: str
     jobs: _containers.RepeatedCompositeFieldContainer[JobOverview]
-    def __init__(
-        self,
-        survey: _Optional[_Union[SurveyReply, _Mapping]] = ...,
-        problem: _Optional[str] = ...,
-        jobs: _Optional[_Iterable[_Union[JobOverview, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, survey: _Optional[_Union[SurveyReply, _Mapping]] = ..., problem: _Optional[str] = ..., jobs: _Optional[_Iterable[_Union[JobOverview, _Mapping]]] = ...) -> None: ...
 
 class JobOverview(_message.Message):
     __slots__ = ("job", "plans", "silent", "problems", "held")
@@ -1159,14 +778,7 @@ class JobOverview(_message.Message):
     silent: _containers.RepeatedScalarFieldContainer[str]
     problems: _containers.RepeatedScalarFieldContainer[str]
     held: _containers.RepeatedCompositeFieldContainer[HeldOverview]
-    def __init__(
-        self,
-        job: _Optional[str] = ...,
-        plans: _Optional[_Iterable[_Union[SnapshotPlan, _Mapping]]] = ...,
-        silent: _Optional[_Iterable[str]] = ...,
-        problems: _Optional[_Iterable[str]] = ...,
-        held: _Optional[_Iterable[_Union[HeldOverview, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., plans: _Optional[_Iterable[_Union[SnapshotPlan, _Mapping]]] = ..., silent: _Optional[_Iterable[str]] = ..., problems: _Optional[_Iterable[str]] = ..., held: _Optional[_Iterable[_Union[HeldOverview, _Mapping]]] = ...) -> None: ...
 
 class HeldOverview(_message.Message):
     __slots__ = ("incarnation", "step", "copies", "captured_unix_s")
@@ -1178,13 +790,7 @@ class HeldOverview(_message.Message):
     step: int
     copies: _containers.RepeatedCompositeFieldContainer[CopiesOverview]
     captured_unix_s: float
-    def __init__(
-        self,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        copies: _Optional[_Iterable[_Union[CopiesOverview, _Mapping]]] = ...,
-        captured_unix_s: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[CopiesOverview, _Mapping]]] = ..., captured_unix_s: _Optional[float] = ...) -> None: ...
 
 class CopiesOverview(_message.Message):
     __slots__ = ("level", "ranks", "parity_nodes", "bytes")
@@ -1196,13 +802,7 @@ class CopiesOverview(_message.Message):
     ranks: _containers.RepeatedScalarFieldContainer[int]
     parity_nodes: _containers.RepeatedScalarFieldContainer[str]
     bytes: int
-    def __init__(
-        self,
-        level: _Optional[str] = ...,
-        ranks: _Optional[_Iterable[int]] = ...,
-        parity_nodes: _Optional[_Iterable[str]] = ...,
-        bytes: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, level: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., parity_nodes: _Optional[_Iterable[str]] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class PlanRequest(_message.Message):
     __slots__ = ("job", "step", "levels")
@@ -1212,12 +812,7 @@ class PlanRequest(_message.Message):
     job: str
     step: int
     levels: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self,
-        job: _Optional[str] = ...,
-        step: _Optional[int] = ...,
-        levels: _Optional[_Iterable[str]] = ...,
-    ) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PlanReply(_message.Message):
     __slots__ = ("plans", "destinations", "silent", "problems", "alone")
@@ -1231,14 +826,7 @@ class PlanReply(_message.Message):
     silent: _containers.RepeatedScalarFieldContainer[str]
     problems: _containers.RepeatedScalarFieldContainer[str]
     alone: bool
-    def __init__(
-        self,
-        plans: _Optional[_Iterable[_Union[SnapshotPlan, _Mapping]]] = ...,
-        destinations: _Optional[_Iterable[_Union[Destination, _Mapping]]] = ...,
-        silent: _Optional[_Iterable[str]] = ...,
-        problems: _Optional[_Iterable[str]] = ...,
-        alone: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, plans: _Optional[_Iterable[_Union[SnapshotPlan, _Mapping]]] = ..., destinations: _Optional[_Iterable[_Union[Destination, _Mapping]]] = ..., silent: _Optional[_Iterable[str]] = ..., problems: _Optional[_Iterable[str]] = ..., alone: _Optional[bool] = ...) -> None: ...
 
 class Destination(_message.Message):
     __slots__ = ("rank", "node_id", "reason")
@@ -1248,12 +836,7 @@ class Destination(_message.Message):
     rank: int
     node_id: str
     reason: str
-    def __init__(
-        self,
-        rank: _Optional[int] = ...,
-        node_id: _Optional[str] = ...,
-        reason: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RecoverRequest(_message.Message):
     __slots__ = ("job", "snapshot", "levels")
@@ -1263,12 +846,7 @@ class RecoverRequest(_message.Message):
     job: str
     snapshot: SnapshotName
     levels: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self,
-        job: _Optional[str] = ...,
-        snapshot: _Optional[_Union[SnapshotName, _Mapping]] = ...,
-        levels: _Optional[_Iterable[str]] = ...,
-    ) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., snapshot: _Optional[_Union[SnapshotName, _Mapping]] = ..., levels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RecoverProgress(_message.Message):
     __slots__ = ("node_id", "progress", "plan")
@@ -1278,12 +856,7 @@ class RecoverProgress(_message.Message):
     node_id: str
     progress: MendProgress
     plan: PlanReply
-    def __init__(
-        self,
-        node_id: _Optional[str] = ...,
-        progress: _Optional[_Union[MendProgress, _Mapping]] = ...,
-        plan: _Optional[_Union[PlanReply, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, node_id: _Optional[str] = ..., progress: _Optional[_Union[MendProgress, _Mapping]] = ..., plan: _Optional[_Union[PlanReply, _Mapping]] = ...) -> None: ...
 
 class ExamineRequest(_message.Message):
     __slots__ = ("job", "step", "levels", "repair")
@@ -1295,13 +868,7 @@ class ExamineRequest(_message.Message):
     step: int
     levels: _containers.RepeatedScalarFieldContainer[str]
     repair: bool
-    def __init__(
-        self,
-        job: _Optional[str] = ...,
-        step: _Optional[int] = ...,
-        levels: _Optional[_Iterable[str]] = ...,
-        repair: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ..., repair: _Optional[bool] = ...) -> None: ...
 
 class ExamineProgress(_message.Message):
     __slots__ = ("examined", "total", "unexamined", "outlook")
@@ -1313,13 +880,7 @@ class ExamineProgress(_message.Message):
     total: ExamineTotal
     unexamined: Unexamined
     outlook: JobOverview
-    def __init__(
-        self,
-        examined: _Optional[_Union[Examined, _Mapping]] = ...,
-        total: _Optional[_Union[ExamineTotal, _Mapping]] = ...,
-        unexamined: _Optional[_Union[Unexamined, _Mapping]] = ...,
-        outlook: _Optional[_Union[JobOverview, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, examined: _Optional[_Union[Examined, _Mapping]] = ..., total: _Optional[_Union[ExamineTotal, _Mapping]] = ..., unexamined: _Optional[_Union[Unexamined, _Mapping]] = ..., outlook: _Optional[_Union[JobOverview, _Mapping]] = ...) -> None: ...
 
 class ExamineTotal(_message.Message):
     __slots__ = ("bytes",)
@@ -1328,19 +889,7 @@ class ExamineTotal(_message.Message):
     def __init__(self, bytes: _Optional[int] = ...) -> None: ...
 
 class Examined(_message.Message):
-    __slots__ = (
-        "job",
-        "incarnation",
-        "step",
-        "node_id",
-        "level",
-        "parity",
-        "rank",
-        "bytes",
-        "problem",
-        "repaired",
-        "repair_problem",
-    )
+    __slots__ = ("job", "incarnation", "step", "node_id", "level", "parity", "rank", "bytes", "problem", "repaired", "repair_problem")
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -1363,20 +912,7 @@ class Examined(_message.Message):
     problem: str
     repaired: bool
     repair_problem: str
-    def __init__(
-        self,
-        job: _Optional[str] = ...,
-        incarnation: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        node_id: _Optional[str] = ...,
-        level: _Optional[str] = ...,
-        parity: _Optional[bool] = ...,
-        rank: _Optional[int] = ...,
-        bytes: _Optional[int] = ...,
-        problem: _Optional[str] = ...,
-        repaired: _Optional[bool] = ...,
-        repair_problem: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., node_id: _Optional[str] = ..., level: _Optional[str] = ..., parity: _Optional[bool] = ..., rank: _Optional[int] = ..., bytes: _Optional[int] = ..., problem: _Optional[str] = ..., repaired: _Optional[bool] = ..., repair_problem: _Optional[str] = ...) -> None: ...
 
 class Unexamined(_message.Message):
     __slots__ = ("node_id", "problem")

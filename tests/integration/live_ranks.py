@@ -26,6 +26,8 @@ class LiveRank:
 
     def __init__(self, address: str, rank: int, world: int, log: Path, *arguments: str) -> None:
         self.rank = rank
+        self.facts: dict[str, Any] = {}
+        """What it said last."""
         self._log = log
         self._begun = b""
         script = str(Path(__file__).parent / "live_trainer.py")
@@ -85,8 +87,8 @@ class LiveRank:
                 assert more != b"", f"it ended: {self._words()}"
                 self._begun += more or b""
         first, _, self._begun = self._begun.partition(b"\n")
-        fact: dict[str, Any] = json.loads(first)
-        return fact
+        self.facts = json.loads(first)
+        return self.facts
 
     def _words(self) -> str:
         return f"rank {self.rank}: {self._log.read_text(errors='replace')[-3000:]}"

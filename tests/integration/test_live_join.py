@@ -198,3 +198,27 @@ def test_a_rank_joins_from_what_the_others_remember_of_its_node(
     for step in (2, 3):
         joiner.step(step)
     commit_soon(cluster, [*ranks[:2], joiner], 4)
+
+
+def test_on_several_nodes_nobody_waits_for_one_that_leaves_and_joins_again_and_again(
+    start_cluster: Callable[..., AgentCluster], start_rank: Callable[..., LiveRank]
+) -> None:
+    cluster = start_cluster(3, "[parity]\nparities = 0\n")
+    # These would wait for a slot half a minute, if a step of theirs waited for the rank.
+    ranks = ranks_on(cluster, start_rank, "--on-busy", "wait")
+    stayers, leaver, step = ranks[:2], ranks[2], 1
+    for _ in range(5):
+        step = commit_soon(cluster, [*stayers, leaver], step)
+        shared = leaver.facts["shared"]
+        leaver.kill()
+        eventually(lambda: gone(cluster["n3"].address, 2), "n3 noticed")
+        alone = go_on_without(stayers, range(step + 1, step + 4))
+        leaver = start_rank(cluster["n3"].address, 2, 3, "--live", "--on-busy", "wait")
+        attached, start = started(leaver)
+        assert (attached["joined"], attached["incarnation"], start["step"]) == (True, 1, step)
+        assert start["shared"] == shared
+        alone += go_on_without(stayers, range(step + 4, step + 6))
+        caught_up = [leaver.step(step + behind) for behind in range(1, 6)]
+        assert caught_up[-1]["shared"] == alone[-1]["shared"], "the counters agree again"
+        step += 6
+    commit_soon(cluster, [*stayers, leaver], step)

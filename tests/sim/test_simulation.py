@@ -85,7 +85,7 @@ def test_enough_happens() -> None:
     kinds = {kind.__name__ for kind in (*get_args(events.Event), *get_args(actions.Action))}
     # Which replicas are equal is decided apart from all else: see test_state.py; what a rank that
     # joins live reads, too: see test_state_joining.py.
-    apart = {"Declare", "ReplicasAgreed", "JoinDecided"}
+    apart = {"Declare", "ReplicasAgreed"}
     # An agent that stands alone has no coordinator and no parity: see test_cluster.py.
     among_many = {
         "CommitOrdered",
