@@ -86,3 +86,20 @@ def fleet_of(
     for fleet in made:
         print(fleet.last_words())
         fleet.close()
+
+
+@pytest.fixture
+def small_disk(network_namespaces: None) -> Iterator[Callable[[Node, int], None]]:
+    """Gives a node a disk of its own, with so many MiB and no more."""
+    mounted: list[Path] = []
+
+    def mount(node: Node, size_mib: int) -> None:
+        node.nvme.mkdir(mode=0o700, exist_ok=True)
+        options = f"size={size_mib}m,mode=0700"
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(node.nvme)]
+        subprocess.run(command, check=True)
+        mounted.append(node.nvme)
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", "-l", str(path)], check=True)

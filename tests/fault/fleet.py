@@ -242,6 +242,8 @@ class Fleet:
                 return answers[0]
             assert launch_and_step in self.taken, (launch_and_step, sorted(self.taken)[-5:])
             assert launch_and_step >= told, f"told {told}, lost (P1): {answers}\n"
+            # What was newer is abandoned.
+            self.told = {level: min(told, launch_and_step) for level, told in self.told.items()}
         self.step = launch_and_step[1] or 0
         return {**answers[0], "levels": sorted({x for a in answers.values() for x in a["levels"]})}
 

@@ -138,12 +138,19 @@ class Network:
         _do("tc", "-n", self.namespace(node_id), "qdisc", "replace", "dev", "eth0", *shape)
         self._limited.add(node_id)
 
-    def delay(self, node_id: str, least_s: float, most_s: float, seed: int = 1) -> None:
-        """New connections of a node are late by a random time, each piece anew."""
+    def delay(
+        self, node_id: str, least_s: float, most_s: float, seed: int = 1, flips: int = 0
+    ) -> None:
+        """New connections of a node are late by a random time, each piece anew.
+
+        With `flips`, each so many streams of the bulk plane bring it one wrong bit.
+        """
         command = [sys.executable, str(HERE / "slow_link.py"), str(LINK_PORT)]
         command = ["ip", "netns", "exec", self.namespace(node_id), *command]
         link = subprocess.Popen(
-            [*command, str(least_s), str(most_s), str(seed)], stdout=subprocess.PIPE, text=True
+            [*command, str(least_s), str(most_s), str(seed), str(flips)],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self._links[node_id] = link
         assert link.stdout is not None and link.stdout.readline() == "ready\n"

@@ -136,7 +136,7 @@ def test_another_node_is_lost_in_the_middle_of_the_recovery(
     if node_id != "n2":
         fleet.start(node_id, failpoints=f"{point}=kill@1")
     fleet.until_joined()
-    fleet.launch()
+    fleet.launch(limits={"restore_s": 4.0})
     for trainer in fleet.trainers.values():
         trainer.begin("restore")
     until(lambda: not fleet.agent(node_id).alive, f"the death of {node_id}")
@@ -170,3 +170,18 @@ def test_a_nodes_directories_are_removed_under_its_feet(fleet_of: FleetOf) -> No
             shutil.rmtree(path)
     fleet.commit(1, "parity")
     fleet.relaunch("parity")
+
+
+def test_a_replaced_node_and_ranks_that_start_elsewhere(fleet_of: FleetOf) -> None:
+    """Hard case 13: another host takes part, and every rank is on another node than before."""
+    fleet = started(fleet_of(spares=1))
+    fleet.lose("n2")
+    fleet.add("n5", replaces="n2")
+    fleet.start("n5")
+    fleet.nodes_of_ranks = ["n5", "n3", "n4", "n1"]
+    fleet.relaunch("parity")
+    fleet.commit(2, "parity")
+    fleet.lose("n3")
+    fleet.start("n3")
+    fleet.relaunch("parity")
+    fleet.assert_calm()
