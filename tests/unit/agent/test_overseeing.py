@@ -140,6 +140,8 @@ def test_who_stops_listening_ends_the_streams() -> None:
     async def look_once() -> None:
         streams = _merged([endless(), endless()])
         await anext(streams)
+        for _ in range(1000):  # as much as waits to be passed on
+            await asyncio.sleep(0)
         await asyncio.wait_for(streams.aclose(), 10)  # type: ignore[attr-defined]
 
     asyncio.run(look_once())

@@ -99,6 +99,9 @@ def test_a_snapshot_that_waits_for_ranks_names_them(world: World) -> None:
         world.tell(node, snapshots=(part(node, NEW), part(node, LATE, "sealed")))
     (pending,) = world.survey().pending
     assert (pending.step, list(pending.late_ranks), list(pending.late_nodes)) == (30, [1], ["n2"])
+    refused = SnapshotFact(LATE, 3, "dropped", reason="busy")
+    world.tell("n2", snapshots=(part("n2", NEW), refused))
+    assert not world.survey().pending, "it will never commit"
     world.tell("n2", snapshots=(part("n2", NEW), part("n2", LATE, "sealed")))
     assert not world.survey().pending
     assert newest(world.survey())["memory"] == 30
