@@ -117,7 +117,7 @@ def _way_back(outcome: Outcome) -> list[tuple[str, str]]:
     plan, back = outcome.plan, outcome.back
     if plan.decodable:
         where = listed(back.parity_levels)
-        source = f"rank {listed(back.decoded_ranks)} decoded, parity in {where}"
+        source = f"rank {listed(back.decoded_ranks)} decoded from {where}"
     else:
         source = f"from disk: {plan.lose} are more than parity {plan.parity}"
     rows = [

@@ -105,7 +105,7 @@ def test_two_nodes_are_decoded_and_shown(tmp_path: Path) -> None:
     status, out, err = demo.end(880)
     assert status == 0, err
     assert err.count("takes the place of") == 2
-    assert "decoded, parity in memory" in out
+    assert "decoded from memory" in out
     assert out.count("yes, bit for bit") == 2
     assert demo.left_behind(6) == []
 
