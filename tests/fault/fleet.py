@@ -6,6 +6,7 @@ hold on training is measured (P3).
 """
 
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -118,25 +119,35 @@ class Fleet:
 
     def lose(self, *node_ids: str) -> None:
         """The nodes' power fails and their disks burn: processes, memory and NVMe are gone."""
-        for node_id in node_ids:
-            for rank in self.ranks_of(node_id):
-                if rank in self.trainers:
-                    self.trainers.pop(rank).kill()
-            if self.agent(node_id).alive:
-                self.agent(node_id).kill()
+        self._drop_dead(node_ids)
         for node_id in node_ids:
             self.hosts[node_id].close()
             self.add(node_id)
 
     def cut_power(self, *node_ids: str) -> None:
         """The nodes' memory is gone; what was on NVMe stays."""
+        self._drop_dead(node_ids or self.node_ids)
         for node_id in node_ids or self.node_ids:
-            for rank in self.ranks_of(node_id):
-                if rank in self.trainers:
-                    self.trainers.pop(rank).kill()
-            if self.agent(node_id).alive:
-                self.agent(node_id).kill()
             self.hosts[node_id].wipe_memory()
+
+    def _drop_dead(self, node_ids: tuple[str, ...]) -> None:
+        """All at one time: an agent that outlived its trainers would flush what they left."""
+        trainers = [
+            self.trainers.pop(r) for n in node_ids for r in self.ranks_of(n) if r in self.trainers
+        ]
+        agents = [self.agent(node_id) for node_id in node_ids if self.agent(node_id).alive]
+        for process in (*agents, *(trainer.process for trainer in trainers)):
+            process.signal(signal.SIGKILL)
+        for agent in agents:
+            agent.ended()
+        for trainer in trainers:
+            trainer.kill()
+
+    def until_parity_is_durable(self) -> None:
+        """What was told is durable survives power loss; with its parity, a lost disk, too."""
+        step = f"*/step-{self.told['nvme'][1]:012d}/parity.manifest"
+        hosts = self.hosts.values()
+        until(lambda: all(list(host.nvme.glob(step)) for host in hosts), "parity on NVMe")
 
     def ranks_of(self, node_id: str) -> list[int]:
         return [rank for rank, node in enumerate(self.nodes_of_ranks) if node == node_id]
