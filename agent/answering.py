@@ -156,10 +156,14 @@ class Answering:
             )
         except StaleEpoch:
             self.count_refused(sender.node_id)
-            view = messages.view_message(members.view)
-            return wire.OrdersReply(sender=self._peers.sender(), view=view)
+            shown = messages.view_message(members.view)
+            return wire.OrdersReply(sender=self._peers.sender(), view=shown)
         self._perform(step)
-        return messages.orders_message(orders, self._peers.sender(), members.view)
+        entry = members.view.get(sender.node_id)
+        if entry is not None:
+            self._peers.has_view(entry.address, sender.view_digest)
+        view = self._peers.shown(sender.view_digest)
+        return messages.orders_message(orders, self._peers.sender(), view)
 
     def orders(self, request: wire.OrdersRequest) -> wire.OrdersAck:
         """See `Node.answered`."""

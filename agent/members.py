@@ -198,7 +198,10 @@ class Members:
 
     def ready(self, now_s: float) -> bool:
         """Whether this agent coordinates and knows what every live member holds."""
-        return self.is_coordinator(now_s) and not self._liveness.waiting_for()
+        # When all start at once, who is slow to come may know more than all that are there.
+        waited = now_s - (self._search.started_s or 0.0) >= self.rules.join_timeout_s
+        known = self.is_coordinator(now_s) and not self._liveness.waiting_for()
+        return known and (waited or not any(self._strangers().values()))
 
     def heard(
         self, node_id: str, boot_id: str, epoch: int, now_s: float, *, report: bool = False

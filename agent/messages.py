@@ -8,6 +8,8 @@ nothing.
 
 from collections.abc import Iterable
 
+import xxhash
+
 from everstep.agent import events, plans
 from everstep.agent.holdings import (
     FlushedFact,
@@ -103,14 +105,19 @@ def parsed_answer(message: wire.ClaimReply) -> ClaimAnswer:
     return ClaimAnswer(parsed_view(message.view), message.refusal[:1000], message.coordinator)
 
 
-def report_message(report: Report, sender: wire.Sender, view: View) -> wire.ReportRequest:
-    """A report as a message."""
+def view_digest(view: View) -> bytes:
+    """Equal for equal views, and most likely for no others."""
+    return xxhash.xxh3_64_digest(view_message(view).SerializeToString(deterministic=True))
+
+
+def report_message(report: Report, sender: wire.Sender, view: View | None) -> wire.ReportRequest:
+    """A report as a message; without a view if the receiver has the same."""
     return wire.ReportRequest(
         sender=sender,
         sequence=report.sequence,
         term=report.term,
         jobs=[_job_message(fact) for fact in report.jobs],
-        view=view_message(view),
+        view=view_message(view) if view is not None else None,
     )
 
 
@@ -245,15 +252,15 @@ def _parsed_snapshot(part: wire.SnapshotFact) -> SnapshotFact:
     )
 
 
-def orders_message(orders: Orders, sender: wire.Sender, view: View) -> wire.OrdersReply:
-    """Orders as a message."""
+def orders_message(orders: Orders, sender: wire.Sender, view: View | None) -> wire.OrdersReply:
+    """Orders as a message; without a view if the receiver has the same."""
     return wire.OrdersReply(
         sender=sender,
         sequence=orders.sequence,
         term=orders.term,
         orders=[_order_message(order) for order in orders.orders],
         suspected=orders.suspected,
-        view=view_message(view),
+        view=view_message(view) if view is not None else None,
         coordinator=orders.coordinator,
     )
 

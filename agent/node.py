@@ -123,7 +123,8 @@ class Node:
         """
         self._lead(now_s)
         live = self.members.live(now_s)
-        return self._leads and all(node_id in self.coordination.reported for node_id in live)
+        reported = all(node_id in self.coordination.reported for node_id in live)
+        return self._leads and reported and self.members.ready(now_s)
 
     def cluster(self, now_s: float) -> Cluster:
         """Who takes part, as this node sees it."""

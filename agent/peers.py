@@ -21,6 +21,7 @@ from everstep.agent.discovery import Discovery
 from everstep.agent.members import Contact
 from everstep.agent.node import Node, Send, SendClaim, SendOrders, SendReport, Step
 from everstep.agent.tls import channel_credentials
+from everstep.agent.view import View
 from everstep.proto import peer_pb2 as wire
 from everstep.proto.errors import EverstepError, InvalidConfiguration, PeerUnavailable, Refused
 from everstep.proto.peer_pb2_grpc import PeersStub
@@ -53,6 +54,8 @@ class Peers:
         self._perform = perform
         self._discovery = discovery
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._digest: tuple[View, bytes] | None = None
+        self._digest_at: dict[str, bytes] = {}
         self._busy: dict[tuple[str, str], Send | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -80,7 +83,22 @@ class Peers:
             boot_id=members.rules.boot_id,
             epoch=members.epoch,
             protocol=PEER_PROTOCOL,
+            view_digest=self._view_digest(),
         )
+
+    def _view_digest(self) -> bytes:
+        view = self.node.members.view
+        if self._digest is None or self._digest[0] is not view:
+            self._digest = (view, messages.view_digest(view))
+        return self._digest[1]
+
+    def shown(self, known_digest: bytes) -> View | None:
+        """The view, for whoever has another one; in a large cluster it is most of a message."""
+        return None if known_digest == self._view_digest() else self.node.members.view
+
+    def has_view(self, address: str, digest: bytes) -> None:
+        """Take note of which view the agent at an address has."""
+        self._digest_at[address] = digest
 
     async def run(self) -> None:
         """Let time pass for the node until cancelled."""
@@ -178,12 +196,13 @@ class Peers:
             await self._claim(message.contact, message, timeout_s)
         elif isinstance(message, SendReport):
             contact = message.contact
-            view = self.node.members.view
+            view = self.shown(self._digest_at.get(contact.address, b""))
             request = messages.report_message(message.report, self.sender(), view)
             reply = await self._stub(contact.address).Report(request, timeout=timeout_s)
+            self.has_view(contact.address, reply.sender.view_digest)
             self._answered(reply)
         else:
-            view = self.node.members.view
+            view = self.shown(self._digest_at.get(message.address, b""))
             orders = messages.orders_message(message.orders, self.sender(), view)
             pushed = wire.OrdersRequest(orders=orders)
             await self._stub(message.address).Orders(pushed, timeout=timeout_s)

@@ -9,16 +9,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Sender(_message.Message):
-    __slots__ = ("node_id", "boot_id", "epoch", "protocol")
+    __slots__ = ("node_id", "boot_id", "epoch", "protocol", "view_digest")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    VIEW_DIGEST_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     boot_id: str
     epoch: int
     protocol: int
-    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
+    view_digest: bytes
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol: _Optional[int] = ..., view_digest: _Optional[bytes] = ...) -> None: ...
 
 class Entry(_message.Message):
     __slots__ = ("node_id", "boot_id", "since_epoch", "address", "labels", "replaced_by")
@@ -387,7 +389,7 @@ class ShardSource(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., node_id: _Optional[str] = ..., level: _Optional[str] = ..., plan: _Optional[_Union[_state_pb2.ParityPlan, _Mapping]] = ..., image_bytes: _Optional[int] = ...) -> None: ...
 
 class SnapshotPlan(_message.Message):
-    __slots__ = ("incarnation", "step", "world", "recoverable", "sources", "missing", "further_losses", "further_loss_level", "parities", "memory_losses")
+    __slots__ = ("incarnation", "step", "world", "recoverable", "sources", "missing", "further_losses", "further_loss_level", "parities", "memory_losses", "commit_id")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     WORLD_FIELD_NUMBER: _ClassVar[int]
@@ -398,6 +400,7 @@ class SnapshotPlan(_message.Message):
     FURTHER_LOSS_LEVEL_FIELD_NUMBER: _ClassVar[int]
     PARITIES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_LOSSES_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_ID_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     step: int
     world: int
@@ -408,7 +411,8 @@ class SnapshotPlan(_message.Message):
     further_loss_level: str
     parities: _containers.RepeatedCompositeFieldContainer[ParitySource]
     memory_losses: int
-    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., recoverable: _Optional[bool] = ..., sources: _Optional[_Iterable[_Union[ShardSource, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., further_losses: _Optional[int] = ..., further_loss_level: _Optional[str] = ..., parities: _Optional[_Iterable[_Union[ParitySource, _Mapping]]] = ..., memory_losses: _Optional[int] = ...) -> None: ...
+    commit_id: bytes
+    def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., recoverable: _Optional[bool] = ..., sources: _Optional[_Iterable[_Union[ShardSource, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., further_losses: _Optional[int] = ..., further_loss_level: _Optional[str] = ..., parities: _Optional[_Iterable[_Union[ParitySource, _Mapping]]] = ..., memory_losses: _Optional[int] = ..., commit_id: _Optional[bytes] = ...) -> None: ...
 
 class DecideReply(_message.Message):
     __slots__ = ("found", "plan", "rejected")
@@ -429,18 +433,20 @@ class InventoryRequest(_message.Message):
     def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ...) -> None: ...
 
 class HeldShard(_message.Message):
-    __slots__ = ("rank", "level", "image_bytes", "layout_id", "record_digest")
+    __slots__ = ("rank", "level", "image_bytes", "layout_id", "record_digest", "commit_id")
     RANK_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
     RECORD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_ID_FIELD_NUMBER: _ClassVar[int]
     rank: int
     level: str
     image_bytes: int
     layout_id: str
     record_digest: bytes
-    def __init__(self, rank: _Optional[int] = ..., level: _Optional[str] = ..., image_bytes: _Optional[int] = ..., layout_id: _Optional[str] = ..., record_digest: _Optional[bytes] = ...) -> None: ...
+    commit_id: bytes
+    def __init__(self, rank: _Optional[int] = ..., level: _Optional[str] = ..., image_bytes: _Optional[int] = ..., layout_id: _Optional[str] = ..., record_digest: _Optional[bytes] = ..., commit_id: _Optional[bytes] = ...) -> None: ...
 
 class HeldParity(_message.Message):
     __slots__ = ("plan", "level", "bytes")
