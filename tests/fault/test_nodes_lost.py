@@ -94,7 +94,7 @@ def test_a_node_is_lost_while_a_step_is_committed(fleet_of: FleetOf) -> None:
     "point",
     [
         "agent.encode.unit",
-        "agent.encode.before_publish",
+        pytest.param("agent.encode.before_publish", marks=pytest.mark.long),
         pytest.param("agent.encode.after_publish", marks=pytest.mark.long),
     ],
 )
