@@ -103,7 +103,9 @@ class Gathering:
         What is decoded is checked as it is decoded.
         """
         while True:
-            plan = next((p for p in findings.plans(wishes) if p.recoverable and usable(p)), None)
+            # In a thread: with many ranks it takes longer than a heartbeat.
+            plans = await asyncio.to_thread(findings.plans, wishes)
+            plan = next((p for p in plans if p.recoverable and usable(p)), None)
             if plan is None:
                 return None
             damaged = await self._check(job, plan, findings)
