@@ -65,6 +65,7 @@ def started(rank: LiveRank) -> tuple[dict[str, Any], dict[str, Any]]:
     return rank.says("attached"), rank.says("start")
 
 
+@pytest.mark.timeout(600)  # a process with torch starts for each join
 def test_a_rank_leaves_and_joins_again_and_again_while_the_other_goes_on(
     agent_process: AgentProcess, start_rank: Callable[..., LiveRank]
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_rank_joins_from_what_the_others_remember_of_its_node(
     commit_soon(cluster, [*ranks[:2], joiner], 4)
 
 
+@pytest.mark.timeout(600)  # a process with torch starts for each join
 def test_on_several_nodes_nobody_waits_for_one_that_leaves_and_joins_again_and_again(
     start_cluster: Callable[..., AgentCluster], start_rank: Callable[..., LiveRank]
 ) -> None:
