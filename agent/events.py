@@ -166,6 +166,8 @@ class AdoptedShard:
     captured_unix_s: float
     envelope: bytes = field(repr=False)
     record_digest: bytes = field(default=b"", repr=False)
+    commit_id: bytes = field(default=b"", repr=False)
+    """As in `CommitOrdered`; empty if it is not known, as for all that is found at the start."""
 
 
 @dataclass(frozen=True, slots=True)

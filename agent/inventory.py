@@ -30,6 +30,8 @@ class HeldShard:
     image_bytes: int
     layout_id: str
     record_digest: bytes = field(repr=False)
+    commit_id: bytes = field(default=b"", repr=False)
+    """Of what it was committed with, see `events.CommitOrdered`; empty if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ def _snapshot_message(held: HeldSnapshot) -> peer_pb2.HeldSnapshot:
                 image_bytes=shard.image_bytes,
                 layout_id=shard.layout_id,
                 record_digest=shard.record_digest,
+                commit_id=shard.commit_id,
             )
             for shard in held.shards
         ],
@@ -121,7 +124,12 @@ def _shards(where: str, message: peer_pb2.HeldSnapshot, problems: list[str]) -> 
             problems.append(f"{where}, rank {shard.rank}: {problem}")
             continue
         yield HeldShard(
-            shard.rank, shard.level, shard.image_bytes, shard.layout_id, shard.record_digest
+            shard.rank,
+            shard.level,
+            shard.image_bytes,
+            shard.layout_id,
+            shard.record_digest,
+            shard.commit_id,
         )
 
 
@@ -132,6 +140,8 @@ def _problem_of(shard: peer_pb2.HeldShard, world: int) -> str:
         return f"there is no level {shard.level!r}"
     if shard.image_bytes > MAX_IMAGE_BYTES or len(shard.record_digest) != DIGEST_BYTES:
         return "no possible size or digest"
+    if len(shard.commit_id) not in (0, DIGEST_BYTES):
+        return "no possible commit id"
     return ""
 
 

@@ -39,6 +39,8 @@ class Known:
     worlds: Mapping[SnapshotId, int] = field(default_factory=dict)
     envelopes: Mapping[SnapshotId, Mapping[int, bytes]] = field(default_factory=dict)
     """Records of the shards that are held, by snapshot and rank."""
+    commit_ids: Mapping[SnapshotId, bytes] = field(default_factory=dict)
+    """What they were committed as; empty where nobody has said."""
     plans: frozenset[str] | None = None
     """Rounds whose parity is whole; None for all there are, of a job that is not known."""
     problems: tuple[str, ...] = ()
@@ -56,6 +58,7 @@ def known_of(job: Job | None) -> Known:
             snapshot.id: {rank: shard.envelope for rank, shard in snapshot.sealed.items()}
             for snapshot in held
         },
+        commit_ids={snapshot.id: snapshot.commit_id for snapshot in held},
         plans=frozenset(p for p, known in job.rounds.items() if known.stage in whole),
         problems=tuple(f"{lost}, memory: {reason}" for lost, reason in job.damaged.items()),
     )
@@ -104,7 +107,10 @@ class Keeping:
         problems = list(known.problems)
         for snapshot, envelopes in known.envelopes.items():
             kept = found[snapshot] = _Found(known.worlds[snapshot])
-            kept.shards += [_in_memory(rank, data) for rank, data in sorted(envelopes.items())]
+            commit_id = known.commit_ids.get(snapshot, b"")
+            kept.shards += [
+                _in_memory(rank, data, commit_id) for rank, data in sorted(envelopes.items())
+            ]
         for level, list_level in ((NVME, self._list_disk), (MEMORY, self._list_memory)):
             try:
                 list_level(job, known, found, problems)
@@ -147,7 +153,9 @@ class Keeping:
                 problems.append(f"nvme, {snapshot}: it is of a world of {commit.world}")
                 continue
             kept.shards += [
-                HeldShard(s.rank, NVME, s.image_bytes, s.layout_id, s.record_digest)
+                HeldShard(
+                    s.rank, NVME, s.image_bytes, s.layout_id, s.record_digest, commit.commit_id
+                )
                 for s in sorted(commit.shards, key=lambda shard: shard.rank)
                 if s.rank in here
             ]
@@ -239,7 +247,7 @@ class Keeping:
         return b""
 
 
-def _in_memory(rank: int, envelope: bytes) -> HeldShard:
+def _in_memory(rank: int, envelope: bytes, commit_id: bytes = b"") -> HeldShard:
     record = open_record(envelope, f"record of rank {rank}")
     digest = record_digest(envelope)
-    return HeldShard(rank, MEMORY, record.image_bytes, record.layout_id, digest)
+    return HeldShard(rank, MEMORY, record.image_bytes, record.layout_id, digest, commit_id)

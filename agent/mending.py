@@ -245,6 +245,7 @@ class Mending:
                     captured_unix_s=record.captured_unix_s,
                     envelope=described.record_envelope,
                     record_digest=record_digest(described.record_envelope),
+                    commit_id=plan.commit_id,
                 ),
             )
         )

@@ -23,7 +23,8 @@ def commit_ordered(state: "State", event: events.CommitOrdered) -> None:
     snapshot = job.snapshots.get(event.snapshot) if job is not None else None
     if job is None or snapshot is None:
         return
-    snapshot.commit_id = event.commit_id
+    if event.commit_id:
+        snapshot.commit_id = event.commit_id
     if snapshot.stage is Stage.OPEN:
         state.commit(job, snapshot)
 
@@ -138,6 +139,11 @@ def installed(state: "State", event: events.Installed) -> None:
         snapshot.withdrawn = False
         snapshot.reason = ""
     snapshot.stage = Stage.COMMITTED
+    # One commit id stands for all shards here: it must not be said of one that it is not known of.
+    if not snapshot.sealed.keys() - {shard.rank}:
+        snapshot.commit_id = shard.commit_id
+    elif snapshot.commit_id != shard.commit_id:
+        snapshot.commit_id = b""
     snapshot.granted[shard.rank] = shard.place
     snapshot.sealed[shard.rank] = SealedShard.of(shard)
     job.damaged.pop(shard.snapshot, None)

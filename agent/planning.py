@@ -68,6 +68,8 @@ def plan_snapshots(
     for stock in sorted(found, key=lambda stock: order(stock.snapshot), reverse=True):
         if to_step in (None, stock.snapshot.step):
             memory = in_memory[stock.snapshot] if may_use_memory else None
+            if memory is not None and memory.commit_id != stock.commit_id:
+                memory = None  # of another attempt
             planned.append(_plan(stock, memory, len(inventories), prefer_node or {}))
     return planned
 
@@ -81,7 +83,10 @@ def _plan(
     sources = tuple(source for source in each.values() if source is not None)
     lost = [rank for rank, source in each.items() if source is None]
     if lost:
-        return SnapshotPlan(stock.snapshot, stock.world, sources, _missing(stock, lost))
+        missing = _missing(stock, lost)
+        return SnapshotPlan(
+            stock.snapshot, stock.world, sources, missing, commit_id=stock.commit_id
+        )
     used = dict.fromkeys(source.plan for source in sources if isinstance(source, Decoded))
     return SnapshotPlan(
         stock.snapshot,
@@ -95,6 +100,7 @@ def _plan(
             for _, copies in sorted(stock.groups[plan].parities.items())
             for copy in copies
         ),
+        commit_id=stock.commit_id,
     )
 
 
@@ -118,7 +124,7 @@ def _missing(stock: Stock, lost: Iterable[int]) -> tuple[str, ...]:
     """What is missing, in words: ranks together that are missing alike."""
     alike: dict[str, list[int]] = defaultdict(list)
     for rank in lost:
-        alike[_why_lost(stock, rank)].append(rank)
+        alike[_why_lost(stock, rank) + _aside(stock, rank)].append(rank)
     return tuple(f"{_named(ranks)}: {why}" for why, ranks in alike.items())
 
 
@@ -142,6 +148,16 @@ def _why_lost(stock: Stock, rank: int) -> str:
     )
     gone = _gone(stock, group)
     return words + (f"; nothing is in reach of {', '.join(gone)}" if gone else "")
+
+
+def _aside(stock: Stock, rank: int) -> str:
+    places = [f"{copy.node_id}/{copy.level}" for copy in stock.aside.get(rank, ())]
+    if not places:
+        return ""
+    return (
+        f"; what {', '.join(places)} has is of another snapshot of the same name, or cannot be "
+        "shown to be of this one"
+    )
 
 
 def _gone(stock: Stock, group: Group) -> list[str]:

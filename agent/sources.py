@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from everstep.agent import plans
-from everstep.agent.inventory import LEVELS
+from everstep.agent.inventory import DIGEST_BYTES, LEVELS
 from everstep.agent.plans import MAX_IMAGE_BYTES, ParityPlan
 from everstep.proto import peer_pb2
 from everstep.proto.errors import FormatInvalid
@@ -66,6 +66,8 @@ class SnapshotPlan:
     """The same by what is in memory alone; None if memory alone does not have it now."""
     parities: tuple[ParityAt, ...] = ()
     """In reach, of the plans that something is decoded with."""
+    commit_id: bytes = b""
+    """What the shards were committed as, see `events.CommitOrdered`; empty if that is not known."""
 
     @property
     def recoverable(self) -> bool:
@@ -116,6 +118,7 @@ class SnapshotPlan:
                 peer_pb2.ParitySource(plan_id=p.plan_id, node_id=p.node_id, level=p.level)
                 for p in self.parities
             ],
+            commit_id=self.commit_id,
         )
 
 
@@ -141,6 +144,8 @@ def parsed(message: peer_pb2.SnapshotPlan, where: str) -> SnapshotPlan:
     """
     if message.world > MAX_RANKS:
         raise FormatInvalid(where, f"a world of {message.world} ranks is not possible")
+    if len(message.commit_id) not in (0, DIGEST_BYTES):
+        raise FormatInvalid(where, f"a commit id of {len(message.commit_id)} bytes is not possible")
     snapshot = SnapshotId(message.incarnation, message.step)
     known: dict[str, ParityPlan] = {}
     sources = tuple(_source(source, message, known, where) for source in message.sources)
@@ -160,6 +165,7 @@ def parsed(message: peer_pb2.SnapshotPlan, where: str) -> SnapshotPlan:
             )
             for parity in message.parities
         ),
+        commit_id=message.commit_id,
     )
 
 

@@ -1,13 +1,8 @@
-"""What all living nodes together hold of one snapshot: which copies belong together, and what
-they suffice for.
+"""What all living nodes together hold of one snapshot, and what it suffices for.
 
-Owns the question of truth. A rank's copies belong together only if their records are the same,
-byte for byte. If copies of one rank differ, then two snapshots go by one name (an agent's memory
-was lost and a number taken again, a disk came back from elsewhere), and no majority decides: only
-one whole set that is known to have been committed as one may be used: that of a parity plan over
-all ranks, or that of all ranks on one node's NVMe. Plans of several groups, or the disks of several
-nodes, could be of either. Without such a set nothing may be used, and nor may a copy that nobody
-contradicts.
+Owns what can be used: copies and parity of one attempt at the snapshot, and never of two (which
+these are: `agent.attempts`). Of several attempts the one that is there as a whole is taken. If
+several are, none is: nobody knows which of them is wanted.
 
 Owns, too, when a row can be decoded: a symbol counts if all of it is there, at whatever node and
 level; zeros beyond the end of a stream are there always. Whether copies are sound it does not
@@ -15,20 +10,23 @@ know: those found damaged are given to it.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from everstep.agent.inventory import LEVELS, NVME, HeldShard, HeldSnapshot, NodeInventory
-from everstep.agent.plans import ParityPlan, PlannedShard
+from everstep.agent.attempts import Attempt, attempts
+from everstep.agent.inventory import LEVELS, HeldSnapshot, NodeInventory
+from everstep.agent.plans import ParityPlan
 from everstep.erasure.rows import Rows
 from everstep.proto.ids import SnapshotId
 
-Identity = tuple[bytes, int, str]
-"""Digest of the record, bytes of the image, layout: all that tells one shard from another."""
+Allowed = Callable[[str, SnapshotId, int | None, str], bool]
+"""Whether a node's copy of a rank's shard, or its parity (None), at a level may be used."""
 Need = tuple[frozenset[str], ...]
 """What a symbol takes: of each of these sets, one node that lives."""
 NOBODY: frozenset[str] = frozenset()
+_NAMED = 8
+"""How many places a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +51,6 @@ class Copy:
     def order(self) -> tuple[int, str]:
         """Fastest level first."""
         return LEVELS.index(self.level), self.node_id
-
-
-def identity_of(shard: HeldShard | PlannedShard) -> Identity:
-    """What tells a shard from another of the same rank."""
-    return shard.record_digest, shard.image_bytes, shard.layout_id
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +89,10 @@ class Stock:
     """Only those whose plans agree with the copies."""
     problem: str = ""
     """Why nothing of it may be used; empty if it may."""
+    commit_id: bytes = b""
+    """Of the attempt that this is; empty if that is not known."""
+    aside: dict[int, list[Copy]] = field(default_factory=dict)
+    """By rank, copies that belong to other attempts, or to which one is not known."""
     _groups_of: dict[int, list[tuple[Group, int]]] = field(default_factory=dict)
     _needs: dict[tuple[Group, int], list[Need]] = field(default_factory=dict)
 
@@ -150,6 +147,10 @@ class Stock:
             self.decodable(group, member, rank, lost) for group, member in self.groups_of(rank)
         )
 
+    def ranks_lost(self) -> int:
+        """How many ranks' shards cannot be had."""
+        return sum(not self.available(rank) for rank in range(self.world))
+
 
 def units_of_rank(plan: ParityPlan, member: int, rank: int) -> range:
     """Where a rank's image lies in its member's stream, in units.
@@ -198,24 +199,55 @@ def stocks(
         there = not levels or level in levels
         return there and (node_id, snapshot, rank, level) not in damaged
 
-    found = []
-    for snapshot, ones in held.items():
-        stock = Stock(snapshot, max(one.world for _, one in ones))
-        truth = _truth(stock, ones)
-        for node_id, one in ones:
-            for shard in one.shards:
-                if truth.get(shard.rank) == identity_of(shard) and allowed(
-                    node_id, snapshot, shard.rank, shard.level
-                ):
-                    stock.copies.setdefault(shard.rank, []).append(Copy(node_id, shard.level))
-            for parity in one.parities:
-                if _agrees(parity.plan, truth) and allowed(node_id, snapshot, None, parity.level):
-                    _add_parity(stock, parity.plan, Copy(node_id, parity.level))
-        for copies in stock.copies.values():
-            copies.sort(key=lambda copy: copy.order)
-        stock.image_bytes = {rank: identity[1] for rank, identity in truth.items()}
-        found.append(stock)
-    return found
+    return [
+        _chosen([_stock(snapshot, attempt, ones, allowed) for attempt in attempts(ones)])
+        for snapshot, ones in held.items()
+    ]
+
+
+def _chosen(found: Sequence[Stock]) -> Stock:
+    """Of the attempts at a snapshot the one that is whole; if none is, the one that lacks least."""
+    if len(found) == 1:
+        return found[0]
+    lost = {id(stock): stock.ranks_lost() for stock in found}
+    usable = [stock for stock in found if not stock.problem]
+    whole = [stock for stock in usable if not lost[id(stock)]]
+    if len(whole) > 1:
+        sides = " against ".join(_places(stock) for stock in whole)
+        problem = (
+            f"{len(whole)} snapshots that were committed apart go by this name, and all of them "
+            f"are whole ({sides}): take away the nodes or disks that hold the unwanted one"
+        )
+        return Stock(whole[0].snapshot, whole[0].world, problem=problem)
+    return min(whole or usable or found, key=lambda stock: (lost[id(stock)], stock.commit_id))
+
+
+def _places(stock: Stock) -> str:
+    copies = {copy for copies in stock.copies.values() for copy in copies}
+    named = [f"{copy.node_id}/{copy.level}" for copy in sorted(copies, key=lambda c: c.order)]
+    more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    return ", ".join(named[:_NAMED]) + more if named else "parity alone"
+
+
+def _stock(
+    snapshot: SnapshotId,
+    attempt: Attempt,
+    ones: Sequence[tuple[str, HeldSnapshot]],
+    allowed: Allowed,
+) -> Stock:
+    stock = Stock(snapshot, attempt.world, problem=attempt.problem, commit_id=attempt.commit_id)
+    for node_id, one in ones:
+        for shard in one.shards:
+            if allowed(node_id, snapshot, shard.rank, shard.level):
+                kept = stock.copies if attempt.has(shard) else stock.aside
+                kept.setdefault(shard.rank, []).append(Copy(node_id, shard.level))
+        for parity in one.parities:
+            if attempt.agrees(parity.plan) and allowed(node_id, snapshot, None, parity.level):
+                _add_parity(stock, parity.plan, Copy(node_id, parity.level))
+    for copies in (*stock.copies.values(), *stock.aside.values()):
+        copies.sort(key=lambda copy: copy.order)
+    stock.image_bytes = {rank: identity[1] for rank, identity in attempt.shards.items()}
+    return stock
 
 
 def _add_parity(stock: Stock, plan: ParityPlan, copy: Copy) -> None:
@@ -226,62 +258,3 @@ def _add_parity(stock: Stock, plan: ParityPlan, copy: Copy) -> None:
     copies = stock.groups.setdefault(plan, Group(plan)).parities.setdefault(member, [])
     copies.append(copy)
     copies.sort(key=lambda one: one.order)
-
-
-def _agrees(plan: ParityPlan, truth: Mapping[int, Identity]) -> bool:
-    shards = (shard for member in plan.members for shard in member.shards)
-    return all(truth.get(shard.rank) == identity_of(shard) for shard in shards)
-
-
-def _truth(stock: Stock, ones: list[tuple[str, HeldSnapshot]]) -> dict[int, Identity]:
-    """Which shard is each rank's; sets the stock's problem if that cannot be told."""
-    claims: dict[int, set[Identity]] = defaultdict(set)
-    for _, one in ones:
-        for shard in one.shards:
-            claims[shard.rank].add(identity_of(shard))
-    plans = {parity.plan for _, one in ones for parity in one.parities}
-    for plan in plans:
-        for rank, identity in _planned(plan).items():
-            claims[rank].add(identity)
-    worlds = sorted({one.world for _, one in ones if one.world})
-    if len(worlds) != 1:
-        stock.problem = (
-            f"its copies are of worlds of {' and '.join(map(str, worlds))} ranks"
-            if worlds
-            else "nobody says how many ranks it has"
-        )
-        return {}
-    disputed = sorted(rank for rank, identities in claims.items() if len(identities) > 1)
-    if not disputed:
-        return {rank: next(iter(identities)) for rank, identities in claims.items()}
-    sets = [_planned(plan) for plan in plans] + [_durable(one) for _, one in ones]
-    whole = [one for one in sets if len(one) == stock.world]
-    if whole and all(one == whole[0] for one in whole):
-        return whole[0]
-    stock.problem = _dispute(disputed[0], ones, len(whole))
-    return {}
-
-
-def _planned(plan: ParityPlan) -> dict[int, Identity]:
-    return {shard.rank: identity_of(shard) for member in plan.members for shard in member.shards}
-
-
-def _durable(one: HeldSnapshot) -> dict[int, Identity]:
-    """What one node's commit on NVMe names."""
-    return {shard.rank: identity_of(shard) for shard in one.shards if shard.level == NVME}
-
-
-def _dispute(rank: int, ones: list[tuple[str, HeldSnapshot]], whole_sets: int) -> str:
-    holders: dict[Identity, list[str]] = defaultdict(list)
-    for node_id, one in ones:
-        for shard in one.shards:
-            if shard.rank == rank:
-                holders[identity_of(shard)].append(f"{node_id}/{shard.level}")
-    sides = " against ".join(", ".join(sorted(nodes)) for nodes in holders.values())
-    why = (
-        "the whole sets that parity plans and NVMe vouch for differ, too"
-        if whole_sets
-        else "no parity plan and no node's NVMe vouches for one whole set of them"
-    )
-    where = sides if len(holders) > 1 else f"{sides or 'no copy'} against a parity plan"
-    return f"two snapshots go by this name: the copies of rank {rank} differ ({where}), and {why}"

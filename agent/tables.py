@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import xxhash
-
+from everstep.agent.attempts import fingerprint
 from everstep.agent.holdings import FlushedFact, JobFact, RoundFact, ShardFact, SnapshotFact
+from everstep.agent.inventory import DIGEST_BYTES
 from everstep.proto.ids import SnapshotId
 
 Key = TypeVar("Key")
@@ -34,8 +34,7 @@ def _ranks(fact: JobFact, *, at_work: bool) -> list[tuple[int, int]]:
 
 
 def _fingerprint(shard: ShardFact) -> int:
-    data = shard.rank.to_bytes(4, "big") + shard.record_digest
-    return int.from_bytes(xxhash.xxh3_128_digest(data), "big")
+    return fingerprint(shard.rank, shard.record_digest)
 
 
 def _begun(known: RoundFact) -> tuple[SnapshotId, ...]:
@@ -59,7 +58,9 @@ class SnapshotTable:
     """How many shards have which samples of the replicated leaves."""
     announced: bool = False
     """Whether the nodes that hold it were told what becomes of it."""
-    _records: int = 0
+    _records: Counter[int] = field(default_factory=Counter)
+    """The fingerprints of all records."""
+    _sum: int = 0
 
     def add(self, node_id: str, fact: SnapshotFact) -> None:
         """A node's part."""
@@ -72,8 +73,10 @@ class SnapshotTable:
         self.parts[node_id] = fact
         for shard in fact.shards:
             self.ranks[shard.rank] += 1
-            if self.ranks[shard.rank] == 1:
-                self._records ^= _fingerprint(shard)
+            record = _fingerprint(shard)
+            self._records[record] += 1
+            if self._records[record] == 1:
+                self._sum ^= record
         self.samples.update(shard.replica_samples for shard in fact.shards)
         if fact.stage == "committed":
             self.committed_at.add(node_id)
@@ -86,8 +89,9 @@ class SnapshotTable:
         fact = self.parts.pop(node_id, None)
         shards = fact.shards if fact is not None else ()
         for shard in shards:
-            if self.ranks[shard.rank] == 1:
-                self._records ^= _fingerprint(shard)
+            if self._records[_fingerprint(shard)] == 1:
+                self._sum ^= _fingerprint(shard)
+        _uncount(self._records, [_fingerprint(shard) for shard in shards])
         _uncount(self.ranks, [shard.rank for shard in shards])
         _uncount(self.samples, [shard.replica_samples for shard in shards])
 
@@ -103,8 +107,13 @@ class SnapshotTable:
 
     @property
     def commit_id(self) -> bytes:
-        """A digest of all ranks' records, kept up to date shard by shard."""
-        return self._records.to_bytes(16, "big")
+        """A digest of all ranks' records, kept up to date shard by shard.
+
+        Empty if some are out of reach, or two nodes have different ones of a rank: it must never be
+        another than the one that was ordered first.
+        """
+        known = self.whole and len(self._records) == self.world
+        return self._sum.to_bytes(DIGEST_BYTES, "big") if known else b""
 
     def drifted_replicas(self) -> tuple[int, ...] | None:
         """Which replicated leaves differ between ranks; None if even their plans do."""

@@ -69,6 +69,7 @@ class Shards:
     snapshot: SnapshotId = SNAPSHOT
     world: int = 0
     job: str = JOB
+    commit_id: bytes = b""
     images: dict[int, bytes] = field(init=False, repr=False)
     records: dict[int, bytes] = field(init=False, repr=False)
 
@@ -103,6 +104,7 @@ class Shards:
             incarnation=self.snapshot.incarnation,
             step=self.snapshot.step,
             world=self.world,
+            commit_id=self.commit_id,
             shards=[
                 state_pb2.CommittedShard(
                     rank=rank,
@@ -169,6 +171,7 @@ class SmallNode:
                 captured_unix_s=0.0,
                 envelope=envelope,
                 record_digest=record_digest(envelope),
+                commit_id=shards.commit_id,
             )
             found = events.ArenaReserved(shards.job, rank, 1, slot_bytes, 2)
             self.pipeline.submit(events.Installed(shards.job, found, shard))

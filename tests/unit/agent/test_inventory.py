@@ -1,6 +1,7 @@
 """Inventories and plans of recovery on the wire: whole, checked, and nothing else."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,8 @@ def test_an_inventory_comes_over_the_wire_as_it_was() -> None:
     plan = even(4, 1, ranks=2)
     whole = holding(plan, 2, ("memory", "nvme"))
     other = HeldSnapshot(SnapshotId(1, 7), 8, (shard_of(plan.members[0].shards[1], "nvme"),))
+    named = replace(shard_of(plan.members[0].shards[0]), commit_id=b"c" * 16)
+    other = replace(other, shards=(*other.shards, named))
     mine = NodeInventory("n3", (*whole.snapshots, other), ("the disk is slow",))
     sent = peer_pb2.InventoryReply.FromString(mine.encoded().SerializeToString())
     assert inventory.parsed(sent) == mine
@@ -30,6 +33,7 @@ def test_an_inventory_comes_over_the_wire_as_it_was() -> None:
         (lambda held: setattr(held.shards[0], "level", "tape"), "no level 'tape'"),
         (lambda held: setattr(held.shards[0], "image_bytes", 1 << 60), "no possible size"),
         (lambda held: setattr(held.shards[0], "record_digest", b"short"), "no possible size or"),
+        (lambda held: setattr(held.shards[0], "commit_id", b"short"), "no possible commit id"),
     ],
 )
 def test_a_shard_that_cannot_be_is_left_out_and_named(
@@ -81,7 +85,7 @@ def recovered() -> SnapshotPlan:
 
 
 def test_a_plan_of_recovery_comes_over_the_wire_as_it_was() -> None:
-    plan = recovered()
+    plan = replace(recovered(), commit_id=b"c" * 16)
     message = peer_pb2.SnapshotPlan.FromString(plan.encoded().SerializeToString())
     assert sources.parsed(message, "here") == plan
     assert message.further_losses == 1 and message.further_loss_level == "memory"
@@ -100,6 +104,7 @@ def test_one_plan_that_many_ranks_are_decoded_with_is_kept_once() -> None:
     [
         (lambda plan: setattr(plan, "world", MAX_RANKS + 1), "is not possible"),
         (lambda plan: setattr(plan, "world", 9), "a plan is of|not from where"),
+        (lambda plan: setattr(plan, "commit_id", b"short"), "a commit id of 5 bytes"),
         (lambda plan: plan.sources.pop(), "not from where"),
         (lambda plan: plan.sources.append(plan.sources[2]), "not in order"),
         (lambda plan: plan.missing.append("rank 2"), "not from where"),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ async def mended(
 
 def test_lost_shards_are_held_again_and_can_be_lost_again(tmp_path: Path) -> None:
     async def body(group: Group, mending: Mending) -> None:
-        plan = await group.plan_of(("n3",))
+        plan = replace(await group.plan_of(("n3",)), commit_id=b"c" * 16)
         told = await mended(mending, plan, [2, 4, 6])
         assert told[-1].ended
         assert not any(progress.problem for progress in told)
@@ -69,7 +70,7 @@ def test_lost_shards_are_held_again_and_can_be_lost_again(tmp_path: Path) -> Non
         assert done == {f"rank {r}": len(group.shards[r].image) for r in (2, 4, 6)}
         node = group.nodes["spare"]
         held = node.state.jobs[JOB].snapshots[SNAPSHOT]
-        assert held.stage is Stage.COMMITTED
+        assert held.stage is Stage.COMMITTED and held.commit_id == plan.commit_id
         for rank in (2, 4, 6):
             assert in_memory(node, rank) == group.shards[rank].image
             assert node.memory.verify(JOB, SNAPSHOT, rank) == []
