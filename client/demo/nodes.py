@@ -28,7 +28,7 @@ from everstep.proto.wire_errors import decode
 
 _LOOPBACK = "127.0.0.1"
 _POLL_S = 0.05
-_ASK_S = 5.0
+_ASK_S = 20.0
 _END_S = 20.0
 _MEMBERS_S = 90.0
 SUSPECT_AFTER_S = 3.0

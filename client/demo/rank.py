@@ -67,8 +67,7 @@ def _train_with_snapshots(
             pending.append(handle)
             if first:
                 # One round by itself, so that what it sends can be told.
-                handle.wait("parity", _PARITY_WAIT_S)
-                first = False
+                first = not handle.wait("parity", _PARITY_WAIT_S)
         pending = _noted(pending, diary)
     _close(client, diary)
 
