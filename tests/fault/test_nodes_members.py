@@ -75,6 +75,7 @@ def test_a_zombie_comes_back_when_another_has_its_place(fleet_of: FleetOf) -> No
     fleet.until_said("n4", "no place in the cluster")
     for line in zombie.run(5, "memory", timeout=0.2):
         assert not line["levels"], line
+        assert "place of n4 in the cluster is held by n5" in line["skipped"], line
     assert (files(host.memory), files(host.nvme)) == before
     fleet.commit(2, "parity")
     assert [m.replaced_by for m in fleet.cluster("n1").members if m.node_id == "n4"] == ["n5"]
