@@ -206,7 +206,8 @@ def commit(made: Cluster, step: int) -> None:
     _settle(made)
     for state in [made.coordinator.state, *(member.state for member in made.members.values())]:
         protected = state.jobs[JOB].protected()
-        assert protected is not None and protected.step == step, (protected, step)
+        assert protected is not None
+        assert protected.step == step
 
 
 def measure(findings: Findings, nodes: int, ranks_each: int) -> tuple[float, float]:
