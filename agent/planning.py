@@ -68,8 +68,6 @@ def plan_snapshots(
     for stock in sorted(found, key=lambda stock: order(stock.snapshot), reverse=True):
         if to_step in (None, stock.snapshot.step):
             memory = in_memory[stock.snapshot] if may_use_memory else None
-            if memory is not None and memory.commit_id != stock.commit_id:
-                memory = None  # of another attempt
             planned.append(_plan(stock, memory, len(inventories), prefer_node or {}))
     return planned
 

@@ -219,7 +219,7 @@ def _chosen(found: Sequence[Stock]) -> Stock:
             f"are whole ({sides}): take away the nodes or disks that hold the unwanted one"
         )
         return Stock(whole[0].snapshot, whole[0].world, problem=problem)
-    return min(whole or usable or found, key=lambda stock: (lost[id(stock)], stock.commit_id))
+    return min(usable or found, key=lambda stock: (lost[id(stock)], stock.commit_id))
 
 
 def _places(stock: Stock) -> str:

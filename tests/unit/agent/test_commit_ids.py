@@ -45,6 +45,9 @@ def test_what_is_not_known_of_all_ranks_is_ordered_without_an_id() -> None:
     table = SnapshotTable(3)
     table.add("n1", part(0, 1))
     assert table.commit_id == b""
+    table.add("n3", part(1, version=1))  # as many records as ranks, but not of all
+    assert table.commit_id == b""
+    table.remove("n3")
     table.add("n2", part(2))
     table.add("n3", part(2, version=1))  # another run's: which is of the commit?
     assert table.commit_id == b""

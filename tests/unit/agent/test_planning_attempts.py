@@ -192,6 +192,27 @@ def test_a_commit_id_that_stands_for_two_records_of_a_rank_is_no_proof() -> None
     assert not only(nodes).recoverable
 
 
+def test_the_same_record_under_another_commit_id_is_left_alone() -> None:
+    nodes = [
+        unprotected("n1", [copy(0, NEW), copy(1, NEW)], 2),
+        unprotected("n2", [replace(copy(0, NEW, "nvme"), commit_id=OLD)], 2),
+    ]
+    assert only(nodes).further_losses == 0
+    assert not only(nodes, erasures=[Erasure("n1", SNAPSHOT, 0, "memory")]).recoverable
+
+
+def test_a_plan_that_contradicts_what_was_committed_does_not_spoil_it() -> None:
+    plan, other = group(1, 0, 3), group(1, 0, 3, version=9)
+    lying = replace(plan, members=(plan.members[0], other.members[1], plan.members[2]))
+    nodes = [bearing(node, NEW) for node in all_nodes(plan)]
+    for index in (1, 2):
+        held = nodes[index].snapshots[0]
+        parities = (HeldParity(lying, "memory"),)
+        nodes[index] = replace(nodes[index], snapshots=(replace(held, parities=parities),))
+    assert only(nodes).recoverable
+    assert not only(nodes[1:]).recoverable
+
+
 def test_another_run_may_have_been_of_another_world() -> None:
     nodes = [
         unprotected("n1", [copy(0, OLD, "nvme")], 3),
