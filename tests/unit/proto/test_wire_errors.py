@@ -28,6 +28,7 @@ SAMPLES: Sequence[EverstepError] = (
     errors.RankClaimed("job", 3, 4711),
     errors.StaleIncarnation("job", 1, 2),
     errors.PeerUnavailable("n3", "the connection was closed after 5 units"),
+    errors.PeerBusy("n3", "it decodes 16 segments"),
     errors.CoordinatorUnknown(("n1", "n2")),
     errors.StaleEpoch("n3", 4, 7),
     errors.Fenced("n3", "n9"),
