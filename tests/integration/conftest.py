@@ -22,6 +22,10 @@ from everstep.proto import failpoint
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
 
+# As themselves: they are fixtures of the folder from here on.
+from .bulk_plane import make_units as make_units
+from .bulk_plane import nothing_stays_open as nothing_stays_open
+from .bulk_plane import start_server as start_server
 from .clusters import AgentCluster
 
 DEADLINE_S = 60.0
