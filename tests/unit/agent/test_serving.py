@@ -1,9 +1,9 @@
-"""What a node says of its data, and what it sends: nothing that it does not hold as said."""
+"""What a node lists of its data, and what it sends: nothing that it does not hold as said."""
 
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from everstep.agent.job import RoundStage, Stage
 from everstep.agent.receiving import Expected, Receiver
 from everstep.agent.tickets import IssuedTicket
 from everstep.kernels.digest import digest_units
-from everstep.proto import peer_pb2, state_pb2
-from everstep.proto.envelope import seal
+from everstep.proto import peer_pb2
 from everstep.proto.errors import (
     EverstepError,
     FormatInvalid,
@@ -27,11 +26,10 @@ from everstep.proto.errors import (
 from everstep.proto.ids import UNIT_BYTES, SnapshotId
 from everstep.snapshot.record import open_record
 
-from .small_nodes import JOB, LAYOUT, SNAPSHOT, Shards, SmallNode, small_nodes
+from .serving_node import ALONE, GROUP, LEVELS, pins, publish_parity, run
+from .small_nodes import JOB, SNAPSHOT, Shards, SmallNode
 
 DEADLINE_S = 20.0
-LEVELS = (MEMORY, NVME)
-Body = Callable[[SmallNode], Coroutine[Any, Any, None]]
 
 
 async def eventually(condition: Callable[[], object], what: str) -> None:
@@ -39,14 +37,6 @@ async def eventually(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         await asyncio.sleep(0.005)
-
-
-def run(root: Path, body: Body, **overrides: Any) -> None:
-    async def whole() -> None:
-        async with small_nodes(root, ["n1"], **overrides) as nodes:
-            await body(nodes["n1"])
-
-    asyncio.run(whole())
 
 
 def open_shard(
@@ -90,31 +80,6 @@ def expected_of(shards: Shards, rank: int, units: Sequence[int]) -> list[Expecte
         )
         for unit in units
     ]
-
-
-def publish_parity(
-    node: SmallNode, shards: Shards, member: int, data: bytes, parities: int = 1
-) -> bytes:
-    """Parity of some bytes, as if encoded; returns its manifest."""
-    plan = shards.plan(parities)
-    manifest = state_pb2.ParityManifest(
-        plan=plan.encoded(),
-        member=member,
-        unit_digests=digest_units(data, UNIT_BYTES),
-        records=[
-            state_pb2.ShardRecord(rank=rank, record=record)
-            for rank, record in shards.records.items()
-        ],
-    )
-    envelope = seal("parity_manifest", manifest.SerializeToString())
-    with node.parity.reserve(shards.job, plan.plan_id, len(data)) as room:
-        room.view[:] = data
-        node.parity.publish(shards.job, envelope)
-    return envelope
-
-
-ALONE = Shards({"n1": {0: 3 * UNIT_BYTES + 7, 1: UNIT_BYTES}})
-GROUP = Shards({"n1": {0: UNIT_BYTES}, "n2": {1: 2 * UNIT_BYTES + 5}, "n3": {2: 3 * UNIT_BYTES}})
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -229,10 +194,6 @@ def test_parity_of_another_length_than_its_plan_is_refused(tmp_path: Path) -> No
             await node.serving.open(open_parity(0, 0, 1))
 
     run(tmp_path, body)
-
-
-def pins(node: SmallNode) -> int:
-    return sum(s.pins for job in node.state.jobs.values() for s in job.snapshots.values())
 
 
 def test_a_slot_stays_until_its_stream_ended(tmp_path: Path) -> None:
@@ -400,96 +361,6 @@ def test_a_job_that_only_disks_know(tmp_path: Path) -> None:
         reply = await node.serving.inventory(peer_pb2.InventoryRequest(job="unheard-of"))
         assert not reply.snapshots
         assert not reply.problems
-
-    run(tmp_path, body)
-
-
-def describing(*ranks: int) -> peer_pb2.DescribeRequest:
-    return peer_pb2.DescribeRequest(
-        job=JOB, incarnation=SNAPSHOT.incarnation, step=SNAPSHOT.step, ranks=ranks
-    )
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_shards_are_described(tmp_path: Path, level: str) -> None:
-    async def body(node: SmallNode) -> None:
-        (node.hold if level == MEMORY else node.hold_on_disk)(ALONE)
-        reply = await node.serving.describe(describing(1, 7))
-        assert [(s.rank, s.record, s.layout) for s in reply.shards] == [
-            (1, ALONE.records[1], LAYOUT)
-        ]
-        assert [s.rank for s in (await node.serving.describe(describing())).shards] == [0, 1]
-
-    run(tmp_path, body)
-
-
-def test_a_manifest_describes_shards_of_others(tmp_path: Path) -> None:
-    async def body(node: SmallNode) -> None:
-        publish_parity(node, GROUP, 0, bytes(UNIT_BYTES))
-        reply = await node.serving.describe(describing(1, 2))
-        assert [(s.rank, s.record) for s in reply.shards] == [
-            (1, GROUP.records[1]),
-            (2, GROUP.records[2]),
-        ]
-        assert not reply.shards[0].layout
-        node.memory.put_layout(JOB, open_record(GROUP.records[1], "").layout_id, LAYOUT)
-        reply = await node.serving.describe(describing(1))
-        assert reply.shards[0].layout == LAYOUT
-
-    run(tmp_path, body)
-
-
-def checking(level: str, *ranks: int, parity: bool = False) -> peer_pb2.CheckRequest:
-    return peer_pb2.CheckRequest(
-        job=JOB,
-        incarnation=SNAPSHOT.incarnation,
-        step=SNAPSHOT.step,
-        ranks=ranks,
-        level=level,
-        parity=parity,
-    )
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_damage_is_named_and_changes_nothing(tmp_path: Path, level: str) -> None:
-    async def body(node: SmallNode) -> None:
-        node.hold(ALONE)
-        node.hold_on_disk(ALONE)
-        reply = await node.serving.check(checking(level, 0, 1))
-        assert not reply.damaged
-        if level == MEMORY:
-            node.overwrite(0, 2 * UNIT_BYTES + 9, b"rotten")
-        else:
-            path = next((tmp_path / "n1" / "nvme").rglob("rank-00000.safetensors"))
-            with path.open("r+b") as file:
-                file.seek(2 * UNIT_BYTES + 9)
-                file.write(b"rotten")
-        reply = await node.serving.check(checking(level, 0, 1, 5))
-        named = [(c.incarnation, c.step, c.rank, c.level) for c in reply.damaged]
-        assert named == [(2, 40, 0, level), (2, 40, 5, level)]
-        assert "(2)" in reply.damaged[0].reason
-        assert node.state.jobs[JOB].snapshots[SNAPSHOT].stage is Stage.COMMITTED
-        assert pins(node) == 0
-
-    run(tmp_path, body)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_parity_is_checked(tmp_path: Path, level: str) -> None:
-    async def body(node: SmallNode) -> None:
-        data = os.urandom(GROUP.plan(1).rows().parity_file_units(0) * UNIT_BYTES)
-        reply = await node.serving.check(checking(level, parity=True))
-        assert "there is no parity" in reply.parity_problem
-        envelope = publish_parity(node, GROUP, 0, data)
-        node.nvme.parity.store(JOB, SNAPSHOT, memoryview(data), envelope)
-        reply = await node.serving.check(checking(level, parity=True))
-        assert reply.parity_problem == ""
-        store: Any = node.parity if level == MEMORY else node.nvme.parity
-        with store.open(JOB, "plan-1") as image, image.path.open("r+b") as file:
-            file.seek(UNIT_BYTES + 1)
-            file.write(b"rotten")
-        reply = await node.serving.check(checking(level, parity=True))
-        assert "(1)" in reply.parity_problem
 
     run(tmp_path, body)
 
