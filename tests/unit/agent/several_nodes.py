@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +286,15 @@ async def group_of(
         for node in nodes.values():
             await node.close()
         await asyncio.sleep(0)
+
+
+def run(
+    root: Path, parities: int, body: Callable[[Group], Coroutine[Any, Any, None]], **how: Any
+) -> None:
+    """Give a test such nodes, and a spare one that holds nothing."""
+
+    async def whole() -> None:
+        async with group_of(root, parities, spare=["spare"], **how) as group:
+            await body(group)
+
+    asyncio.run(whole())
