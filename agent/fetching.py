@@ -161,15 +161,8 @@ class Fetching:
             DeadlineExceeded: If the deadline passed first.
         """
         source = plan.source_of(rank)
-        check_record(record, record.job, plan.snapshot, rank, f"the record of rank {rank}")
-        count = unit_count(record.image_bytes)
-        if record.image_bytes != source.image_bytes or record.unit_bytes != UNIT_BYTES:
-            raise FormatInvalid(
-                f"the record of rank {rank}",
-                f"it is of {record.image_bytes} bytes, the plan of {source.image_bytes}",
-            )
-        wanted = range(count) if units is None else sorted(set(chain.from_iterable(units)))
-        assert not wanted or (wanted[0] >= 0 and wanted[-1] < count), (wanted[-1], count)
+        _check_planned(record, plan, rank, source.image_bytes)
+        wanted = _wanted_units(units, unit_count(record.image_bytes))
         transfer = _Transfer(
             plan,
             rank,
@@ -391,6 +384,23 @@ class _Final(Exception):
 
 class _Stopped(Exception):
     """Another stream of the transfer failed."""
+
+
+def _check_planned(record: Record, plan: SnapshotPlan, rank: int, image_bytes: int) -> None:
+    """Raise FormatInvalid unless it is of the rank, and as long as planned."""
+    check_record(record, record.job, plan.snapshot, rank, f"the record of rank {rank}")
+    if record.image_bytes != image_bytes or record.unit_bytes != UNIT_BYTES:
+        raise FormatInvalid(
+            f"the record of rank {rank}",
+            f"it is of {record.image_bytes} bytes, the plan of {image_bytes}",
+        )
+
+
+def _wanted_units(units: Sequence[range] | None, count: int) -> Sequence[int]:
+    """In order, each once; None for all of so many."""
+    wanted = range(count) if units is None else sorted(set(chain.from_iterable(units)))
+    assert not wanted or (wanted[0] >= 0 and wanted[-1] < count), (wanted[-1], count)
+    return wanted
 
 
 def _node_of(place: str) -> str:

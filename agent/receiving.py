@@ -245,6 +245,25 @@ class Receiver:
             raise PeerUnavailable(self._peer, f"the stream broke at {what}: {error}") from error
 
 
+class _Deadline:
+    """Until when all units must have come, if there is such a time."""
+
+    def __init__(self, peer: str, units: int, deadline_s: float | None) -> None:
+        self._peer = peer
+        self._units = units
+        self._deadline_s = deadline_s
+        self._begun_s = time.monotonic()
+
+    def check(self, arrived: int) -> None:
+        """Raise DeadlineExceeded if it has passed."""
+        if self._deadline_s is None or time.monotonic() < self._deadline_s:
+            return
+        waited_for = (
+            f"the transfer of {self._units} units from {self._peer}, {arrived} of which came"
+        )
+        raise DeadlineExceeded(waited_for, self._deadline_s - self._begun_s, (self._peer,))
+
+
 def receive_all(
     open_ticket: Callable[[int], IssuedTicket],
     peer: str,
@@ -281,15 +300,9 @@ def receive_all(
         DeadlineExceeded: If the deadline passed first, or the rate is too low to go on.
     """
     first, failures = 0, 0
-    begun_s = time.monotonic()
-
-    def check_deadline() -> None:
-        if deadline_s is not None and time.monotonic() >= deadline_s:
-            waited_for = f"the transfer of {len(expected)} units from {peer}, {first} of which came"
-            raise DeadlineExceeded(waited_for, deadline_s - begun_s, (peer,))
-
+    deadline = _Deadline(peer, len(expected), deadline_s)
     while first < len(expected):
-        check_deadline()
+        deadline.check(first)
         before = first
         try:
             with Receiver(
@@ -302,7 +315,7 @@ def receive_all(
                 tls=tls,
             ) as receiver:
                 while first < len(expected):
-                    check_deadline()
+                    deadline.check(first)
                     receiver.read_into(buffer_for(first))
                     first += 1
         except (PeerUnavailable, FormatInvalid, ShardCorrupt):
