@@ -291,6 +291,7 @@ class Protection:
             for fact in told.rounds if told is not None else ():
                 commit = progress.orphans.get(fact.plan_id)
                 if commit is not None and fact.stage != "committed":
+                    commit = commit and fact.stage != "failed"
                     reason = "" if commit else _GIVEN_UP
                     yield events.RoundEnded(name, fact.plan_id, commit, reason)
 
@@ -305,7 +306,10 @@ def _own_orders(
     if fact is None and known.commit is None:
         yield events.PrepareOrdered(plan)
     elif fact is not None and known.commit is not None and fact.stage != "committed":
-        yield events.RoundEnded(name, plan.plan_id, known.commit, known.reason)
+        # A node that was lost after it had prepared, and came back with nothing, has failed what
+        # the others commit: it has no part that it could commit.
+        commit = known.commit and fact.stage != "failed"
+        yield events.RoundEnded(name, plan.plan_id, commit, known.reason)
 
 
 class _Orphan(Enum):
