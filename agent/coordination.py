@@ -164,7 +164,7 @@ class Coordination:
             return events.DropOrdered(
                 name, snapshot, "not all ranks had sealed it, and the job went on without it"
             )
-        if known.whole:
+        if known.whole and not known.given_up:
             drifted = known.drifted_replicas()
             what = "disagree on what is replicated" if drifted is None else "have drifted apart"
             return events.DropOrdered(
@@ -179,11 +179,11 @@ class Coordination:
                 name, snapshot, f"{known.passed_by} went on to a newer step without sealing it"
             )
         absent = table.absent_rank(snapshot)
-        if absent is not None:
-            # Nobody shall wait for it: if it was to seal this, its node would say so.
-            reason = f"rank {absent} is not attached, or is joining"
-            return events.DropOrdered(name, snapshot, reason)
-        return None
+        if absent is not None and not known.given_up:
+            # Nobody shall wait for it: if it was to seal this, its node would say so. Some will
+            # have heard of the drop before it says otherwise.
+            known.given_up = f"rank {absent} is not attached, or is joining"
+        return events.DropOrdered(name, snapshot, known.given_up) if known.given_up else None
 
     def is_committed(self, name: str, snapshot: SnapshotId) -> bool:
         """Whether a snapshot is committed, as far as the reports say.
@@ -197,7 +197,8 @@ class Coordination:
         if known.committed_at or snapshot in table.encoded or snapshot == table.restored:
             return True
         settled = _left_behind(table, snapshot)
-        return not settled and known.whole and known.drifted_replicas() == ()
+        whole = known.whole and not known.given_up
+        return not settled and whole and known.drifted_replicas() == ()
 
     def newest_committed(self, name: str) -> SnapshotId | None:
         """The newest snapshot of a job whose every shard is in memory somewhere."""

@@ -52,6 +52,8 @@ class SnapshotTable:
     dropped_at: dict[str, SnapshotFact] = field(default_factory=dict)
     open_at: set[str] = field(default_factory=set)
     """Nodes that may seal their part yet."""
+    given_up: str = ""
+    """Why it was ordered to be dropped while it was not whole: it never commits from then on."""
     passed_by: str = ""
     """A node that has gone on to a newer step without sealing its part."""
     samples: Counter[bytes] = field(default_factory=Counter)

@@ -124,3 +124,14 @@ def test_enough_happens_among_many() -> None:
         "StopEncoding",
     ):
         assert seen[what], f"there is no {what}"
+
+
+def test_all_agents_die_while_a_step_is_captured() -> None:
+    """Trainers come back one node after the other: nobody is told of a drop and a commit."""
+    for seed in range(1010, 1025):
+        simulation = Simulation(seed, Profile(nodes=(5, 5)))
+        simulation.begin()
+        simulation.advance(4.0)
+        for _ in range(11):
+            simulation.fault(simulation.kill_agent)
+        simulation.calm()
