@@ -41,7 +41,7 @@ from everstep.storage.parity import ParityStore
 from everstep.storage.parity_memory import ParityMemory
 
 log = logging.getLogger("everstep.agent")
-_ATTEMPTS = 2
+_ATTEMPTS = 3
 """How often a place that does not deliver is tried before another one is."""
 _BUSY_PAUSE_S = 0.1
 
@@ -173,7 +173,8 @@ class Symbol:
                     if isinstance(error, PeerBusy) and time.monotonic() < patient_until_s:
                         time.sleep(min(_BUSY_PAUSE_S, left_s))
                         continue
-                    if not isinstance(error, PeerUnavailable):
+                    # Wrong bytes may be the network's doing: only here they say something.
+                    if places[0].node_id == self._work.calls.node_id:
                         break
                     attempts += 1
             log.warning("%s has no unit %d of %s: %s", places[0], unit, self.node_id, problem)

@@ -222,8 +222,8 @@ class Fleet:
         self,
         steps: int = 1,
         level: str = "memory",
-        within_s: float = 20.0,
-        wait_s: float = 1.5,
+        within_s: float = 40.0,
+        wait_s: float = 4.0,
     ) -> None:
         """Train until so many steps more were committed at a level on all ranks."""
         deadline = time.monotonic() + within_s

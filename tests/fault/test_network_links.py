@@ -59,11 +59,12 @@ def test_late_messages_that_overtake_each_other(fleet_of: FleetOf) -> None:
         fleet.network.delay(node_id, 0.01, 0.2, seed)
     fleet.start()
     fleet.launch()
-    fleet.commit(3, "parity")
+    # A round is a dozen messages, one after the other.
+    fleet.commit(3, "parity", within_s=90, wait_s=10)
     fleet.lose("n4")
     fleet.start("n4")
     fleet.relaunch("parity")
-    fleet.commit(1, "parity")
+    fleet.commit(1, "parity", within_s=90, wait_s=10)
     fleet.assert_calm()
 
 
