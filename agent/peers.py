@@ -295,6 +295,8 @@ class Peers:
         )
         try:
             return future.result(timeout_s + 1)
+        except concurrent.futures.CancelledError:
+            raise PeerUnavailable(node_id, "this agent is ending") from None
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise PeerUnavailable(node_id, f"no answer within {timeout_s:g} s") from None

@@ -53,6 +53,7 @@ def test_a_narrow_link_costs_parity_not_training(fleet_of: FleetOf) -> None:
     fleet.assert_calm()
 
 
+@pytest.mark.long
 def test_late_messages_that_overtake_each_other(fleet_of: FleetOf) -> None:
     fleet = fleet_of(options=PATIENT)
     for seed, node_id in enumerate(fleet.node_ids):

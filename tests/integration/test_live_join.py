@@ -201,6 +201,7 @@ def test_a_rank_joins_from_what_the_others_remember_of_its_node(
     commit_soon(cluster, [*ranks[:2], joiner], 4)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)  # a process with torch starts for each join
 def test_on_several_nodes_nobody_waits_for_one_that_leaves_and_joins_again_and_again(
     start_cluster: Callable[..., AgentCluster], start_rank: Callable[..., LiveRank]

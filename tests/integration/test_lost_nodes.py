@@ -44,7 +44,9 @@ def undisturbed(cluster: AgentCluster, world: int, until: int) -> list[str]:
     return [str(trainer.until(event="end")["digest"]) for trainer in trainers]
 
 
-@pytest.mark.parametrize(("count", "parities"), [(3, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("count", "parities"), [(3, 1), pytest.param(4, 2, marks=pytest.mark.long)]
+)
 def test_as_many_nodes_as_there_are_parities(
     start_cluster: StartCluster, count: int, parities: int
 ) -> None:
@@ -101,6 +103,7 @@ def test_one_more_than_there_are_parities_goes_back_to_disk(start_cluster: Start
         assert trainer.ended() == 0
 
 
+@pytest.mark.long
 def test_all_memory_and_one_disk(start_cluster: StartCluster) -> None:
     """Power goes everywhere, one disk does not come back: NVMe of p - m nodes is enough."""
     cluster = start_cluster(3, options="[parity]\nparities = 1\n[nvme]\ninterval = '2 steps'")
@@ -119,6 +122,7 @@ def test_all_memory_and_one_disk(start_cluster: StartCluster) -> None:
     assert [each["restored"] for each in after] == [each["end"] for each in before]
 
 
+@pytest.mark.long
 def test_agents_restarted_one_by_one_lose_nothing(start_cluster: StartCluster) -> None:
     """Trainers go on meanwhile; what was in memory before is restored after."""
     cluster = start_cluster(3, options="[nvme]\ninterval = 'off'")
