@@ -142,7 +142,7 @@ class Members:
         self._strange: dict[str, str] | None = None
         self._liveness = Liveness(rules.node_id, rules.suspect_after_s)
         self._due_s: float | None = None
-        self._report_s = float("-inf")
+        self._report_s = self._waits_until_s = float("-inf")
         self._unlisted = expects_others
         """Nobody is known at all, not even this agent: no reason to think that it is alone."""
         self.seek(seeds)
@@ -198,8 +198,7 @@ class Members:
 
     def ready(self, now_s: float) -> bool:
         """Whether this agent coordinates and knows what every live member holds."""
-        # When all start at once, who is slow to come may know more than all that are there.
-        waited = now_s - (self._search.started_s or 0.0) >= self.rules.join_timeout_s
+        waited = now_s >= self._waits_until_s  # who is slow to come may know more than all here
         known = self.is_coordinator(now_s) and not self._liveness.waiting_for()
         return known and (waited or not any(self._strangers().values()))
 
@@ -288,6 +287,7 @@ class Members:
 
     def _found(self) -> None:
         """Take the first place, or this agent's in the cluster of which nobody else is left."""
+        self._waits_until_s = (self._search.started_s or 0.0) + self.rules.join_timeout_s
         own = self.rules
         entry = Entry(
             own.node_id, self.epoch + 1, own.boot_id, address=own.address, labels=own.labels
