@@ -107,7 +107,7 @@ class Training:
         """What the launcher and the ranks do next."""
         launch = self.launch
         for trainer in launch.trainers if launch is not None else ():
-            agent = trainer.agent
+            agent = trainer.host.agent  # attached or not: a fenced one answers neither
             if agent is not None and agent.node.members.fenced_by:
                 self.kill(trainer)  # its agent says that it takes no snapshots any more
         if launch is None or any(not t.alive for t in launch.trainers) or self._stuck(launch):
