@@ -8,6 +8,7 @@ checks finds new damage or is the last. The plan itself is a pure function: `age
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from everstep.agent.inventory import NodeInventory
 from everstep.agent.peers import Peers
 from everstep.agent.planning import Erasure, Held, SnapshotPlan, plan_snapshots
 from everstep.proto import agent_pb2, peer_pb2
-from everstep.proto.errors import EverstepError
+from everstep.proto.errors import EverstepError, PeerUnavailable, StaleEpoch
 from everstep.proto.ids import SnapshotId
 
 log = logging.getLogger("everstep.agent")
@@ -86,14 +87,28 @@ class Gathering:
         )
 
     async def _asked(self, node_id: str, method: str, request: Any) -> Any:
-        try:
-            # Each call fills in the sender: not in a message that others are sending, too.
-            own = type(request)()
-            own.CopyFrom(request)
-            return await self._peers.call(node_id, method, own, self._timeout_s)
-        except EverstepError as error:
-            log.warning("%s of %s: %s", method, node_id, error)
-            return None
+        """The answer of a node; None if it does not come.
+
+        Who was started a moment ago is not known to all yet, and not reached by all: a node that
+        counts as live is asked again for as long as that lasts.
+        """
+        rules = self._peers.node.members.rules
+        deadline_s = time.monotonic() + rules.suspect_after_s
+        while True:
+            try:
+                # Each call fills in the sender: not in a message that others are sending, too.
+                own = type(request)()
+                own.CopyFrom(request)
+                return await self._peers.call(node_id, method, own, self._timeout_s)
+            except (PeerUnavailable, StaleEpoch) as error:
+                if node_id in self._peers.live() and time.monotonic() < deadline_s:
+                    await asyncio.sleep(rules.heartbeat_s)
+                    continue
+                log.warning("%s of %s: %s", method, node_id, error)
+                return None
+            except EverstepError as error:
+                log.warning("%s of %s: %s", method, node_id, error)
+                return None
 
     async def checked(
         self, job: str, findings: Findings, wishes: Wishes, usable: Callable[[SnapshotPlan], bool]
