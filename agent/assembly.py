@@ -100,6 +100,7 @@ class Assembly:
             Refused: If it would join a running incarnation with another world size.
         """
         launch = self._present(caller, launch_id)
+        unknown = caller.rank not in launch.members
         holder = launch.members.get(caller.rank)
         if holder is not None and holder.process_id == caller.process_id:
             holder = None  # it attaches again
@@ -117,7 +118,11 @@ class Assembly:
             else:
                 launched_anew = bool(launch_id) and launch_id != launch.launch_id
                 other = not launch.members or launch.world != caller.world or launched_anew
-                if other or holder is not None:
+                # Every rank had a part in what is committed. Its node was lost with all memory of
+                # the process that had: this is the first of the next launch. Let in here, it could
+                # have restored before the others come and end this incarnation.
+                over = unknown and self._has_committed(caller.job, launch)
+                if other or over or holder is not None:
                     launch = self._begin(caller, launch_id)
         sequence = self._coordination.reported.get(node_id, 0)
         launch.members[caller.rank] = Holder(

@@ -111,6 +111,26 @@ def test_a_new_process_of_a_rank_begins_an_incarnation_for_all() -> None:
         world.join("n2", "first-n2", incarnation=1)
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_the_first_of_the_next_launch_may_be_of_a_rank_that_nobody_remembers(
+    attached: bool,
+) -> None:
+    """Its node was lost with its memory; the others' processes are gone, or are dying."""
+    world = World().running(steps=(5,))
+    world.coordination.forget("n1")
+    world.say("n1")
+    for node_id in ("n2", "n3"):
+        world.report(node_id, 1, [(f"first-{node_id}", attached)], steps=(5,))
+    world.coordination.take_over(2)
+    for node_id in ("n2", "n3"):
+        world.report(node_id, 1, [(f"first-{node_id}", attached)], steps=(5,))
+    assert world.join("n1", "second-n1") == 2
+    for node_id in ("n2", "n3"):
+        world.report(node_id, 1, [(f"first-{node_id}", False)], steps=(5,))
+        assert world.join(node_id, f"second-{node_id}") == 2
+    assert world.join("n1", "second-n1", incarnation=2) == 2, "nobody has ended it"
+
+
 def test_a_number_that_any_live_node_remembers_is_not_used_again() -> None:
     world = World()
     world.say("n2", JobFact(JOB, 4, 3, newest_incarnation=9))
