@@ -237,11 +237,10 @@ CASES = (
 def test_a_live_join(case: Case) -> None:
     world = World()
     steps = (5,) if case.committed else ()
-    for node_id in ("n1", "n2"):
+    for node_id in ("n1", "n2", *(("n3",) if case.holder != "never" else ())):
         world.join(node_id, f"first-{node_id}")
+    for node_id in ("n1", "n2"):
         world.report(node_id, 1, [(f"first-{node_id}", case.others == "attached")], steps=steps)
-    if case.holder != "never":
-        world.join("n3", "first-n3")
     members = [] if case.holder == "never" else [("first-n3", case.holder == "attached")]
     world.report("n3", 1, members, steps=steps)
     silent = frozenset({"n3"}) if case.silent else frozenset()
