@@ -13,6 +13,7 @@ PROTO_SERVICES := everstep/proto/agent.proto everstep/proto/peer.proto
 PROTO_SOURCES := $(PROTO_SERVICES) everstep/proto/state.proto
 KERNEL_SOURCES := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h)
 GENERATED := build/proto-check
+QUIET_TESTS := tests/unit tests/contract tests/golden tests/sim tests/test_layering.py
 
 .PHONY: help setup view kernels proto check test test-long fault bench demo wheel clean
 
@@ -79,8 +80,10 @@ check: setup view
 	    || { echo "proto/$$(basename $$file) is out of date: run 'make proto'"; exit 1; }; \
 	done
 
+# Tests without processes of their own share the cores; the others must not disturb each other.
 test: setup kernels
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 $(QUIET_TESTS)
+	$(BIN)/pytest $(addprefix --ignore ,$(QUIET_TESTS))
 
 test-long: setup kernels
 	$(BIN)/pytest -m "long and not gpu"

@@ -83,6 +83,7 @@ def check_document(text: str, plan_interval: int = 4) -> None:
     assert Path(document["image"]).read_bytes().startswith(PNG)
 
 
+@pytest.mark.long  # .ci/run lets the wheel, outside of the checkout, do the same
 @pytest.mark.timeout(300)
 def test_the_short_demo_ends_equal_and_leaves_nothing(tmp_path: Path) -> None:
     demo = Demo(tmp_path, "--short", "--json")
