@@ -128,6 +128,8 @@ class Liveness:
     def advance(self, now_s: float) -> bool:
         """Let time pass for an agent that has a place; true if another one coordinates now."""
         before = self.coordinator
+        if before and not self._unsure and now_s < self._deadline_s:
+            return False
         while True:
             chosen = (
                 self._first(self._silent)
@@ -140,7 +142,9 @@ class Liveness:
             if chosen == self._own:
                 self._judge(now_s)
                 return chosen != before
-            if self.silence_s(chosen, now_s) < self._suspect_after_s:
+            left_s = self._suspect_after_s - self.silence_s(chosen, now_s)
+            if left_s > 0:
+                self._deadline_s = now_s + left_s
                 return chosen != before
             self._silent.add(chosen)
             self._reconsider()

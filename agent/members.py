@@ -398,6 +398,9 @@ class Members:
         their answers are how it finds out. Those that were replaced find out by it, too.
         """
         silent = self._liveness.silent()
+        if not silent:
+            self._probing.clear()
+            return ()
         schedules = self._probing = {
             node_id: self._probing.get(node_id) or _Schedule(self.rules.suspect_after_s)
             for node_id in silent
@@ -438,6 +441,8 @@ class Members:
     def _claims(
         self, targets: Mapping[str, str], now_s: float, longest_s: float
     ) -> tuple[Contact, ...]:
+        if not targets:
+            return ()
         heartbeat_s = self.rules.heartbeat_s
         schedules = {
             address: self._schedules.setdefault(address, _Schedule(heartbeat_s))

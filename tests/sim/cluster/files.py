@@ -82,10 +82,11 @@ class Memory:
 
     def sound(self, rank: int, digest: bytes) -> bool:
         """Whether this rank's shard with this record is there."""
-        return any(
-            slot[0] == rank and record.token.digest == digest and self.slots[slot] == record.token
-            for slot, record in self.records.items()
-        )
+        token = token_of(digest)
+        for slot, record in self.records.items():
+            if slot[0] == rank and record.token == token and self.slots[slot] == token:
+                return True
+        return False
 
     def keep_membership(self, job: Job) -> None:
         """As `WriteMembership` does."""
