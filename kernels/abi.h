@@ -13,9 +13,10 @@
 #ifndef EVERSTEP_ABI_H
 #define EVERSTEP_ABI_H
 
+#include <stddef.h>
 #include <stdint.h>
 
-#define EVERSTEP_ABI 2
+#define EVERSTEP_ABI 3
 #define EVERSTEP_DIGEST_BYTES 16
 #define EVERSTEP_EXPORT __attribute__((visibility("default")))
 
@@ -80,6 +81,22 @@ EVERSTEP_EXPORT void everstep_gf256_dots(const uint8_t* coefficients, uint64_t r
                                          uint64_t source_count, const uint8_t* const* sources,
                                          const uint64_t* source_bytes, uint8_t* const* targets,
                                          uint64_t bytes, int isa);
+
+// One copy of many.
+typedef struct {
+    void* target;
+    const void* source;
+    uint64_t bytes;
+} everstep_copy;
+
+// cudaMemcpyAsync, as its library exports it. 0 is success.
+typedef int (*everstep_copy_function)(void* target, const void* source, size_t bytes, int kind,
+                                      void* stream);
+
+// Calls `copy` for each row that has bytes, in order, up to the first that fails. Returns that
+// one's error, or 0; `done` is how many rows succeeded, which is the index of the one that failed.
+EVERSTEP_EXPORT int everstep_copy_each(everstep_copy_function copy, const everstep_copy* copies,
+                                       uint64_t count, int kind, void* stream, uint64_t* done);
 
 #ifdef __cplusplus
 }
