@@ -84,7 +84,7 @@ class BulkOptions:
     """Streams served at one time, and as many taken."""
     max_tickets: int = field(default=1024, metadata=rule(as_count(1, 1 << 20)))
     """Tickets given and not yet used."""
-    ticket_timeout_s: float = field(default=30.0, metadata=rule(as_seconds(0.1, 3600)))
+    ticket_timeout_s: float = field(default=10.0, metadata=rule(as_seconds(0.1, 3600)))
     """How long a ticket is good for."""
     stall_timeout_s: float = field(default=10.0, metadata=rule(as_seconds(0.1, 3600)))
     """How long a stream may stand still before it is given up."""

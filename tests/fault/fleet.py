@@ -67,7 +67,7 @@ class Fleet:
         self.options: dict[str, dict[str, Any]] = {
             "cluster": {"heartbeat_s": 0.1, "suspect_after_s": 0.8, "join_timeout_s": 5.0},
             "parity": {"parities": parities, "timeout_s": 5.0, "scrub_bytes_s": 0},
-            "bulk": {"stall_timeout_s": 2.0},
+            "bulk": {"stall_timeout_s": 2.0, "ticket_timeout_s": 5.0},
             "memory": {"keep_free_bytes": 0},
             "nvme": {"interval": "off", "keep_newest": 2},
             "limits": {"declare_timeout_s": 10.0, "restore_timeout_s": 30.0},
