@@ -12,7 +12,7 @@ import re
 import socket as sockets
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,6 +53,7 @@ from everstep.proto.places import (
 
 AUTO = "auto"
 """In the file: take what `default_places`, the host or other options say."""
+MAX_SLOTS = 8
 _SLOTS = 2
 _SLOTS_WITH_PARITY = 3
 """The newest protected, the one being encoded, the one in flight."""
@@ -92,7 +93,7 @@ class AgentOptions:
 class MemoryOptions:
     """[memory]: the arenas."""
 
-    slots: int = field(metadata=rule(as_count(2, 8)))
+    slots: int = field(metadata=rule(as_count(2, MAX_SLOTS)))
     """Snapshots of one rank held side by side, the one in flight included. "auto" in the file."""
     keep_free_bytes: int = field(default=512 * MIB, metadata=rule(as_bytes(0, 1 << 50)))
     """Left free in `memory_dir` and in the host's memory."""
@@ -171,6 +172,8 @@ class Config:
     cluster: ClusterOptions
     parity: ParityOptions
     bulk: BulkOptions
+    slots_automatic: bool = False
+    """Whether `memory.slots` is the least, and a trainer with several captures gets more."""
 
     @property
     def private_socket(self) -> Path:
@@ -205,7 +208,7 @@ class Config:
 
 
 _SECTIONS: Mapping[str, type[Any]] = MappingProxyType(
-    {section.name: section.type for section in fields(Config)}  # type: ignore[misc]
+    {section.name: section.type for section in fields(Config) if is_dataclass(section.type)}  # type: ignore[misc]
 )
 _Given = dict[str, tuple[object, str]]
 """By dotted option: the value as given, and the file it came from (empty for a flag)."""
@@ -322,7 +325,8 @@ def _automatic(environ: Mapping[str, str]) -> dict[str, object]:
 def _resolved(config: Config, given: _Given, environ: Mapping[str, str]) -> Config:
     """Fill in what depends on more than one option."""
     agent, memory, cluster = config.agent, config.memory, config.cluster
-    if cluster.configured and config.parity.parities != 0 and _is_automatic("memory.slots", given):
+    automatic = _is_automatic("memory.slots", given)
+    if cluster.configured and config.parity.parities != 0 and automatic:
         memory = replace(memory, slots=_SLOTS_WITH_PARITY)
     if cluster.peers_slurm.isdecimal():
         nodes = environ.get("SLURM_JOB_NODELIST", "")
@@ -338,7 +342,7 @@ def _resolved(config: Config, given: _Given, environ: Mapping[str, str]) -> Conf
     if cluster.peers_slurm and _is_automatic("agent.node_id", given):
         # Slurm's own name of this node, by which the list names it.
         agent = replace(agent, node_id=environ.get("SLURMD_NODENAME") or agent.node_id)
-    return replace(config, agent=agent, memory=memory, cluster=cluster)
+    return replace(config, agent=agent, memory=memory, cluster=cluster, slots_automatic=automatic)
 
 
 def _parsed_listed(nodes: str) -> str:

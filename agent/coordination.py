@@ -140,7 +140,8 @@ class Coordination:
     def _orders_for(self, name: str, table: JobTable, fact: JobFact) -> Iterator[Order]:
         if 0 < fact.incarnation < table.incarnation:
             yield events.BeginOrdered(name, table.incarnation, table.world, table.launch_id)
-        for part in fact.snapshots:
+        # Ascending: a commit drops what is older and open, and both may be whole by now.
+        for part in sorted(fact.snapshots, key=lambda part: part.snapshot):
             if part.stage == "sealed":
                 order = self._verdict(name, part.snapshot)
                 if order is not None:

@@ -42,7 +42,7 @@ class Attach:
     holder_alive: bool
     """Whether the process that held this rank until now is alive (and another one)."""
     nvme_interval_steps: int | None = None
-    in_flight: InFlight | None = None
+    in_flight: tuple[InFlight, ...] = ()
     decided: int | None = None
     """The incarnation that the coordinator has given it; None where this agent stands alone."""
     live: bool = False
@@ -116,6 +116,10 @@ class Offer:
     step: int
     patient: bool = False
     """Whether it asks again while the slots are busy, as then all ranks do."""
+    captures_in_flight: int = 1
+    """How many steps it copies at once, at most."""
+    in_flight: tuple[InFlight, ...] = ()
+    """Older steps that it still copies; an older one that is not named here it never seals."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ be evicted, which slot a rank may write. Promises that the newest committed snap
 being copied, and one that is pinned are never evicted (P2). Does no I/O and never reads a clock.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -14,7 +15,6 @@ from everstep.agent.events import (
     ArenaReserved,
     Caller,
     Declare,
-    InFlight,
     Seal,
 )
 from everstep.agent.plans import ParityPlan
@@ -108,6 +108,8 @@ class Member:
     attached: bool = True
     adopted: bool = False
     """Whether it is known from before this agent began, and has not attached to it yet."""
+    captures_in_flight: int = 1
+    """How many steps it copies at once, at most, as its last offer said."""
 
 
 @dataclass(slots=True)
@@ -245,30 +247,6 @@ class Job:
         holder = self.members.get(caller.rank)
         return self.resumed if holder is None else holder.process_id == caller.process_id
 
-    def readmit(self, rank: int, in_flight: InFlight | None) -> None:
-        """As a rank attaches, take note of the copy it says is going on, and of no other."""
-        for known in self.snapshots.values():
-            known.copying.discard(rank)
-        arenas = self.arenas.get(rank)
-        if in_flight is None or not arenas:
-            return
-        snapshot_id = SnapshotId(self.incarnation, in_flight.step)
-        newest = self.newest_committed()
-        superseded = newest is not None and newest.id > snapshot_id
-        replaced = arenas[-1].generation != in_flight.place.generation
-        taken = any(
-            other.granted.get(rank) == in_flight.place
-            for other in self.snapshots.values()
-            if other.id != snapshot_id
-        )
-        if superseded or replaced or taken or in_flight.step in self.refused:
-            return
-        snapshot = self.snapshots.setdefault(snapshot_id, Snapshot(snapshot_id, self.world))
-        if snapshot.stage is Stage.OPEN:
-            snapshot.granted.setdefault(rank, in_flight.place)
-        if snapshot.granted.get(rank) == in_flight.place and rank not in snapshot.sealed:
-            snapshot.copying.add(rank)
-
     def declare(self, event: Declare) -> tuple[int, ...] | None:
         """Take note of a rank's replicas; return the agreed ones once all ranks have spoken."""
         if any(known > event.round for known in self.declarations):
@@ -322,7 +300,7 @@ class Job:
             # Somebody reads it, be it dropped since: other ranks' shards of it may be sound.
             return True
         if snapshot.stage is Stage.DROPPED:
-            return False
+            return bool(snapshot.copying)  # a slot that is written is nobody else's
         if self.in_round(snapshot.id):
             return True
         newest = self.newest_committed()
@@ -392,8 +370,9 @@ class Job:
     def why_busy(self) -> str:
         """Why no other step can be begun; empty if one can.
 
-        While any rank copies, none begins another step: that rank would miss it, and with every
-        rank busy at another time no step would ever be sealed by all.
+        While as many steps are copied as some rank can have in flight, none begins another: that
+        rank would miss it, and with every rank busy at another time no step would ever be sealed
+        by all.
         """
         at_work = [s for s in self.snapshots.values() if s.stage is Stage.OPEN or s.copying]
         slots = min(arenas[-1].slot_count for arenas in self.arenas.values())
@@ -401,12 +380,15 @@ class Job:
         staying = [
             s for s in self.snapshots.values() if self.must_stay(s) and self.in_present_arenas(s)
         ]
-        if len(staying) >= slots:
+        full = len(staying) >= slots
+        if full:
             newest = self.newest_committed()
             at_work += [s for s in staying if s is not newest and s not in at_work]
             if not at_work:
                 return "busy: there is no slot beside the newest commit's"
-        return "busy: " + "; ".join(map(self._why_busy_with, at_work)) if at_work else ""
+        most = min((member.captures_in_flight for member in self.members.values()), default=1)
+        busy = full or len(at_work) >= most
+        return "busy: " + "; ".join(map(self._why_busy_with, at_work)) if busy else ""
 
     def in_present_arenas(self, snapshot: Snapshot) -> bool:
         """Whether a snapshot takes a slot of the arenas that are written now."""
@@ -439,13 +421,13 @@ class Job:
         while len(self.refused) > REMEMBERED_REFUSALS:
             del self.refused[next(iter(self.refused))]
 
-    def free_place(self, rank: int) -> Place | None:
-        """A slot of the rank's present arena that no snapshot holds."""
+    def free_place(self, rank: int, written: Container[Place] = ()) -> Place | None:
+        """A slot of the rank's present arena that no snapshot holds, and that is not `written`."""
         arena = self.arenas[rank][-1]
         held = {snapshot.granted.get(rank) for snapshot in self.snapshots.values()}
         for slot in range(arena.slot_count):
             place = Place(arena.generation, slot)
-            if place not in held:
+            if place not in held and place not in written:
                 return place
         return None
 

@@ -21,9 +21,14 @@ from everstep.storage.retention import Rule, expired
 
 
 def newest_commits(job: Job) -> Iterator[wire.Notice]:
-    """Notices of the newest commit at each level, for a session that has just attached."""
+    """Notices of the newest commit at each level, for a session that has just attached; in memory
+    of the whole incarnation, since a trainer may wait for more than one."""
     newest = job.newest_committed()
-    found = [(newest.id, "memory")] if newest is not None else []
+    found = [
+        (s.id, "memory")
+        for s in sorted(job.snapshots.values(), key=lambda s: s.id)
+        if s.stage is Stage.COMMITTED and newest and s.id.incarnation == newest.id.incarnation
+    ]
     protected = job.protected()
     if protected is not None:
         found.append((protected, "parity"))

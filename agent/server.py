@@ -9,7 +9,7 @@ Decides nothing and touches no level itself.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -17,10 +17,10 @@ from everstep.agent import events, reports
 from everstep.agent.actions import Place
 from everstep.agent.answering import among, caller_of, digests_of
 from everstep.agent.cluster import Cluster
-from everstep.agent.config import Config
+from everstep.agent.config import MAX_SLOTS, Config
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Recovery, Wanted
-from everstep.agent.reservation import reserve_arena
+from everstep.agent.reservation import MAX_CAPTURES, reserve_arena
 from everstep.agent.surveying import cluster_status
 from everstep.proto import agent_pb2 as wire
 from everstep.proto import processes
@@ -63,6 +63,17 @@ async def _abort(context: Any, error: EverstepError) -> None:
 def process_alive(pid: int, started_s: float) -> bool:
     """Whether this very process (not a later one with its pid) runs."""
     return processes.started_s(pid) == started_s
+
+
+def _captures(said: int) -> int:
+    return min(max(1, said), MAX_CAPTURES)
+
+
+def _in_flight(said: Sequence[wire.InFlight]) -> tuple[events.InFlight, ...]:
+    """The captures under way that a trainer names: no more than it can have slots."""
+    return tuple(
+        events.InFlight(one.step, Place(one.generation, one.slot)) for one in said[:MAX_SLOTS]
+    )
 
 
 class Service(AgentServicer):
@@ -120,10 +131,6 @@ class Service(AgentServicer):
             for rank, member in others
             if rank != caller.rank and member.adopted
         )
-        in_flight = None
-        if request.HasField("in_flight"):
-            place = Place(request.in_flight.generation, request.in_flight.slot)
-            in_flight = events.InFlight(request.in_flight.step, place)
         has_interval = request.HasField("nvme_interval_steps")
         incarnation: int = self._pipeline.submit(
             events.Attach(
@@ -133,7 +140,7 @@ class Service(AgentServicer):
                 pid_started_s=request.pid_started_s,
                 holder_alive=alive,
                 nvme_interval_steps=request.nvme_interval_steps if has_interval else None,
-                in_flight=in_flight,
+                in_flight=_in_flight(request.in_flight),
                 decided=decided,
                 live=live,
                 others_alive=others_alive,
@@ -165,7 +172,12 @@ class Service(AgentServicer):
         if not request.layout:
             return await self._agree(caller, request)
         arena = await reserve_arena(
-            self._pipeline, self._config, caller, request.layout, request.layout_id
+            self._pipeline,
+            self._config,
+            caller,
+            request.layout,
+            request.layout_id,
+            _captures(request.captures_in_flight),
         )
         failpoint("agent.declare.reserved")
         return wire.DeclareReply(
@@ -207,7 +219,15 @@ class Service(AgentServicer):
         if self._cluster is not None:
             self._cluster.check_place()
         self._pipeline.check_arena(caller.job, caller.rank)
-        reply = self._pipeline.submit(events.Offer(caller, request.step, request.patient))
+        reply = self._pipeline.submit(
+            events.Offer(
+                caller,
+                request.step,
+                request.patient,
+                _captures(request.captures_in_flight),
+                _in_flight(request.in_flight),
+            )
+        )
         failpoint("agent.offer.decided")
         if self._cluster is not None:
             self._cluster.offered(self._state.jobs[caller.job])

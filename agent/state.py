@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from everstep.agent import actions, events, joining, obeying, rounds
+from everstep.agent import actions, events, granting, joining, obeying, rounds
 from everstep.agent.actions import Action, Place
 from everstep.agent.durability import (
     flush_due,
@@ -121,7 +121,7 @@ class State:
             joining.joined(self, job, caller.rank)
         if event.nvme_interval_steps is not None:
             job.nvme_interval_steps = event.nvme_interval_steps
-        job.readmit(caller.rank, event.in_flight)
+        granting.readmit(job, caller.rank, event.in_flight)
         self.keep_membership(job)
         return job.incarnation
 
@@ -226,6 +226,7 @@ class State:
         for snapshot in list(job.snapshots.values()):
             place = snapshot.granted.get(event.rank)
             if place is not None and place.generation == event.generation:
+                snapshot.copying.discard(event.rank)
                 if snapshot.stage is not Stage.DROPPED:
                     job.damaged[snapshot.id] = f"the arena of rank {event.rank} is gone"
                     self.drop(job, snapshot, job.damaged[snapshot.id])
@@ -251,7 +252,8 @@ class State:
             raise ArenaLost(job.name, rank)
         job.restoring.discard(rank)
         job.joining.pop(rank, None)
-        self._give_up_older(job, rank, event.step)
+        job.members[rank].captures_in_flight = event.captures_in_flight
+        granting.give_up_older(self, job, event)
         if event.step in job.refused:
             return job.refused[event.step]
         snapshot_id = SnapshotId(job.incarnation, event.step)
@@ -269,34 +271,7 @@ class State:
             return snapshot.reason
         if rank in snapshot.sealed:
             return f"step {event.step} is sealed already"
-        return self._grant(job, snapshot, rank)
-
-    def _give_up_older(self, job: Job, rank: int, step: int) -> None:
-        """A rank copies one step at a time: with a newer one it will never seal an older one."""
-        for snapshot in list(job.snapshots.values()):
-            if snapshot.id.step >= step:
-                continue
-            snapshot.copying.discard(rank)
-            present = snapshot.id.incarnation == job.incarnation
-            if present and snapshot.stage is Stage.OPEN and rank not in snapshot.sealed:
-                self.drop(job, snapshot, f"rank {rank} went on to step {step} without sealing it")
-
-    def _grant(self, job: Job, snapshot: Snapshot, rank: int) -> Place | str:
-        if rank in snapshot.granted:
-            return snapshot.granted[rank]
-        place = job.free_place(rank)
-        for old in job.evictable():
-            if place is not None:
-                break
-            if rank in old.granted:
-                self.forget(job, old)
-                place = job.free_place(rank)
-        if place is None:
-            self.drop(job, snapshot, f"rank {rank} has no free slot")
-            return snapshot.reason
-        snapshot.granted[rank] = place
-        snapshot.copying.add(rank)
-        return place
+        return granting.grant(self, job, snapshot, event)
 
     def _seal(self, event: events.Seal) -> str | None:
         job = self._job(event.caller)

@@ -194,7 +194,8 @@ class JobTable:
     def find_passed(self) -> set[str]:
         """Look for snapshots that a node has passed by: its ranks took part in a newer step of the
         same incarnation, and it knows nothing of this one. A trainer that could not reach its agent
-        for one step leaves no refusal.
+        for one step leaves no refusal. One that has several captures under way has the older open
+        there, so that it is known; should it go on without it, its agent drops it.
 
         Returns:
             The nodes that hold parts of those that were found now.

@@ -1,22 +1,22 @@
-"""The one capture that may be under way, from the granted slot to the seal.
+"""The captures under way, each from the granted slot to the seal.
 
-Owns the capture's thread, the fence, and what the agent is told of the outcome. Promises that the
-training thread waits here only for bytes to be copied, never for the agent; that a copy which was
-torn, or that the agent refused, is dropped, counted and named once; and that a slot's memory is
-let go of before the next capture begins.
+Owns the captures' threads, the fence, and what the agent is told of the outcome. Promises that the
+training thread waits here only for bytes to be copied, never for the agent; that no more captures
+are under way than `captures_in_flight`, and that they are sealed in the order in which they were
+begun, as far as `seal_s` allows; that a copy which was torn, or that the agent refused, is dropped,
+counted and named once; and that a slot's memory is let go of before its capture has ended.
 """
 
 import logging
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 from everstep.client.arrangement import Arrangement, Arranger
 from everstep.client.channel import Channel
 from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits, Stats
 from everstep.client.session import Session
+from everstep.client.works import Work, Works, await_ends, finish
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import AgentUnavailable, DeadlineExceeded, EverstepError
 from everstep.proto.failpoint import failpoint
@@ -29,20 +29,12 @@ _REMEMBERED_HANDLES = 16
 _RETRY_S = 0.05
 
 
-@dataclass(slots=True)
-class Work:
-    """A capture under way."""
-
-    handle: Snapshot
-    capture: Capture
-    arrangement: Arrangement
-    record: Record
-    slot: int
-    ended: threading.Event = field(default_factory=threading.Event)
-
-
 class Capturing:
-    """Carries captures out, one at a time."""
+    """Carries captures out, each on a thread of its own.
+
+    Attributes:
+        captures_in_flight: How many may be under way; set before the first.
+    """
 
     def __init__(
         self,
@@ -57,11 +49,14 @@ class Capturing:
         self._arranger = arranger
         self._limits = limits
         self._stats = stats
-        self._work: Work | None = None
+        self.captures_in_flight = 1
+        self._works = Works()
         self._handles: dict[int, Snapshot] = {}
+        self._replicated: dict[int, tuple[str, ...]] = {}
+        """By step, as the handles: the replicated leaves of its layout."""
         self._warned: set[str] = set()
         self._closed = False
-        self._worker = ThreadPoolExecutor(1, "everstep-capture")
+        self._workers: ThreadPoolExecutor | None = None
 
     @property
     def begun(self) -> bool:
@@ -69,14 +64,15 @@ class Capturing:
         return bool(self._handles)
 
     def under_way(self) -> Snapshot | None:
-        """The handle of the capture that has not ended yet."""
-        work = self._work
-        if work is None:
+        """The handle of the oldest capture, if as many are under way as may be."""
+        works = self._works.under_way()
+        if len(works) < self.captures_in_flight:
             return None
-        if work.handle.state != "copying":
+        oldest = works[0]
+        if oldest.handle.state != "copying":
             # Nothing but the agent's reply is missing, and others may have heard of it already.
-            work.ended.wait(self._limits.offer_s)
-        return None if work.ended.is_set() else work.handle
+            oldest.ended.wait(self._limits.offer_s)
+        return None if oldest.ended.is_set() else oldest.handle
 
     def begin(self, step: int, arrangement: Arrangement, slot: int, record: Record) -> Snapshot:
         """Copy what must be copied at once, and start copying the rest.
@@ -90,53 +86,74 @@ class Capturing:
         assert self.under_way() is None
         handle = Snapshot(step)
         memory = arrangement.arena.slot(slot, arrangement.layout.image_bytes)
-        capture = Capture(arrangement.plan, memory, seed=step)
+        capture = Capture(arrangement.plan, memory, seed=step, slot_index=slot)
         work = Work(handle, capture, arrangement, record, slot)
-        self._handles[step] = handle
-        while len(self._handles) > _REMEMBERED_HANDLES:
-            del self._handles[next(iter(self._handles))]
-        handle.on_wait(
-            lambda: capture.finish(self._limits.seal_s), self._persisted, self._session.levels
-        )
+        self._remember(handle, arrangement)
+        handle.on_wait(lambda: self._help(step), self._persisted, self._session.levels)
         try:
             capture.begin()
         except BaseException:
             capture.release()
             self._abandon(work, "the copy could not be begun")
             raise
-        self._work = work
+        self._works.add(work)
         self._stats.taken += 1
-        self._worker.submit(self._carry_out, work)
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(self.captures_in_flight, "everstep-capture")
+        self._workers.submit(self._carry_out, work)
         return handle
 
+    def _remember(self, handle: Snapshot, arrangement: Arrangement) -> None:
+        self._handles[handle.step] = handle
+        self._replicated[handle.step] = arrangement.replicated
+        while len(self._handles) > _REMEMBERED_HANDLES:
+            oldest = next(iter(self._handles))
+            del self._handles[oldest]
+            self._replicated.pop(oldest, None)
+
+    def _help(self, step: int) -> None:
+        """Somebody waits for this step: it is sealed after those before it."""
+        works = self._works.under_way()
+        finish(tuple(w for w in works if w.handle.step <= step), self._limits.seal_s)
+
     def fence(self) -> bool:
-        """Before an update: complete what is being copied. Returns whether there was anything."""
-        work = self._work
-        if work is None or work.capture.done.is_set():
+        """Before an update: let it change what is being copied. Returns whether anything was."""
+        works = [work for work in self._works.under_way() if not work.capture.fenced]
+        if not works:
             return False
         failpoint("client.fence.begun")
-        if not work.capture.finish(self._limits.seal_s):
-            work.capture.give_up()
+        deadline = time.monotonic() + self._limits.seal_s
+        for work in works:
+            if not work.capture.fence(max(0.0, deadline - time.monotonic())):
+                work.capture.give_up()
         return True
 
+    def make_room(self) -> bool:
+        """Bring the oldest captures to their end, bounded, until another one may begin; return
+        whether it may."""
+        works = self._works.under_way()
+        return self._end(works[: max(0, len(works) - self.captures_in_flight + 1)])
+
     def settle(self) -> bool:
-        """Bring the capture under way to its end, bounded; return whether it has ended."""
-        work = self._work
-        if work is None:
-            return True
-        work.capture.finish(self._limits.seal_s)
-        return work.ended.wait(self._limits.seal_s)
+        """Bring all captures to their end, bounded; return whether they have ended."""
+        return self._end(self._works.under_way())
+
+    def _end(self, works: tuple[Work, ...]) -> bool:
+        finish(works, self._limits.seal_s)
+        return await_ends(tuple(work.ended for work in works), self._limits.seal_s)
 
     def forget(self) -> None:
         """Handles of an ended incarnation hear nothing any more."""
-        self._work = None
+        self._works.clear()
         self._handles.clear()
+        self._replicated.clear()
 
     def close(self) -> None:
-        """Settle, and end the thread."""
+        """Settle, and end the threads."""
         self.settle()
         self._closed = True
-        self._worker.shutdown(wait=True)
+        if self._workers is not None:
+            self._workers.shutdown(wait=True)
 
     def persist(self, timeout_s: float) -> wire.PersistReply:
         """Ask for the newest committed snapshot to be on NVMe, and wait for it, bounded."""
@@ -149,13 +166,9 @@ class Capturing:
         reply = self.persist(timeout_s)
         return "" if reply.durable else reply.reason
 
-    def in_flight(self) -> wire.InFlight | None:
-        """What an agent that comes back must know is being written."""
-        work = self._work
-        if work is None or work.ended.is_set():
-            return None
-        generation = work.arrangement.arena.generation
-        return wire.InFlight(step=work.handle.step, slot=work.slot, generation=generation)
+    def in_flight(self) -> list[wire.InFlight]:
+        """What an agent must know is being written, oldest first."""
+        return [work.in_flight() for work in self._works.under_way()]
 
     def on_notice(self, notice: wire.Notice) -> None:
         """Take what the agent tells unasked; called on the session's thread."""
@@ -168,11 +181,19 @@ class Capturing:
             if notice.committed.level == "parity":
                 self._protected(notice.committed.step)
         elif notice.HasField("dropped") and notice.dropped.incarnation == incarnation:
-            names = self._arranger.replicas_drifted(notice.dropped.drifted)
+            names = self._drifted(notice.dropped)
             reason = notice.dropped.reason + (f": {', '.join(names[:3])}" if names else "")
             handle = self._handles.get(notice.dropped.step)
             if handle is not None:
                 self._drop(handle, reason)
+
+    def _drifted(self, dropped: wire.Dropped) -> list[str]:
+        """The leaves that differ between ranks, by the layout that the step had: the present one
+        may be another already."""
+        replicated = self._replicated.get(dropped.step, ())
+        names = [replicated[index] for index in dropped.drifted if index < len(replicated)]
+        self._arranger.replicas_drifted(names)
+        return names
 
     def _protected(self, newest: int) -> None:
         """Whoever waits for parity of an older step has more than that now."""
@@ -190,16 +211,21 @@ class Capturing:
         """On the capture's thread: copy what is left, then seal."""
         capture = work.capture
         try:
-            while capture.advance():
-                pass
-            capture.done.wait(self._limits.seal_s)
+            capture.carry(self._limits.seal_s)
             if capture.torn:
                 self._torn(work)
                 return
             if not capture.complete:
-                self._abandon(work, f"it was not copied within {self._limits.seal_s:g} s")
+                capture.give_up()
+                capture.done.wait(self._limits.seal_s)  # then nothing writes to the slot
+                late = f"it was not copied within {self._limits.seal_s:g} s"
+                self._abandon(work, capture.problem or late)
                 return
+            # The agent drops what is older and open when it commits a newer one.
+            await_ends(work.older, self._limits.seal_s)
             failpoint("client.seal.before")
+            samples = work.arrangement.plan_digest + capture.replica_samples()
+            work.record.replica_samples = samples
             work.record.unit_digests = bytes(capture.digests)
             self._seal(work)
             failpoint("client.seal.after")

@@ -1,6 +1,6 @@
 """The public face inside the trainer: attach, snapshot, restore, rewind, close.
 
-Owns the order of things around one training step and the single capture that may be under way.
+Owns the order of things around one training step, and how many captures may be under way.
 Promises that training never waits for the agent beyond short, configured limits (P3): an agent
 that is dead, slow or full means a skipped snapshot, a counter and one warning. Errors that the
 user must act on (a state that cannot be stored, a model that does not match) are raised.
@@ -36,6 +36,7 @@ from everstep.client.session import Session
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import (
     ArenaLost,
+    DeadlineExceeded,
     EverstepError,
     NotCapturable,
     OutOfSpace,
@@ -47,6 +48,7 @@ from everstep.proto.errors import (
 from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import Record, Value
 from everstep.snapshot import values
+from everstep.snapshot.device import DeviceOptions
 
 log = logging.getLogger("everstep")
 _SKIPPED_FOR: dict[type[Exception], str] = {OutOfSpace: "no room", RankClaimed: "claimed"}
@@ -74,6 +76,8 @@ class Client:
         limits: Limits,
         *,
         live_join: bool = False,
+        options: DeviceOptions | None = None,
+        captures_in_flight: int | None = None,
     ) -> None:
         self.job = job
         self.launch = launch
@@ -83,6 +87,7 @@ class Client:
         self.rejected: tuple[str, ...] = ()
         self.restored_from: tuple[str, ...] = ()
         self._on_busy = on_busy
+        self._captures_in_flight = captures_in_flight
         self._channel = Channel(address)
         self._attachments: dict[str, Attachment] = {}
         self._ddp: set[str] = set()
@@ -93,7 +98,7 @@ class Client:
         self._closed = False
         self._restored = False
         self._setup_s = 0.0
-        self._arranger = Arranger(self._channel, limits.setup_s, limits.offer_s)
+        self._arranger = Arranger(self._channel, limits.setup_s, limits.offer_s, options=options)
         self._session = Session(
             self._channel,
             job,
@@ -107,6 +112,7 @@ class Client:
         self._capturing = Capturing(
             self._channel, self._session, self._arranger, limits, self.stats
         )
+        self._arranger.before_change = self._before_change
         try:
             self._session.start(limits.agent_start_s)
         except BaseException:
@@ -218,6 +224,8 @@ class Client:
         try:
             collected = collect(self._attachments, frozenset(self._ddp))
             generators = values.encode(rng.capture(), RNG_PATH)
+            if not self._capturing.begun:
+                self._choose_captures(collected)
             arrangement, offer = self._granted(collected, step)
         except (NotCapturable, StateMismatch):
             raise
@@ -236,6 +244,18 @@ class Client:
         record.values.append(Value(path=RNG_PATH, json=generators))
         return self._capturing.begin(step, arrangement, offer.slot, record)
 
+    def _choose_captures(self, collected: Collected) -> None:
+        """As given, else two if anything is on an accelerator: its copies outlast the fence."""
+        if self._captures_in_flight is None:
+            on_device = any(tensor.device.type != "cpu" for _, tensor in collected.tensors)
+            self._captures_in_flight = 2 if on_device else 1
+        self._capturing.captures_in_flight = self._captures_in_flight
+        self._arranger.captures_in_flight = self._captures_in_flight
+
+    def _before_change(self) -> None:
+        if not self._capturing.settle():
+            raise DeadlineExceeded("the captures under way", self.limits.seal_s, ("this rank",))
+
     def _granted(self, collected: Collected, step: int) -> tuple[Arrangement, wire.OfferReply]:
         arrangement = self._arrange(collected, step)
         try:
@@ -244,6 +264,7 @@ class Client:
                 return arrangement, offer
         except ArenaLost as error:
             log.warning("%s", error)
+        self._before_change()
         self._arranger.forget()
         arrangement, offer = self._arrange(collected, step), self._offer(step)
         if not _fits(offer, arrangement):
@@ -257,7 +278,7 @@ class Client:
         under_way = self._capturing.under_way()
         if under_way is not None and self._on_busy == "skip":
             return f"busy: step {under_way.step} is still being copied"
-        if under_way is not None and not self._capturing.settle():
+        if under_way is not None and not self._capturing.make_room():
             return f"busy: step {under_way.step} is not sealed yet"
         if not self._session.attached:
             return f"agent: not connected: {self._session.problem}"
@@ -278,7 +299,13 @@ class Client:
         deadline = time.monotonic() + (self.limits.seal_s if patient else 0.0)
         session = self._session.identity
         while True:
-            request = wire.OfferRequest(session=session, step=step, patient=patient)
+            request = wire.OfferRequest(
+                session=session,
+                step=step,
+                patient=patient,
+                captures_in_flight=self._capturing.captures_in_flight,
+                in_flight=self._capturing.in_flight(),
+            )
             reply: wire.OfferReply = self._channel.call("Offer", request, self.limits.offer_s)
             busy = not reply.granted and reply.reason.startswith("busy")
             if not busy or time.monotonic() >= deadline:
@@ -295,7 +322,6 @@ class Client:
             layout_id=arrangement.layout.layout_id,
             image_bytes=arrangement.layout.image_bytes,
             unit_bytes=UNIT_BYTES,
-            replica_samples=arrangement.replica_samples(step),
             captured_unix_s=time.time(),
             producer=_producer(),
         )

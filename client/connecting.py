@@ -4,6 +4,8 @@ Owns the checks of what `connect` is given, and nothing of what follows. Promise
 argument is refused before anybody else hears of this process.
 """
 
+from typing import Literal
+
 import torch
 
 from everstep.client import environment
@@ -12,6 +14,10 @@ from everstep.client.launching import find_agent
 from everstep.client.limits import Limits
 from everstep.proto.errors import Refused
 from everstep.proto.ids import checked_name
+from everstep.snapshot.device import DeviceOptions
+
+_MOST_IN_FLIGHT = 6
+"""An agent has eight slots at most: these, the newest commit, and one that is flushed."""
 
 
 def connect(
@@ -25,6 +31,10 @@ def connect(
     nvme_interval: int | None = None,
     on_busy: str = "skip",
     live_join: bool = False,
+    scratch_bytes: int | None = None,
+    incremental: bool = False,
+    digests: Literal["device", "host"] = "device",
+    captures_in_flight: int | None = None,
     limits: Limits | None = None,
 ) -> Client:
     """Connect this trainer to its node's agent, starting one if there is none.
@@ -43,6 +53,13 @@ def connect(
         live_join: If the job's other ranks are running, take this rank over from a process that
             is gone, while they go on: see docs/live-join.md. If they are not, this is an ordinary
             start.
+        scratch_bytes: The most device memory, on each device, for clones of what an optimizer's
+            step would overtake; 0 for none. By default half of what is free then.
+        incremental: Leave out what the slot holds already, megabyte by megabyte, of what is on an
+            accelerator.
+        digests: Who digests what is on an accelerator: the "device", or the "host" after the copy.
+        captures_in_flight: How many snapshots may be copied at once, 1 to 6, each with a slot of
+            its own; by default 2 if anything attached is on an accelerator, else 1.
         limits: How long to wait for what.
 
     Returns:
@@ -59,6 +76,7 @@ def connect(
         raise Refused(f"on_busy={on_busy!r}: say 'skip' or 'wait'.")
     if interval < 1 or (nvme_interval is not None and nvme_interval < 1):
         raise Refused("interval and nvme_interval count steps: give 1 or more.")
+    options = _options(scratch_bytes, incremental, digests, captures_in_flight)
     distributed = torch.distributed
     if (
         rank is None
@@ -71,5 +89,31 @@ def connect(
     launch = environment.launch(rank, world, launch_id=launch_id)
     address = find_agent(agent, limits.agent_start_s)
     return Client(
-        address, job, launch, interval, nvme_interval, on_busy, limits, live_join=live_join
+        address,
+        job,
+        launch,
+        interval,
+        nvme_interval,
+        on_busy,
+        limits,
+        live_join=live_join,
+        options=options,
+        captures_in_flight=captures_in_flight,
     )
+
+
+def _options(
+    scratch_bytes: int | None,
+    incremental: bool,
+    digests: Literal["device", "host"],
+    captures_in_flight: int | None,
+) -> DeviceOptions:
+    if scratch_bytes is not None and scratch_bytes < 0:
+        raise Refused(f"scratch_bytes={scratch_bytes}: give 0 or more, or None to choose.")
+    if digests not in ("device", "host"):
+        raise Refused(f"digests={digests!r}: say 'device' or 'host'.")
+    if captures_in_flight is not None and not 1 <= captures_in_flight <= _MOST_IN_FLIGHT:
+        raise Refused(
+            f"captures_in_flight={captures_in_flight}: give 1 to {_MOST_IN_FLIGHT}, or None."
+        )
+    return DeviceOptions(scratch_bytes=scratch_bytes, incremental=incremental, digests=digests)

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from everstep.client.channel import Channel
 from everstep.client.environment import Launch
@@ -41,7 +41,8 @@ class Session:
         launch: Rank, world and launch.
         nvme_interval_steps: Overrides the agent's own interval, if given.
         on_notice: Called on the session's thread with each notice but the first.
-        in_flight: What this rank is copying at the moment, for an agent that comes back.
+        in_flight: What this rank is copying at the moment, oldest first, for an agent that comes
+            back.
         live: Whether to take the rank over while the others go on, if they do.
     """
 
@@ -52,7 +53,7 @@ class Session:
         launch: Launch,
         nvme_interval_steps: int | None,
         on_notice: Callable[[wire.Notice], None],
-        in_flight: Callable[[], wire.InFlight | None],
+        in_flight: Callable[[], Sequence[wire.InFlight]],
         live: bool = False,
     ) -> None:
         self.channel = channel
@@ -219,9 +220,8 @@ class Session:
         )
         if self._nvme_interval_steps is not None:
             request.nvme_interval_steps = self._nvme_interval_steps
-        in_flight = self._in_flight() if self._identity.incarnation else None
-        if in_flight is not None:
-            request.in_flight.CopyFrom(in_flight)
+        if self._identity.incarnation:
+            request.in_flight.extend(self._in_flight())
         return request
 
     def _end(self, error: EverstepError) -> None:

@@ -44,9 +44,9 @@ class AttachRequest(_message.Message):
     pid: int
     pid_started_s: float
     nvme_interval_steps: int
-    in_flight: InFlight
+    in_flight: _containers.RepeatedCompositeFieldContainer[InFlight]
     live: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., launch_id: _Optional[str] = ..., pid: _Optional[int] = ..., pid_started_s: _Optional[float] = ..., nvme_interval_steps: _Optional[int] = ..., in_flight: _Optional[_Union[InFlight, _Mapping]] = ..., live: _Optional[bool] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., launch_id: _Optional[str] = ..., pid: _Optional[int] = ..., pid_started_s: _Optional[float] = ..., nvme_interval_steps: _Optional[int] = ..., in_flight: _Optional[_Iterable[_Union[InFlight, _Mapping]]] = ..., live: _Optional[bool] = ...) -> None: ...
 
 class Notice(_message.Message):
     __slots__ = ("attached", "committed", "dropped")
@@ -95,7 +95,7 @@ class Dropped(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ..., drifted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DeclareRequest(_message.Message):
-    __slots__ = ("session", "layout", "layout_id", "candidates", "candidate_digests", "round", "joining")
+    __slots__ = ("session", "layout", "layout_id", "candidates", "candidate_digests", "round", "joining", "captures_in_flight")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,7 @@ class DeclareRequest(_message.Message):
     CANDIDATE_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     JOINING_FIELD_NUMBER: _ClassVar[int]
+    CAPTURES_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     session: Session
     layout: bytes
     layout_id: str
@@ -110,7 +111,8 @@ class DeclareRequest(_message.Message):
     candidate_digests: bytes
     round: int
     joining: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layout: _Optional[bytes] = ..., layout_id: _Optional[str] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., round: _Optional[int] = ..., joining: _Optional[bool] = ...) -> None: ...
+    captures_in_flight: int
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layout: _Optional[bytes] = ..., layout_id: _Optional[str] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., round: _Optional[int] = ..., joining: _Optional[bool] = ..., captures_in_flight: _Optional[int] = ...) -> None: ...
 
 class DeclareReply(_message.Message):
     __slots__ = ("agreed", "arena_path", "slot_bytes", "slot_count", "generation", "unknown")
@@ -129,14 +131,18 @@ class DeclareReply(_message.Message):
     def __init__(self, agreed: _Optional[_Iterable[int]] = ..., arena_path: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., slot_count: _Optional[int] = ..., generation: _Optional[int] = ..., unknown: _Optional[bool] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("session", "step", "patient")
+    __slots__ = ("session", "step", "patient", "captures_in_flight", "in_flight")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     PATIENT_FIELD_NUMBER: _ClassVar[int]
+    CAPTURES_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     session: Session
     step: int
     patient: bool
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., step: _Optional[int] = ..., patient: _Optional[bool] = ...) -> None: ...
+    captures_in_flight: int
+    in_flight: _containers.RepeatedCompositeFieldContainer[InFlight]
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., step: _Optional[int] = ..., patient: _Optional[bool] = ..., captures_in_flight: _Optional[int] = ..., in_flight: _Optional[_Iterable[_Union[InFlight, _Mapping]]] = ...) -> None: ...
 
 class OfferReply(_message.Message):
     __slots__ = ("granted", "slot", "generation", "reason")

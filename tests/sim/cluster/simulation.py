@@ -75,7 +75,9 @@ class Simulation:
         self.fresh = nodes
         ranks = nodes if chance.random() < 0.7 else chance.randint(1, 2 * nodes)
         slots = chance.choice((3, 3, 4))
-        self.training = Training(self, ranks, slots, chance.choice((1, 1, 2)))
+        captures = (1, 1, 2)[seed % 3]  # not by chance: seeds keep their meaning
+        slots += captures - 1
+        self.training = Training(self, ranks, slots, chance.choice((1, 1, 2)), captures)
         self.fault_rate_s = chance.choice((0.5, 1.0, 2.0, 4.0))
         self.faults, self.weights = self._choose_faults()
         self.stormy = True

@@ -5,8 +5,6 @@ together, seal them, end together. What the coordinator's join and recovery do i
 design has it: one number for a launch, and the newest snapshot that the planner finds.
 """
 
-from dataclasses import dataclass, field
-
 from everstep.agent import events
 from everstep.agent.actions import Place
 from everstep.agent.inventory import NodeInventory
@@ -18,59 +16,10 @@ from everstep.proto.ids import SnapshotId
 from .files import JOB, LAYOUT, Record, Token, adopted_shard, held_tokens, inventory, token_of
 from .host import Agent, Host, World
 from .ledger import insist
+from .trainers import Copy, Launch, Trainer
 
 PATIENCE_S = 8.0
 TURN_S = 0.25
-
-
-@dataclass(eq=False, slots=True)
-class Trainer:
-    """One rank's process."""
-
-    launch: int
-    rank: int
-    host: Host
-    process_id: str
-    alive: bool = True
-    incarnation: int = 0
-    session: Agent | None = None
-    """The agent process that it is attached to."""
-    copying: tuple[int, Place] | None = None
-    """The step that is being copied, or whose seal nobody has taken yet."""
-    copied: bool = False
-
-    @property
-    def agent(self) -> Agent | None:
-        """The agent that answers now."""
-        agent = self.host.agent
-        return agent if agent is not None and self.host.runs and self.session is agent else None
-
-
-@dataclass(slots=True)
-class Launch:
-    """One start of all ranks."""
-
-    number: int
-    world: int
-    trainers: list[Trainer]
-    began_s: float
-    stage: str = "joining"
-    stage_s: float = 0.0
-    restored: SnapshotId | None = None
-    digests: dict[int, bytes] = field(default_factory=dict)
-    step: int = 0
-    untold: list[str] = field(default_factory=list)
-
-    @property
-    def launch_id(self) -> str:
-        """As the trainers say it."""
-        return f"launch-{self.number}"
-
-    @property
-    def incarnation(self) -> int:
-        """The ranks' if it is one."""
-        found = {trainer.incarnation for trainer in self.trainers}
-        return found.pop() if len(found) == 1 else 0
 
 
 def newest_recoverable(inventories: list[NodeInventory]) -> SnapshotPlan | None:
@@ -86,11 +35,14 @@ def newest_recoverable(inventories: list[NodeInventory]) -> SnapshotPlan | None:
 class Training:
     """The job, from launch to launch."""
 
-    def __init__(self, world: World, ranks: int, slots: int, interval: int) -> None:
+    def __init__(
+        self, world: World, ranks: int, slots: int, interval: int, captures: int = 1
+    ) -> None:
         self.world = world
         self.ranks = ranks
         self.slots = slots
         self.interval = interval
+        self.captures = captures
         self.launches = 0
         self.launch: Launch | None = None
         self.zombies: list[Trainer] = []
@@ -204,7 +156,6 @@ class Training:
             if self._taken_before(launch, agent, number):
                 self.kill(trainer)
                 return
-            copying = trainer.copying
             caller = events.Caller(
                 JOB, trainer.rank, launch.world, trainer.process_id, trainer.incarnation
             )
@@ -215,7 +166,7 @@ class Training:
                     pid=launch.number * 1000 + trainer.rank,
                     pid_started_s=0.0,
                     holder_alive=self._holder_alive(agent, trainer),
-                    in_flight=events.InFlight(*copying) if copying is not None else None,
+                    in_flight=trainer.in_flight(),
                     decided=number,
                 )
             )
@@ -231,7 +182,7 @@ class Training:
         assert job is not None
         if trainer.rank not in job.arenas:
             self._reserve(agent, trainer.rank)
-            trainer.copying = None
+            trainer.copies.clear()
 
     def _number(self, launch: Launch, trainer: Trainer, coordinator: Agent) -> int:
         coordination = coordinator.node.coordination
@@ -396,8 +347,7 @@ class Training:
         for trainer in launch.trainers:
             if trainer.agent is None:
                 self._attach(launch, trainer)
-            if trainer.copied:
-                self._seal(launch, trainer)
+            self._seal(launch, trainer)
         if not all(t.alive and self.now_s >= t.host.stopped_until_s for t in launch.trainers):
             return
         launch.step += 1
@@ -411,14 +361,15 @@ class Training:
         agent = trainer.agent
         if agent is None or not trainer.alive:
             return
-        if trainer.copying is not None:
-            if trainer.copied:
-                trainer.copying, trainer.copied = None, False
-            else:
-                return  # it copies one step at a time
-        caller = self._caller(launch, trainer)
+        if len(trainer.copies) == self.captures:
+            if not trainer.copies[0].copied:
+                return  # it copies no more at a time
+            del trainer.copies[0]
+        caller, in_flight = self._caller(launch, trainer), trainer.in_flight()
         try:
-            place = agent.feed(events.Offer(caller, step))
+            place = agent.feed(
+                events.Offer(caller, step, captures_in_flight=self.captures, in_flight=in_flight)
+            )
         except StaleIncarnation:
             self.kill(trainer)
             return
@@ -438,29 +389,39 @@ class Training:
         insist(slot not in memory.records, f"{slot} is granted while its record claims it")
         memory.slots[slot] = None
         self.world.ledger.dirty = True
-        trainer.copying = step, place
-        trainer.copied = False
-        delay_s = self.world.chance.uniform(0.05, 0.5)
-        self.world.clock.later(delay_s, self._copied, launch, trainer, step, place)
+        copy = Copy(step, place)
+        trainer.copies.append(copy)
+        if len(trainer.copies) > 1:
+            self.world.seen["several copies"] += 1
+        delay_s = self.world.chance.uniform(0.05, 0.5 if self.captures == 1 else 1.5)
+        self.world.clock.later(delay_s, self._copied, launch, trainer, copy)
 
     def _caller(self, launch: Launch, trainer: Trainer) -> events.Caller:
         return events.Caller(
             JOB, trainer.rank, launch.world, trainer.process_id, trainer.incarnation
         )
 
-    def _copied(self, launch: Launch, trainer: Trainer, step: int, place: Place) -> None:
-        if not trainer.alive or trainer.copying != (step, place):
+    def _copied(self, launch: Launch, trainer: Trainer, copy: Copy) -> None:
+        if not trainer.alive or copy not in trainer.copies:
             return
-        token = Token(trainer.incarnation, step, trainer.rank, launch.number)
-        trainer.host.memory.slots[trainer.rank, place] = token
-        trainer.copied = True
+        token = Token(trainer.incarnation, copy.step, trainer.rank, launch.number)
+        trainer.host.memory.slots[trainer.rank, copy.place] = token
+        copy.copied = True
         self._seal(launch, trainer)
 
     def _seal(self, launch: Launch, trainer: Trainer) -> None:
+        """What is copied, oldest first; a newer one waits for those before it, as a rule."""
+        for copy in list(trainer.copies):
+            if copy.copied and copy in trainer.copies:
+                self._seal_one(launch, trainer, copy)
+            elif self.world.chance.random() < 0.9:
+                return
+
+    def _seal_one(self, launch: Launch, trainer: Trainer, copy: Copy) -> None:
         agent = trainer.agent
-        if agent is None or trainer.copying is None or not trainer.alive:
+        if agent is None or not trainer.alive:
             return
-        step, place = trainer.copying
+        step, place = copy.step, copy.place
         token = Token(trainer.incarnation, step, trainer.rank, launch.number)
         try:
             refusal = agent.feed(
@@ -484,6 +445,6 @@ class Training:
             return
         if not agent.here:
             return
-        trainer.copying, trainer.copied = None, False
+        trainer.copies.remove(copy)
         if refusal is None:
             self.sealed += 1

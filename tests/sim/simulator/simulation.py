@@ -42,7 +42,8 @@ class Simulation:
         self.profile = profile or Profile()
         self.chance = random.Random(seed)
         self.habits = Habits.chosen(self.chance)
-        self.slots = self.chance.choice((2, 2, 3))
+        self.captures = (1, 2, 1, 3)[seed % 4]
+        self.slots = self.chance.choice((2, 2, 3)) + (self.captures - 1 if seed % 8 < 6 else 0)
         self.memory = MemoryFiles()
         self.nvme = NvmeFiles()
         self.promises = Promises(self.memory, self.nvme)

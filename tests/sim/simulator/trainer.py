@@ -1,9 +1,9 @@
 """A simulated trainer process: attach, restore, train, copy unit by unit, seal, abandon.
 
 Follows `client.session` and `client.client`: which calls are retried, what is told to the agent
-and what is not, and that a process has one capture under way at most. Each process is two
-generators, its main thread and its capture, resumed at random moments; the session's thread is
-`Process.reattach`.
+and what is not, how many captures a process has under way at most, and that they are sealed in
+order, as a rule. Each process is several generators, its main thread and its captures, resumed at
+random moments; the session's thread is `Process.reattach`.
 """
 
 import random
@@ -83,6 +83,19 @@ class Habits:
         )
 
 
+@dataclass(slots=True)
+class Copy:
+    """A capture under way."""
+
+    in_flight: events.InFlight
+    thread: Thread
+
+    @property
+    def name(self) -> str:
+        """As `Process.runnable` has it."""
+        return f"copy {self.in_flight.step}"
+
+
 class Surroundings(Protocol):
     """What a process sees of the simulation."""
 
@@ -91,6 +104,7 @@ class Surroundings(Protocol):
     memory: MemoryFiles
     promises: Promises
     slots: int
+    captures: int
 
     def send(self, call: Call) -> None: ...
     def submit(self, event: events.Event) -> Any: ...
@@ -129,11 +143,11 @@ class Process:
         self.arena: ArenaModel | None = None
         """The arena that is mapped; it may be unlinked by now."""
         self.declared = False
-        self.capturing: tuple[int, Place] | None = None
-        self.capture: Thread | None = None
+        self.copies: list[Copy] = []
+        """Oldest first."""
         self.reading: tuple[int, Place] | None = None
         self.main: Thread = self._live()
-        self.waits: dict[str, Call | None] = {"main": None, "capture": None}
+        self.waits: dict[str, Call | None] = {}
 
     @property
     def process_id(self) -> str:
@@ -151,31 +165,27 @@ class Process:
         if not self.alive:
             return []
         found = []
-        for name, thread in (("main", self.main), ("capture", self.capture)):
-            call = self.waits[name]
-            if thread is not None and (call is None or call.settled):
+        for name in ("main", *(copy.name for copy in self.copies)):
+            call = self.waits.get(name)
+            if call is None or call.settled:
                 found.append(name)
         return found
 
     def resume(self, name: str) -> None:
         """Let a thread run to its next pause."""
-        thread = self.main if name == "main" else self.capture
-        assert thread is not None
+        threads = {"main": self.main} | {copy.name: copy.thread for copy in self.copies}
         self.waits[name] = None
         try:
-            self.waits[name] = next(thread)
+            self.waits[name] = next(threads[name])
         except StopIteration:
-            if name == "capture":
-                self.capture = None
-                self.capturing = None
+            del self.waits[name]
+            self.copies = [copy for copy in self.copies if copy.name != name]
         except Ended:
             self.alive = False
 
     def reattach(self) -> None:
         """The session's thread: attach, now that the agent is there."""
-        in_flight = None
-        if self.incarnation and self.capturing is not None:
-            in_flight = events.InFlight(*self.capturing)
+        in_flight = self._in_flight() if self.incarnation else ()
         claimed = self.around.holder_alive(self.rank, self.process_id, self.pid)
         try:
             incarnation = self.around.submit(
@@ -198,6 +208,9 @@ class Process:
         self.around.promises.attached(incarnation, self, self.around.members())
         self.incarnation = incarnation
         self.attached = True
+
+    def _in_flight(self) -> tuple[events.InFlight, ...]:
+        return tuple(copy.in_flight for copy in self.copies)
 
     def _call(self, kind: str, perform: Callable[[], Any]) -> Thread:
         call = Call(kind, perform)
@@ -223,11 +236,11 @@ class Process:
         self.ready = True
         while True:
             yield None
-            if self.rewinds is not None and self.capture is None:
+            if self.rewinds is not None and not self.copies:
                 yield from self._rewind(self.rewinds)
             elif self.around.may_step(self):
                 self.step += 1
-                if self.capture is None:
+                if len(self.copies) < self.around.captures:
                     yield from self._snapshot()
 
     def _rewind(self, wanted: Wanted) -> Thread:
@@ -319,8 +332,14 @@ class Process:
                 self.declared = False
             if not self.declared:
                 yield from self._declare()
-            place = yield from self._submit(events.Offer(self.caller, self.step))
+            captures, in_flight = self.around.captures, self._in_flight()
+            place = yield from self._submit(
+                events.Offer(
+                    self.caller, self.step, captures_in_flight=captures, in_flight=in_flight
+                )
+            )
         except ArenaLost:
+            yield from self._settle()
             self.arena = None
             self.declared = False
             return
@@ -334,14 +353,21 @@ class Process:
         assert self.arena is not None
         present = self.around.memory.arena_files.get((self.rank, place.generation))
         if present is not self.arena:
+            yield from self._settle()
             self.arena = None
             self.declared = False
             yield from self._abandon(self.step, "another arena")
             return
-        self.capturing = (self.step, place)
-        self.capture = self._copy(snapshot, place, self.arena.slots[place.slot])
+        thread = self._copy(snapshot, place, self.arena.slots[place.slot], self.units)
+        self.copies.append(Copy(events.InFlight(self.step, place), thread))
+
+    def _settle(self) -> Thread:
+        """The arena is given up only when nothing is copied into it any more."""
+        while self.copies:
+            yield None
 
     def _declare(self) -> Thread:
+        yield from self._settle()
         caller = self.caller
         self.arena = yield from self._call(
             "Declare", lambda: self.around.reserve(caller, self.units)
@@ -350,8 +376,7 @@ class Process:
             yield None
         self.declared = True
 
-    def _copy(self, snapshot: SnapshotId, place: Place, slot: list[Token]) -> Thread:
-        units = self.units
+    def _copy(self, snapshot: SnapshotId, place: Place, slot: list[Token], units: int) -> Thread:
         for unit in range(units):
             yield None
             slot[unit] = (snapshot.incarnation, snapshot.step, self.rank, unit)
@@ -360,6 +385,8 @@ class Process:
         if chance.random() < self.around.habits.tears:
             yield from self._abandon(snapshot.step, "torn")
             return
+        while self.copies[0].in_flight.step != snapshot.step and chance.random() > 0.02:
+            yield None
         yield from self._seal(snapshot, place, units)
 
     def _seal(self, snapshot: SnapshotId, place: Place, units: int) -> Thread:

@@ -56,10 +56,11 @@ class Node:
         world: int | None = None,
         launch: str = "",
         holder_alive: bool = False,
-        in_flight: events.InFlight | None = None,
+        in_flight: events.InFlight | tuple[events.InFlight, ...] | None = None,
         interval: int | None = None,
     ) -> int:
         caller = events.Caller(JOB, rank, world or self.world, f"{process}-{rank}", incarnation)
+        copies = (in_flight,) if isinstance(in_flight, events.InFlight) else in_flight or ()
         answer: int = self.handle(
             events.Attach(
                 caller=caller,
@@ -68,7 +69,7 @@ class Node:
                 pid_started_s=1.0,
                 holder_alive=holder_alive,
                 nvme_interval_steps=interval,
-                in_flight=in_flight,
+                in_flight=copies,
             )
         )
         self.callers[rank] = replace(caller, incarnation=answer)
@@ -86,8 +87,14 @@ class Node:
     def reserve(self, rank: int, generation: int = 1, *, slots: int = 2, size: int = 10) -> None:
         self.handle(events.ArenaReserved(JOB, rank, generation, size, slots))
 
-    def offer(self, rank: int, step: int) -> Any:
-        return self.handle(events.Offer(self.callers[rank], step))
+    def offer(self, rank: int, step: int, captures: int = 1, *, copies: Sequence[int] = ()) -> Any:
+        """A rank asks for a step, while it still copies others."""
+        named = tuple(
+            events.InFlight(older, self.job.snapshots[self.id(older)].granted[rank])
+            for older in copies
+        )
+        caller = self.callers[rank]
+        return self.handle(events.Offer(caller, step, captures_in_flight=captures, in_flight=named))
 
     def seal(
         self,

@@ -45,6 +45,32 @@ def test_a_slow_node_has_not_passed_a_step_by() -> None:
     assert office.orders("n1") == []
 
 
+def test_two_steps_under_way_are_committed_in_order() -> None:
+    """A node drops what is older and open when it commits: the older one comes first."""
+    office = Office(2)
+    office.reports("n1", fact([0], [part(S2, "sealed", [0], 2), part(S1, "sealed", [0], 2)]))
+    office.reports("n2", fact([1], [part(S1, "open", [], 2), part(S2, "open", [], 2)]))
+    office.decide()
+    assert office.orders("n1") == [], "nobody has passed by a step that is still open there"
+    office.reports("n2", fact([1], [part(S1, "sealed", [1], 2), part(S2, "open", [], 2)]))
+    office.decide()
+    (order,) = office.orders("n1")
+    assert isinstance(order, events.CommitOrdered) and order.snapshot == S1
+    office.reports("n2", fact([1], [part(S1, "sealed", [1], 2), part(S2, "sealed", [1], 2)]))
+    found = office.orders("n1", events.CommitOrdered)
+    assert [getattr(order, "snapshot", None) for order in found] == [S1, S2]
+
+
+def test_an_older_step_that_a_node_dropped_does_not_cost_the_newer_one() -> None:
+    office = Office(2)
+    office.reports("n1", fact([0], [part(S1, "sealed", [0], 2), part(S2, "sealed", [0], 2)]))
+    office.reports("n2", fact([1], [part(S1, "dropped", [], 2), part(S2, "sealed", [1], 2)]))
+    office.decide()
+    older, newer = office.orders("n1")
+    assert isinstance(older, events.DropOrdered) and older.snapshot == S1
+    assert isinstance(newer, events.CommitOrdered) and newer.snapshot == S2
+
+
 def test_what_is_left_of_earlier_incarnations_waits_for_what_was_restored() -> None:
     office = Office(1)
     office.reports("n1", fact([0], [part(S1, "sealed", [0], 2)], incarnation=2))
