@@ -3,8 +3,8 @@
 Owns the way from live objects to named leaves and values. Promises names that do not depend on
 rank or on the order of parameters (an optimizer's state is filed under its parameters' names),
 and that a leaf is called guarded only if a hooked optimizer, or `Client.updating`, is all that
-changes it. Copies nothing: the tensors it returns are the live ones. The way back is
-`client/loading.py`.
+changes it. Copies nothing: the tensors it returns are the live ones. So it never waits for a
+device either, unless a user's own `state_dict` does. The way back is `client/loading.py`.
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from everstep.client import scaling
 from everstep.proto.errors import NotCapturable, Refused
 from everstep.snapshot import values
 from everstep.snapshot.capture import check_capturable, dtype_name, value_bytes
@@ -23,7 +24,8 @@ from everstep.snapshot.tree import Flat, flatten
 
 INLINE_BYTES = 64 * 1024
 """Small tensors inside stateful objects (a sampler's generator, say) travel as values: their
-shapes may change from step to step, and the layout must not."""
+shapes may change from step to step, and the layout must not. Not those on a device: to look at
+their values is to wait for it, and a new layout now and then costs less than that every time."""
 
 
 @dataclass(slots=True)
@@ -89,7 +91,7 @@ def encode_torch_value(value: object, path: str = "") -> Any:
     """Torch's own plain values, and small tensors, for `snapshot.values`.
 
     Raises:
-        NotCapturable: If a tensor's bytes are not its whole value.
+        NotCapturable: If a tensor's bytes are not its whole value, or lie on a device.
     """
     if isinstance(value, torch.Size):
         return "torch.Size", list(value)
@@ -99,6 +101,10 @@ def encode_torch_value(value: object, path: str = "") -> Any:
         return "torch.device", str(value)
     if isinstance(value, torch.Tensor):
         check_capturable(path, value)
+        if scaling.on_device(value):
+            # Everywhere else it is a leaf; a set has no names for what is in it.
+            detail = f"on {value.device}, in a container that is no dict, list or tuple"
+            raise NotCapturable(path, type(value).__name__, detail)
         data = value_bytes(value).numpy().tobytes()
         return "torch.Tensor", [dtype_name(value.dtype), list(value.shape), data]
     return NotImplemented
@@ -186,7 +192,7 @@ def is_leaf(kind: str, thing: object) -> bool:
     if not isinstance(thing, torch.Tensor):
         return False
     inline = kind == "stateful" and thing.numel() * thing.element_size() <= INLINE_BYTES
-    return not inline
+    return not inline or scaling.on_device(thing)
 
 
 def flat_part(attached: Attachment, names: Mapping[int, str]) -> Flat:
@@ -196,6 +202,8 @@ def flat_part(attached: Attachment, names: Mapping[int, str]) -> Flat:
         tree: Any = optimizer_tree(attached.target, names)
     elif kind == "tree":
         tree = attached.target
+    elif scaling.is_scaler(attached.target):
+        tree = scaling.captured(attached.target)
     else:
         tree = attached.target.state_dict()
     part = attached.part.name

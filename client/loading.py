@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from everstep.client import scaling
 from everstep.client.attachment import (
     Attachment,
     decode_torch_value,
@@ -48,9 +49,9 @@ class Form:
         """Whether a tensor can take the bytes."""
         return (dtype_name(tensor.dtype), tuple(tensor.shape)) == (self.dtype, self.shape)
 
-    def empty(self) -> torch.Tensor:
+    def empty(self, device: torch.device | None = None) -> torch.Tensor:
         """A tensor that can take them."""
-        return torch.empty(self.shape, dtype=dtype_named(self.dtype))
+        return torch.empty(self.shape, dtype=dtype_named(self.dtype), device=device)
 
 
 @dataclass(slots=True)
@@ -110,9 +111,11 @@ class Loading:
 
     Attributes:
         wanted: The tensors to fill; available after `prepare`.
+        devices: Where tensors will be wanted, by name, as far as that is certain before.
     """
 
     wanted: list[Wanted] = field(default_factory=list)
+    devices: dict[str, torch.device] = field(default_factory=dict)
     _prepare: list[Callable[[], list[Wanted]]] = field(default_factory=list)
     _finish: list[Callable[[], None]] = field(default_factory=list)
 
@@ -268,6 +271,7 @@ def _check_module(
         for name, tensor in live.items()
         if tensor.numel() and tensor.data_ptr() not in own and name in forms
     }
+    loading.devices |= {n: t.device for n, t in live.items() if n not in computed}
 
     def prepare() -> list[Wanted]:
         return [Wanted(name, tensor) for name, tensor in {**live, **extra, **computed}.items()]
@@ -296,16 +300,18 @@ def _check_optimizer(
     part, optimizer = attached.part.name, attached.target
     forms = saved.forms_of(part)
     live = _live_tensors(attached, names)
-    known = {name for name, _ in parameters_by_index(optimizer, names)}
+    known = dict(parameters_by_index(optimizer, names))
     for name in forms:
         path = split(name)
         if path[1] == "state" and isinstance(path[2], str) and path[2] not in known:
             problems.unexpected.append(name)
     fitting = {n: t for n, t in live.items() if n in forms and forms[n].fits(t)}
-    tensors = {name: fitting.get(name) for name in forms}
-    tree = saved.tree(
-        part, {n: t if t is not None else forms[n].empty() for n, t in tensors.items()}
-    )
+    tensors = {
+        name: fitting[name] if name in fitting else form.empty(_state_device(name, known))
+        for name, form in forms.items()
+    }
+    loading.devices |= {name: tensor.device for name, tensor in tensors.items()}
+    tree = saved.tree(part, tensors)
     present = grouping(optimizer, names)
     if [group.get("params") for group in tree["param_groups"]] != present:
         problems.reshaped.append(
@@ -314,9 +320,20 @@ def _check_optimizer(
 
     def prepare() -> list[Wanted]:
         _load_optimizer(optimizer, tree, names)
-        return [Wanted(n, t) for n, t in _adopted(attached, names, forms).items()]
+        return [Wanted(n, t) for n, t in _adopted(attached, names, forms, tensors).items()]
 
     loading._prepare.append(prepare)
+
+
+def _state_device(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.device | None:
+    """Where load_state_dict will want a tensor, which would otherwise be copied there unfilled.
+
+    It leaves a step where it is unless the group says otherwise.
+    """
+    path = split(name)
+    of_parameter = path[1] == "state" and len(path) > 3 and path[-1] != "step"
+    owner = parameters.get(str(path[2])) if of_parameter else None
+    return None if owner is None else owner.device
 
 
 def _load_optimizer(
@@ -335,7 +352,10 @@ def _load_optimizer(
 
 
 def _adopted(
-    attached: Attachment, names: Mapping[int, str], forms: Mapping[str, Form]
+    attached: Attachment,
+    names: Mapping[int, str],
+    forms: Mapping[str, Form],
+    made: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """The optimizer's tensors after load_state_dict, with the dtypes that were saved.
 
@@ -352,7 +372,9 @@ def _adopted(
         holder: Any = attached.target.state[by_name[str(owner)]]
         for element in path[:-1]:
             holder = holder[element]
-        holder[path[-1]] = live[name] = form.empty().to(tensor.device)
+        own = made[name]
+        fits = own.device == tensor.device
+        holder[path[-1]] = live[name] = own if fits else form.empty(tensor.device)
     return {name: tensor for name, tensor in live.items() if name in forms}
 
 
@@ -364,10 +386,21 @@ def _check_stateful(
     problems: _Problems,
 ) -> None:
     part = attached.part.name
-    fresh = {name: form.empty() for name, form in saved.forms_of(part).items()}
+    # What a user's object returns is asked for only after loading: it may begin something then. On
+    # which device it wants its tensors is its own affair.
+    scheduler = isinstance(attached.target, torch.optim.lr_scheduler.LRScheduler)
+    live = _live_tensors(attached, names) if scheduler else {}
+    fresh = {
+        name: form.empty(live[name].device if name in live else None)
+        for name, form in saved.forms_of(part).items()
+    }
+    loading.devices |= {name: tensor.device for name, tensor in fresh.items()}
     loading._prepare.append(lambda: [Wanted(name, tensor) for name, tensor in fresh.items()])
 
     def finish() -> None:
+        if scaling.is_scaler(attached.target):
+            attached.target.load_state_dict(scaling.loadable(saved.tree(part, fresh)))
+            return
         attached.target.load_state_dict(saved.tree(part, fresh))
         # What it makes lazily of that state (torchdata's loader its iterator, drawing a seed for
         # it) it makes now, before the random generators are set: later would cost a draw.
@@ -395,6 +428,7 @@ def _check_tree(
         # Two names of one tensor that were two at the snapshot become two again.
         if name in forms and saved.origin(first) == saved.origin(name):
             tensors[name] = tensor
+    loading.devices |= {name: tensor.device for name, tensor in tensors.items()}
     loading._prepare.append(lambda: [Wanted(name, tensor) for name, tensor in tensors.items()])
     loading._finish.append(lambda: _merge(attached.target, saved.tree(part, tensors)))
 

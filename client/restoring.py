@@ -29,13 +29,14 @@ from everstep.proto.errors import (
     StaleIncarnation,
 )
 from everstep.snapshot import values
+from everstep.snapshot.device_fill import Pinned
 from everstep.snapshot.layout import Layout, decode
 from everstep.snapshot.record import open_record
 from everstep.snapshot.restore import Restoration, Shard
 
 log = logging.getLogger("everstep")
 RNG_PATH = "rng"
-_THREADS_LIMIT = 8
+_THREADS_LIMIT = 12
 _LIVE_TRIES = 3
 
 
@@ -65,9 +66,25 @@ class _CopyDamaged(Exception):
 
 
 class Restoring:
-    """Restores for one rank."""
+    """Restores for one rank.
 
-    def __init__(self, channel: Channel, session: Session, rank: int, limits: Limits) -> None:
+    Args:
+        channel: To the agent.
+        session: Of this process.
+        rank: Its rank.
+        limits: How long to wait.
+        pinned: Tells what of an arena is mapped here and pinned already.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        session: Session,
+        rank: int,
+        limits: Limits,
+        pinned: Pinned | None = None,
+    ) -> None:
+        self._pinned = pinned
         self._channel = channel
         self._session = session
         self._rank = rank
@@ -154,12 +171,14 @@ class Restoring:
         with (
             torch.no_grad(),
             ThreadPoolExecutor(_threads(), "everstep-restore") as executor,
-            Restoration(shards, self._rank, executor) as restoration,
+            Restoration(shards, self._rank, executor, pinned=self._pinned) as restoration,
         ):
             try:
-                restoration.verify(names)
+                restoration.verify(names, plan.devices)
             except (Damaged, OSError) as error:
                 raise _CopyDamaged(_rejection(reply, shards, error)) from error
+            if restoration.problem:
+                log.warning("restoring takes longer than it should: %s", restoration.problem)
             restoration.plan(plan.prepare())
             restoration.run()
             plan.finish()

@@ -2,8 +2,10 @@
 
 Owns their capture and restore: Python's `random`, NumPy's global generator if it was imported,
 torch's CPU generator and those of every visible CUDA device. Promises the next draw of each after
-`restore` is the one that would have followed `capture`. Generators that the user made are state
-like any other: attach them.
+`restore` is the one that would have followed `capture`, and that capture neither waits for a device
+(the state of a CUDA generator is kept on the host) nor initialises CUDA where nothing else has:
+nothing can have been drawn there. Generators that the user made are state like any other: attach
+them.
 """
 
 import random
@@ -27,7 +29,7 @@ def capture() -> dict[str, Any]:
     if numpy is not None:
         kind, keys, position, has_gauss, cached = numpy.random.get_state()
         states["numpy"] = [kind, keys.tobytes(), int(position), int(has_gauss), float(cached)]
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
     return states
 

@@ -4,11 +4,13 @@ Owns how a shard's file is read, and the spread of the work over threads. An are
 is three times as fast as reading tmpfs; a file on a disk is read, because a bad sector is then an
 error and not a SIGBUS. Promises that `verify` looks at every unit that holds a wanted byte, and
 that `copy` checks each unit again right before its bytes go out (memory is shared, and another
-process could have written to it meanwhile). Does not know which bytes are wanted by whom: see
-`snapshot/restore.py`.
+process could have written to it meanwhile). `into` and `damaged` are the same in two steps, for
+buffers that are sent elsewhere: see `snapshot/device_fill.py`. Does not know which bytes are wanted
+by whom: see `snapshot/restore.py`.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +23,7 @@ from typing import Any
 import numpy
 
 from everstep.kernels.capture import Pieces, restore_units
+from everstep.kernels.digest import verify_units
 from everstep.proto.errors import FormatInvalid, ShardCorrupt
 from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import Record
@@ -29,7 +32,9 @@ from everstep.snapshot.layout import Layout
 
 _BLOCK_UNITS = 16
 _LIBC = ctypes.CDLL(None)
+_MADV_DONTNEED = 4
 _MADV_POPULATE_READ = 22
+_SECTOR_BYTES = 4096
 Range = tuple[int, int]
 """Offsets in the image, from and to."""
 
@@ -56,12 +61,17 @@ class ShardReader:
     Raises:
         FormatInvalid: If the file is shorter than the image, or the record has not one digest a
             unit.
+
+    Attributes:
+        shard: What was given.
+        image_bytes: The image's length.
     """
 
     def __init__(self, shard: Shard, executor: Executor | None = None) -> None:
-        self._shard = shard
+        self.shard = shard
+        self.image_bytes = shard.record.image_bytes
         self._executor = executor
-        self._units = unit_count(shard.record.image_bytes)
+        self._units = unit_count(self.image_bytes)
         digests = shard.record.unit_digests
         if shard.record.unit_bytes != UNIT_BYTES or len(digests) != self._units * DIGEST_BYTES:
             raise FormatInvalid(shard.path, "its record does not have one digest a unit")
@@ -85,7 +95,7 @@ class ShardReader:
         Raises:
             ShardCorrupt: With the units that differ.
         """
-        self._restore(_NOTHING, _blocks(ranges))
+        self._restore(_NOTHING, _spans(ranges))
 
     def copy(self, pieces: Sequence[tuple[int, int, int]]) -> None:
         """Copy out, each unit checked once more right before.
@@ -98,47 +108,79 @@ class ShardReader:
         """
         ordered = sorted(pieces, key=lambda piece: piece[1])
         ranges = ((offset, offset + size) for _, offset, size in ordered)
-        self._restore(Pieces(ordered), _blocks(ranges))
+        self._restore(Pieces(ordered), _spans(ranges))
 
-    def _restore(self, pieces: Pieces, blocks: list[int]) -> None:
-        shard = self._shard
-        size = shard.record.image_bytes
+    def into(self, address: int, first: int, count: int) -> None:
+        """Copy units into memory, unchecked. Threads may do so at once.
 
-        def restore(block: int) -> list[int]:
-            first = block * _BLOCK_UNITS
-            count = min(_BLOCK_UNITS, self._units - first)
+        Args:
+            address: Of the memory, which has room for whole units. Where it begins with a page, a
+                file is read past the page cache.
+            first: The first unit.
+            count: How many.
+
+        Raises:
+            FormatInvalid: If the file became shorter.
+        """
+        begin = first * UNIT_BYTES
+        self._source.into(address, begin, min(count * UNIT_BYTES, self.image_bytes - begin))
+
+    def damaged(self, address: int, first: int, count: int) -> list[int]:
+        """Which of these units, as they lie in memory at an address, do not match their digest."""
+        size = min(count * UNIT_BYTES, self.image_bytes - first * UNIT_BYTES)
+        data = memoryview((ctypes.c_ubyte * size).from_address(address))
+        bad = verify_units(data, UNIT_BYTES, self.digests(first, count))
+        return [first + unit for unit in bad]
+
+    def digests(self, first: int, count: int) -> bytes:
+        """What the record says of these units."""
+        return self._digests[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
+
+    def corrupt(self, units: Sequence[int]) -> ShardCorrupt:
+        """The error that says that these units differ."""
+        return ShardCorrupt(f"{self.shard.path}, rank {self.shard.rank}", tuple(units))
+
+    def _restore(self, pieces: Pieces, spans: list[range]) -> None:
+        size = self.image_bytes
+
+        def restore(span: range) -> list[int]:
+            first, count = span.start, len(span)
             with self._source.address(first * UNIT_BYTES, count * UNIT_BYTES) as address:
                 return restore_units(pieces, address, size, UNIT_BYTES, first, count, self._digests)
 
         apply: Callable[..., Iterable[list[int]]] = self._executor.map if self._executor else map
-        bad = [unit for part in apply(restore, blocks) for unit in part]
+        bad = [unit for part in apply(restore, spans) for unit in part]
         if bad:
-            raise ShardCorrupt(f"{shard.path}, rank {shard.rank}", tuple(bad))
+            raise self.corrupt(bad)
 
 
 def units_read(ranges: Iterable[Range], image_bytes: int) -> list[range]:
-    """The units that `ShardReader` looks at for these ranges: whole blocks, ascending."""
+    """All units that `ShardReader` looks at for these ranges, and more: whole blocks, ascending."""
     units = unit_count(image_bytes)
+    blocks = {span.start // _BLOCK_UNITS for span in _spans(ranges)}
     return [
         range(block * _BLOCK_UNITS, min((block + 1) * _BLOCK_UNITS, units))
-        for block in _blocks(ranges)
+        for block in sorted(blocks)
     ]
 
 
 _NOTHING = Pieces(())
 
 
-def _blocks(ranges: Iterable[Range]) -> list[int]:
-    """The blocks of units that hold a byte of these ranges."""
-    block_bytes = UNIT_BYTES * _BLOCK_UNITS
-    return sorted(
-        {
-            block
-            for start, stop in ranges
-            if start < stop
-            for block in range(start // block_bytes, (stop - 1) // block_bytes + 1)
-        }
-    )
+def _spans(ranges: Iterable[Range]) -> list[range]:
+    """The units that hold a byte of these ranges, ascending, none of them across two blocks."""
+    spans: list[range] = []
+    for start, stop in sorted((start, stop) for start, stop in ranges if start < stop):
+        first, last = start // UNIT_BYTES, (stop - 1) // UNIT_BYTES + 1
+        if spans:
+            first = max(first, spans[-1].stop)
+        while first < last:
+            border = (first // _BLOCK_UNITS + 1) * _BLOCK_UNITS
+            if spans and spans[-1].stop == first and first % _BLOCK_UNITS:
+                first = spans.pop().start
+            spans.append(range(first, min(last, border)))
+            first = border
+    return spans
 
 
 class _Mapped:
@@ -175,6 +217,14 @@ class _Mapped:
             self._populated.add(begin)
         yield self._address
 
+    def into(self, target: int, begin: int, size: int) -> None:
+        page = _page(self._address + begin)
+        length = self._address + begin + size - page
+        _LIBC.madvise(ctypes.c_void_p(page), ctypes.c_size_t(length), _MADV_POPULATE_READ)
+        ctypes.memmove(target, self._address + begin, size)
+        # Here by many threads, or else by one when all is unmapped: a tenth of a second in 15 GB.
+        _LIBC.madvise(ctypes.c_void_p(page), ctypes.c_size_t(length), _MADV_DONTNEED)
+
     def close(self) -> None:
         del self._bytes
         self._memory.close()
@@ -187,6 +237,7 @@ class _File:
         self._descriptor = _open(shard)
         self._shard = shard
         self._buffers: list[Any] = []
+        self._direct = _open_direct(shard)
 
     @contextmanager
     def address(self, begin: int, size: int) -> Iterator[int]:
@@ -204,8 +255,34 @@ class _File:
         yield int(buffer.ctypes.data) - begin
         self._buffers.append(buffer)
 
+    def into(self, target: int, begin: int, size: int) -> None:
+        """Read past the page cache where that is possible: it would be one more copy."""
+        rounded = -(-size // _SECTOR_BYTES) * _SECTOR_BYTES
+        aligned = not (target % _SECTOR_BYTES or (self._shard.offset + begin) % _SECTOR_BYTES)
+        try:
+            if aligned and self._direct is not None:
+                self._read(self._direct, target, begin, size, rounded)
+                return
+        except OSError as error:
+            # Some file systems refuse only now; some pinned memory cannot be read into.
+            if error.errno not in (errno.EINVAL, errno.EFAULT):
+                raise
+        self._read(self._descriptor, target, begin, size, size)
+
+    def _read(self, descriptor: int, target: int, begin: int, size: int, length: int) -> None:
+        """Read at least `size` bytes, asking for `length`, which O_DIRECT wants to be round."""
+        memory = memoryview((ctypes.c_ubyte * length).from_address(target))
+        done = 0
+        while done < size:
+            count = os.preadv(descriptor, [memory[done:]], self._shard.offset + begin + done)
+            if not count:
+                raise FormatInvalid(self._shard.path, "became shorter while it was read")
+            done += count
+
     def close(self) -> None:
         os.close(self._descriptor)
+        if self._direct is not None:
+            os.close(self._direct)
 
 
 def _page(address: int) -> int:
@@ -214,6 +291,13 @@ def _page(address: int) -> int:
 
 def _buffer() -> Any:
     return numpy.empty(_BLOCK_UNITS * UNIT_BYTES, dtype=numpy.uint8)
+
+
+def _open_direct(shard: Shard) -> int | None:
+    try:
+        return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return None
 
 
 def _open(shard: Shard) -> int:

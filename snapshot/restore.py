@@ -1,13 +1,14 @@
 """Filling live tensors from the shards of one snapshot.
 
 Owns the way from located copies to the tensors that want their bytes: which rank's shard gives
-which range, and the tensors that no flat copy can fill. Promises that `verify` has seen every
-byte that `run` will use, that a byte reaches a tensor only after the digest of its unit matched,
-and that every wanted byte is written or an error is raised. Does not choose the copy (the agent
-does), and does not know modules or optimizers (the client does).
+which range, what travels through `snapshot/device_fill.py`, and the tensors that no flat copy can
+fill. Promises that `verify` has seen every byte that `run` will use, that a byte reaches a tensor
+only after the digest of its unit matched, and that every wanted byte is written or an error is
+raised. Does not choose the copy (the agent does), and does not know modules or optimizers (the
+client does).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ import torch
 
 from everstep.proto.errors import StateMismatch
 from everstep.proto.failpoint import failpoint
-from everstep.snapshot.capture import dtype_name, is_plain
+from everstep.snapshot.accelerator import Accelerator
+from everstep.snapshot.capture import dtype_name
+from everstep.snapshot.device_fill import DeviceFill, Pinned, Row
 from everstep.snapshot.layout import Leaf
 from everstep.snapshot.reading import Range, Shard, ShardReader
 from everstep.snapshot.replicas import gather
+from everstep.snapshot.restore_cuda import accelerator
 
 __all__ = ["Restoration", "Shard", "Wanted"]
 
@@ -40,11 +44,25 @@ class Restoration:
         shards: All ranks' shards of the snapshot, by rank.
         rank: Whose private leaves are wanted.
         executor: Spreads the work, which runs without the GIL, over its threads.
+        pinned: Tells what lies in pinned memory of this process already.
+        accelerators: Gives the way to a device, or None if bytes go there through torch.
+
+    Attributes:
+        problem: Why bytes could not travel to a device at once, if the device was the reason.
     """
 
     def __init__(
-        self, shards: Mapping[int, Shard], rank: int, executor: Executor | None = None
+        self,
+        shards: Mapping[int, Shard],
+        rank: int,
+        executor: Executor | None = None,
+        *,
+        pinned: Pinned | None = None,
+        accelerators: Callable[[torch.device], Accelerator | None] = accelerator,
     ) -> None:
+        self.problem = ""
+        self._pinned = pinned
+        self._accelerators = accelerators
         self._shards = shards
         self._rank = rank
         self._executor = executor
@@ -52,7 +70,9 @@ class Restoration:
             holder: {leaf.name: leaf for leaf in shard.layout.leaves}
             for holder, shard in shards.items()
         }
-        self._pieces: dict[int, list[tuple[int, int, int]]] = {holder: [] for holder in shards}
+        self._pieces: dict[int, list[Row]] = {}
+        self._sent: dict[torch.device, dict[int, list[Row]]] = {}
+        self._fills: dict[torch.device, DeviceFill | None] = {}
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._planned: dict[str, torch.Tensor] = {}
@@ -70,19 +90,35 @@ class Restoration:
     ) -> None:
         self._stack.close()
 
-    def verify(self, names: Iterable[str]) -> None:
+    def verify(
+        self, names: Iterable[str], devices: Mapping[str, torch.device] | None = None
+    ) -> None:
         """Check every unit that holds a byte of these leaves; touch no tensor.
+
+        Args:
+            names: Of the leaves.
+            devices: Where those leaves will be wanted that are not wanted on the CPU, as far as
+                that is known. They travel there now, once, if there is room.
 
         Raises:
             ShardCorrupt: If a unit does not match its digest.
             FormatInvalid: If a file is too short, or the shards do not hold every byte.
         """
-        ranges: dict[int, list[Range]] = {}
-        for leaf in filter(None, map(self._leaf, dict.fromkeys(names))):
+        on_host: dict[int, list[Range]] = {}
+        on_device: dict[DeviceFill, dict[int, list[Range]]] = {}
+        for leaf, device in self._bound_for(names, devices or {}).values():
+            fill = None if device is None else self._fill_for(device)
+            ranges = on_host if fill is None else on_device.setdefault(fill, {})
             for holder, offset, _, size in self._sources(leaf):
                 ranges.setdefault(holder, []).append((offset, offset + size))
-        for holder, wanted in ranges.items():
-            self._reader(holder).verify(wanted)
+        for fill, ranges in on_device.items():
+            if not fill.stage(ranges):
+                self.problem = self.problem or fill.problem
+                for holder, wanted in ranges.items():
+                    on_host.setdefault(holder, []).extend(wanted)
+        for holder, wanted in on_host.items():
+            unchecked = [part for part in wanted if not self._is_staged(holder, part)]
+            self._reader(holder).verify(unchecked)
 
     def plan(self, wanted: Sequence[Wanted]) -> None:
         """Say which tensor takes which leaf.
@@ -100,10 +136,14 @@ class Restoration:
         Raises:
             ShardCorrupt: If a unit does not match its digest (any more, after `verify`). Tensors
                 may be partly filled then: the caller must not go on with them.
+            DeviceFailure: If a device fails. The same goes for it.
         """
         for holder, pieces in self._pieces.items():
-            if pieces:
-                self._reader(holder).copy(pieces)
+            self._reader(holder).copy(pieces)
+        for device, wanted in self._sent.items():
+            fill = self._fills[device]
+            assert fill is not None
+            _send(fill, wanted)
         failpoint("client.restore.copied")
         with torch.no_grad():
             for tensor, staged in [*self._staged, *self._copies]:
@@ -114,6 +154,32 @@ class Restoration:
             reader = ShardReader(self._shards[holder], self._executor)
             self._readers[holder] = self._stack.enter_context(reader)
         return self._readers[holder]
+
+    def _fill_for(self, device: torch.device) -> DeviceFill | None:
+        if device not in self._fills:
+            found = self._accelerators(device)
+            fill = None
+            if found is not None:
+                fill = DeviceFill(found, self._reader, self._executor, self._pinned)
+                self._stack.callback(fill.close)
+            self._fills[device] = fill
+        return self._fills[device]
+
+    def _is_staged(self, holder: int, part: Range) -> bool:
+        """Whether the units of a range were checked on a device, for what lies beside it."""
+        fills = filter(None, self._fills.values())
+        return any(fill.staged_rows(0, holder, part[0], part[1] - part[0]) for fill in fills)
+
+    def _bound_for(
+        self, names: Iterable[str], devices: Mapping[str, torch.device]
+    ) -> dict[str, tuple[Leaf, torch.device | None]]:
+        """Each leaf once, with the first device where one of its names is wanted."""
+        bound: dict[str, tuple[Leaf, torch.device | None]] = {}
+        for name in names:
+            leaf = self._leaf(name)
+            if leaf is not None and bound.get(leaf.name, (leaf, None))[1] is None:
+                bound[leaf.name] = leaf, devices.get(name)
+        return bound
 
     def _leaf(self, name: str) -> Leaf | None:
         aliases = self._shards[self._rank].layout.aliases
@@ -135,11 +201,15 @@ class Restoration:
                 self._copies.append((tensor, first))
             return
         self._planned[leaf.name] = target = tensor
-        if not is_plain(tensor):
-            target = torch.empty(tensor.shape, dtype=tensor.dtype)
+        fill = self._fill_for(tensor.device)
+        reached = fill is not None or tensor.device.type == "cpu"
+        if not reached or not _is_flat(tensor):
+            where = tensor.device if reached else None
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, device=where)
             self._staged.append((tensor, target))
+        pieces = self._pieces if fill is None else self._sent.setdefault(tensor.device, {})
         for holder, offset, start, size in self._sources(leaf):
-            self._pieces[holder].append((target.data_ptr() + start, offset, size))
+            pieces.setdefault(holder, []).append((target.data_ptr() + start, offset, size))
 
     def _sources(self, leaf: Leaf) -> Iterator[tuple[int, int, int, int]]:
         """(rank, offset in its image, offset in the leaf, bytes) of what makes up a leaf."""
@@ -157,6 +227,26 @@ class Restoration:
         ):
             held = self._leaves[holder][leaf.name]
             yield holder, held.offset + start - held.start, start, stop - start
+
+
+def _send(fill: DeviceFill, wanted: Mapping[int, Sequence[Row]]) -> None:
+    """Fill tensors on a device: from what was staged there, else from the shards."""
+    rows: list[Row] = []
+    others: dict[int, list[Row]] = {}
+    for holder, pieces in wanted.items():
+        for piece in pieces:
+            staged = fill.staged_rows(piece[0], holder, piece[1], piece[2])
+            if staged is None:
+                others.setdefault(holder, []).append(piece)
+            else:
+                rows += staged
+    fill.direct(others)
+    fill.scatter(rows)
+
+
+def _is_flat(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory holds its value, in order."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _fill(tensor: torch.Tensor, value: torch.Tensor) -> None:

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn, optim
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from everstep.client import scaling
 from everstep.client.attachment import (
     INLINE_BYTES,
     Attachment,
@@ -255,6 +258,68 @@ def test_small_tensors_of_stateful_objects_are_values() -> None:
     collected = collect(attached(s=Stateful(state), t=copies))
     assert names(collected) == ["s/large", "t/small", "t/large"]
     assert [path for path, _ in collected.values] == ["s/small"]
+
+
+class Watch(TorchDispatchMode):
+    """Fails when anything but `detach` is done with these tensors, as if they were on a device."""
+
+    def __init__(self, *watched: torch.Tensor) -> None:
+        super().__init__()
+        self.places = {tensor.untyped_storage().data_ptr() for tensor in watched}
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.places
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if func is not torch.ops.aten.detach.default:
+            for thing in pytree.tree_leaves((args, kwargs)):
+                if isinstance(thing, torch.Tensor):
+                    assert not self.knows(thing), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_collecting_never_waits_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = optim.Adam(model.parameters(), lr=torch.tensor(0.1), foreach=False)
+    scheduler = optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    scheduler.step()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))
+    own = {"small": torch.ones(3), "list": [torch.ones(1), 2]}
+    assert scaler._scale is not None
+    assert scaler._growth_tracker is not None
+    watch = Watch(
+        *model.state_dict().values(),
+        *(value for state in optimizer.state.values() for value in state.values()),
+        optimizer.param_groups[0]["lr"], *scheduler.get_last_lr(), *scheduler.base_lrs,
+        scaler._scale, scaler._growth_tracker, own["small"], own["list"][0],
+    )  # fmt: skip
+    parts = attached(
+        model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, own=Stateful(own),
+        tree=own, average=own, guarded=("average",),
+    )  # fmt: skip
+    with watch:
+        with pytest.raises(AssertionError, match="waits for the device"):
+            collect(parts)  # as on the CPU, where values are there to be looked at
+        monkeypatch.setattr(scaling, "on_device", watch.knows)
+        collected = collect(parts, frozenset({"model"}))
+    leaves = {*names(collected), *collected.aliases}
+    assert leaves > {"scaler/scale", "scaler/_growth_tracker", "own/small", "own/list/~i0"}
+    assert leaves > {"scheduler/_last_lr/~i0", "scheduler/base_lrs/~i0"}
+    assert not leaves & {path for path, _ in collected.values}
+
+
+def test_a_set_has_no_names_for_tensors_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = attached(x={"a": {torch.ones(2)}})
+    assert [path for path, _ in collect(parts).values] == ["x"]
+    monkeypatch.setattr(scaling, "on_device", lambda _: True)
+    with pytest.raises(NotCapturable, match="no dict, list or tuple"):
+        collect(parts)
 
 
 UNSTORABLE: dict[str, tuple[Callable[[], Any], str]] = {

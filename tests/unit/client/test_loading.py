@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn, optim
 
+from everstep.client import scaling
 from everstep.client.attachment import attachment, collect
 from everstep.client.loading import Form, Loading, Saved, _merge, check
 from everstep.proto.errors import StateMismatch
@@ -128,6 +129,71 @@ def test_module_that_was_tied_then_or_is_tied_now() -> None:
     assert torch.equal(model[0].weight, model[1].weight)
     with pytest.raises(StateMismatch, match=r"model/1\.weight.*model/0\.weight"):
         Snapshot(model=make(tied=False)).plan({"model": make(tied=True)})
+
+
+def used_scaler(scale: float = 1024.0, tracker: int = 7) -> torch.amp.GradScaler:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=99)
+    scaler.scale(torch.ones(1))
+    assert scaler._growth_tracker is not None
+    scaler._growth_tracker.fill_(tracker)
+    return scaler
+
+
+@pytest.mark.parametrize("where", ["unused", "host", "device"])
+@pytest.mark.parametrize("used", [False, True])
+def test_gradient_scaler(where: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured before or after its first use, as numbers or tensors, and loaded the same."""
+    saved = used_scaler()
+    if where == "unused":
+        saved = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=99)
+        saved._init_growth_tracker = 7
+    with monkeypatch.context() as patch:
+        patch.setattr(scaling, "on_device", lambda _: where == "device")
+        snapshot = Snapshot(scaler=saved)
+    assert (set(snapshot.tensors) == {"scaler/scale", "scaler/_growth_tracker"}) == (
+        where == "device"
+    )
+    live = used_scaler(2.0, 1) if used else torch.amp.GradScaler("cpu", init_scale=2.0)
+    kept = live._scale
+    snapshot.load({"scaler": live})
+    assert live.state_dict() == saved.state_dict() == {
+        "scale": 1024.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 99,
+        "_growth_tracker": 7,
+    }  # fmt: skip
+    assert live._scale is kept
+    assert isinstance(live._init_scale, float)
+
+
+def test_gradient_scaler_that_is_disabled() -> None:
+    live = torch.amp.GradScaler("cpu", enabled=False)
+    Snapshot(scaler=torch.amp.GradScaler("cpu", enabled=False)).load({"scaler": live})
+    assert live.state_dict() == {}
+
+
+def test_moments_are_made_where_their_parameters_are() -> None:
+    """Else load_state_dict would copy them there, unfilled as they are."""
+    model = nn.Linear(3, 3)
+    optimizer = optim.Adam(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    snapshot = Snapshot(model=model, optimizer=optimizer, tree={"x": torch.ones(1)})
+    elsewhere = nn.Linear(3, 3).to("meta")
+    fresh = optim.Adam(elsewhere.parameters())
+    plan = check(
+        attached({"optimizer": fresh, "model": elsewhere, "tree": {"x": torch.ones(1)}}),
+        snapshot.saved,
+        weights_only=False,
+        force=False,
+    )
+    found = {name: device.type for name, device in plan.devices.items()}
+    state = "optimizer/state/model"
+    assert {name: found[name] for name in found if name.startswith(f"{state}.bias")} == {
+        f"{state}.bias/exp_avg": "meta",
+        f"{state}.bias/exp_avg_sq": "meta",
+        f"{state}.bias/step": "cpu",
+    }
+    assert (found["model/weight"], found["tree/x"]) == ("meta", "cpu")
 
 
 def test_checking_touches_nothing() -> None:

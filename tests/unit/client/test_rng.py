@@ -50,6 +50,13 @@ def test_capture_draws_nothing() -> None:
     assert draws() == expected
 
 
+def test_devices_that_nothing_has_used_stay_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask torch for their generators would initialise CUDA, and end the way to fork."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("initialised"))
+    assert "cuda" not in rng.capture()
+
+
 def test_devices_that_are_not_here_are_reported() -> None:
     states = rng.capture() | {"cuda": [b"x" * 16] * 2}
     (left,) = rng.restore(states)
