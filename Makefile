@@ -15,7 +15,7 @@ KERNEL_SOURCES := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h)
 GENERATED := build/proto-check
 QUIET_TESTS := tests/unit tests/contract tests/golden tests/sim tests/test_layering.py
 
-.PHONY: help setup view kernels proto check test test-long fault bench demo wheel clean
+.PHONY: help setup view kernels proto check test test-long test-gpu fault bench demo wheel clean
 
 help:
 	@echo "setup      a virtual environment in .venv with Everstep and its tools, editable"
@@ -25,6 +25,7 @@ help:
 	@echo "check      lint, format, types, and that the generated code is up to date"
 	@echo "test       the tests that every change must pass"
 	@echo "test-long  the tests that take minutes"
+	@echo "test-gpu   the tests that need a GPU, with PYTHON as it is: no .venv, no registry"
 	@echo "fault      the fault tests, long ones included"
 	@echo "bench      every script in benchmarks/; one of them: make bench BENCH=benchmarks/x.py"
 	@echo "demo       train a small model, kill it, and see it recover"
@@ -87,6 +88,9 @@ test: setup kernels
 
 test-long: setup kernels
 	$(BIN)/pytest -m "long and not gpu"
+
+test-gpu: view
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/.view $(PYTHON) -m pytest -m "gpu and not long"
 
 fault: setup kernels
 	$(BIN)/pytest -m "not gpu" tests/fault

@@ -6,11 +6,13 @@ of each this rank keeps. Promises that a plan is used only while every source is
 when the plan was made, and that leaves seen to differ between ranks are never shared again.
 """
 
+import ctypes
 import fcntl
+import logging
 import mmap
 import os
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -19,7 +21,7 @@ import xxhash
 
 from everstep.client.attachment import Collected
 from everstep.client.channel import Channel
-from everstep.kernels.capture import Sampler
+from everstep.kernels.cuda_runtime import CudaRuntime
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import RankClaimed
 from everstep.snapshot.capture import (
@@ -28,18 +30,27 @@ from everstep.snapshot.capture import (
     identity,
     value_bytes,
 )
+from everstep.snapshot.device import CudaDevices, DeviceOptions
 from everstep.snapshot.layout import Layout, LeafSpec, Part, encode, pack
+from everstep.snapshot.pinning import PinnedArena
 from everstep.snapshot.replicas import share
+from everstep.snapshot.slot_digests import SlotDigests
 
-REPLICA_SAMPLES = 32
+log = logging.getLogger("everstep")
 
 
 class ArenaMapping:
-    """This process's writable view of its rank's arena, locked against a second writer."""
+    """This process's writable view of its rank's arena, locked against a second writer.
+
+    Attributes:
+        contents: What the slots hold, as far as captures through this mapping know.
+    """
 
     def __init__(self, reply: wire.DeclareReply, job: str, rank: int) -> None:
         self.generation = reply.generation
         self.slot_bytes = reply.slot_bytes
+        self.contents = SlotDigests()
+        self._pinned: PinnedArena | None = None
         descriptor = os.open(reply.arena_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._descriptor = descriptor
         self._status = os.fstat(descriptor)
@@ -50,6 +61,7 @@ class ArenaMapping:
             size = reply.slot_bytes * reply.slot_count
             flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
             self._memory = mmap.mmap(descriptor, size, flags=flags)
+            self._slot_count = reply.slot_count
         except OSError as error:
             holder = _lock_holder(descriptor)
             os.close(descriptor)
@@ -73,9 +85,25 @@ class ArenaMapping:
         begin = index * self.slot_bytes
         return memoryview(self._memory)[begin : begin + image_bytes]
 
+    def pin(self, runtime: CudaRuntime | None, device: int) -> PinnedArena:
+        """Have the slots pinned in the background; the same arena however often it is asked for."""
+        if self._pinned is None:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+            self._pinned = PinnedArena(
+                address,
+                self.slot_bytes,
+                self._slot_count,
+                runtime,
+                on_problem=_warn_unpinned,
+                device=device,
+            )
+        return self._pinned
+
     def close(self) -> None:
-        """Unmap and unlock; views of slots must have been released."""
-        self._memory.close()
+        """Unpin, unmap and unlock; captures have ended, and views of slots are released."""
+        if self._pinned is None or self._pinned.close():
+            self._memory.close()
+        # Else the driver is still at it: the mapping stays until the process ends.
         os.close(self._descriptor)
 
 
@@ -87,7 +115,6 @@ class Arrangement:
     arena: ArenaMapping
     identity: tuple[object, ...]
     replicated: tuple[str, ...]
-    sampler: Sampler
     plan_digest: bytes
 
     @property
@@ -95,15 +122,29 @@ class Arrangement:
         """Of this rank's shard."""
         return self.plan.layout
 
-    def replica_samples(self, seed: int) -> bytes:
-        """What must be equal on all ranks, else their replicas have drifted apart."""
-        return self.plan_digest + self.sampler.fingerprints(REPLICA_SAMPLES, seed)
-
 
 class Arranger:
-    """Keeps the arrangement of one rank up to date."""
+    """Keeps the arrangement of one rank up to date.
 
-    def __init__(self, channel: Channel, timeout_s: float, probe_s: float) -> None:
+    Attributes:
+        captures_in_flight: How many captures use it at once; set before the first `arrange`.
+        before_change: Called before the arena may be exchanged: when it returns, no capture may be
+            under way that writes to it.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        timeout_s: float,
+        probe_s: float,
+        *,
+        options: DeviceOptions | None = None,
+    ) -> None:
+        self.captures_in_flight = 1
+        self.before_change: Callable[[], object] = lambda: None
+        self._options = options or DeviceOptions()
+        # Kept over all plans: streams, and what was measured of the device.
+        self._devices = CudaDevices()
         self._channel = channel
         self._timeout_s = timeout_s
         self._probe_s = probe_s
@@ -121,6 +162,9 @@ class Arranger:
             replicated: What they had in the snapshot that was restored, if one was; it counts
                 where the agent does not know what they have now.
         """
+        if self._current is not None:
+            # The agent may have put what was restored into slots.
+            self._current.arena.contents.clear()
         self._joining = True
         self._had = None if replicated is None else frozenset(replicated)
 
@@ -138,13 +182,10 @@ class Arranger:
         self._unguarded |= set(names)
         self._stale()
 
-    def replicas_drifted(self, indices: Sequence[int]) -> list[str]:
+    def replicas_drifted(self, names: Sequence[str]) -> None:
         """These replicated leaves differ between ranks: keep each rank's own from now on."""
-        replicated = self._current.replicated if self._current is not None else ()
-        names = [replicated[index] for index in indices if index < len(replicated)]
         self._divergent |= set(names)
         self._stale()
-        return names
 
     def _stale(self) -> None:
         if self._current is not None:
@@ -240,8 +281,12 @@ class Arranger:
         return pack(parts, specs, collected.aliases, collected.containers)
 
     def _reserve(self, session: wire.Session, layout: Layout) -> ArenaMapping:
+        self.before_change()
         request = wire.DeclareRequest(
-            session=session, layout=encode(layout), layout_id=layout.layout_id
+            session=session,
+            layout=encode(layout),
+            layout_id=layout.layout_id,
+            captures_in_flight=self.captures_in_flight,
         )
         reply = self._channel.call("Declare", request, self._timeout_s)
         current = self._current
@@ -266,15 +311,22 @@ class Arranger:
     ) -> Arrangement:
         by_name = dict(collected.tensors)
         replicated = tuple(leaf.name for leaf in layout.leaves if leaf.replicated)
-        # A replica on another device is sampled by its own kernel (see the CUDA capture).
-        sampled = [by_name[name] for name in replicated]
-        sampler = Sampler(
-            [tensor.data_ptr() for tensor in sampled],
-            [tensor.numel() * tensor.element_size() for tensor in sampled],
-        )
         digest = blake2b("\n".join(replicated).encode(), digest_size=8).digest()
-        plan = CapturePlan(layout, by_name, guarded)
-        return Arrangement(plan, arena, now, replicated, sampler, digest)
+        on_cuda = [tensor for tensor in by_name.values() if tensor.device.type == "cuda"]
+        pinned = None
+        if on_cuda:
+            self._devices.of(on_cuda[0])
+            pinned = arena.pin(self._devices.runtime, on_cuda[0].device.index)
+        plan = CapturePlan(
+            layout,
+            by_name,
+            guarded,
+            options=self._options,
+            arena=pinned,
+            devices=self._devices,
+            contents=arena.contents if self._options.incremental else None,
+        )
+        return Arrangement(plan, arena, now, replicated, digest)
 
 
 def _lock_holder(descriptor: int) -> int:
@@ -282,6 +334,14 @@ def _lock_holder(descriptor: int) -> int:
     query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     answer = struct.unpack("hhqqi4x", fcntl.fcntl(descriptor, fcntl.F_GETLK, query))
     return answer[4] if answer[0] != fcntl.F_UNLCK else 0
+
+
+def _warn_unpinned(problem: str) -> None:
+    log.warning(
+        "The arena is not pinned (%s); GPU state is copied through a few pinned buffers, which "
+        "is slower.",
+        problem,
+    )
 
 
 def _whole_digest(tensor: torch.Tensor) -> bytes:

@@ -10,30 +10,45 @@ start threads, or decide what is guarded.
 The lazy copy with a fence before the update follows DataStates-LLM (Maurya et al., HPDC 2024);
 unlike it, bytes are digested in the same pass that copies them, and a torn copy is noticed.
 
-CPU tensors that are contiguous are copied by the native kernel. Everything else (other strides,
-other devices, lazily conjugated views) goes through torch, at once: the seam at which a CUDA
-stream takes over is `is_plain`.
+CPU tensors that are contiguous are copied by the native kernel, tensors on a CUDA device by a
+`DeviceCapture` each device. Everything else (other strides, other devices, lazily conjugated views)
+goes through torch, at once.
 """
 
 import ctypes
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 
+import numpy
 import torch
 
 from everstep.kernels.capture import Pieces, Sampler, capture_units
 from everstep.proto.errors import NotCapturable
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import UNIT_BYTES
-from everstep.snapshot.digest import DIGEST_BYTES, unit_count
+from everstep.snapshot.device import (
+    REPLICA_SAMPLES,
+    SAMPLES,
+    CudaDevices,
+    Device,
+    DeviceOptions,
+    Devices,
+    is_ordered,
+)
+from everstep.snapshot.device_capture import DeviceCapture
+from everstep.snapshot.device_part import CaptureStats, DevicePart, DeviceSource
+from everstep.snapshot.digest import DIGEST_BYTES, unit_count, unit_digest
 from everstep.snapshot.layout import Layout, Leaf
+from everstep.snapshot.pinning import PinnedArena
+from everstep.snapshot.slot_digests import Claim, SlotDigests
+from everstep.snapshot.units import digest_in_place, plan_units
 
 SMALL_BYTES = 16 * 1024
 """Leaves below this are copied at once: cheaper than watching them."""
-BLOCK_UNITS = 8
-SAMPLES = 8
-"""Words of each lazy leaf that the tripwire looks at."""
+_POLL_S = 0.001
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -62,8 +77,7 @@ def check_capturable(name: str, tensor: torch.Tensor) -> None:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory holds its value, in order."""
-    on_cpu = tensor.device.type == "cpu"
-    return on_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return tensor.device.type == "cpu" and is_ordered(tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +119,35 @@ class CapturePlan:
         layout: Of this rank's shard.
         tensors: The source of each leaf, by name.
         guarded: Names of leaves that change only after a fence.
+        options: For leaves on a device.
+        arena: Says which slots are pinned; None: none is.
+        devices: Finds the device of a tensor.
+        contents: What the slots hold, for incremental captures.
 
     Raises:
         NotCapturable: If a leaf's bytes are not its whole value.
+
+    Attributes:
+        parts: The leaves on each device.
+        units: Who copies and digests which.
     """
 
     def __init__(
-        self, layout: Layout, tensors: Mapping[str, torch.Tensor], guarded: frozenset[str]
+        self,
+        layout: Layout,
+        tensors: Mapping[str, torch.Tensor],
+        guarded: frozenset[str],
+        *,
+        options: DeviceOptions | None = None,
+        arena: PinnedArena | None = None,
+        devices: Devices | None = None,
+        contents: SlotDigests | None = None,
     ) -> None:
         self.layout = layout
         self.guarded = guarded
+        self.options = options or DeviceOptions()
+        self.arena = arena
+        self.contents = contents
         placed = [
             Placed(leaf, tensors[leaf.name])
             for leaf in sorted(layout.leaves, key=lambda leaf: leaf.offset)
@@ -122,7 +155,10 @@ class CapturePlan:
         ]
         for source in placed:
             check_capturable(source.leaf.name, source.tensor)
-        plain = [source for source in placed if is_plain(source.tensor)]
+        devices = devices or CudaDevices()
+        on_device = {source.leaf.name: devices.of(source.tensor) for source in placed}
+        on_host = [source for source in placed if on_device[source.leaf.name] is None]
+        plain = [source for source in on_host if is_plain(source.tensor)]
         self.lazy = [
             source
             for source in plain
@@ -130,7 +166,7 @@ class CapturePlan:
         ]
         lazy_names = {source.leaf.name for source in self.lazy}
         self.at_once = [source for source in plain if source.leaf.name not in lazy_names]
-        self.by_torch = [source for source in placed if not is_plain(source.tensor)]
+        self.by_torch = [source for source in on_host if not is_plain(source.tensor)]
         self._header = ctypes.create_string_buffer(layout.header, len(layout.header))
         header = (ctypes.addressof(self._header), 0, len(layout.header))
         self.pieces_at_once = Pieces([header, *(source.piece for source in self.at_once)])
@@ -138,6 +174,51 @@ class CapturePlan:
         self.sampler = Sampler(
             [source.piece[0] for source in self.lazy], [source.bytes for source in self.lazy]
         )
+        self._plan_replicas(tensors, devices)
+        self.parts = self._device_parts(placed, on_device)
+        devices_units = [(part.plan.touched, part.units) for part in self.parts]
+        ranges = [(source.leaf.offset, source.bytes) for source in self.lazy]
+        self.units = plan_units(layout.image_bytes, devices_units, ranges)
+
+    def _plan_replicas(self, tensors: Mapping[str, torch.Tensor], devices: Devices) -> None:
+        self.replicated = tuple(leaf.name for leaf in self.layout.leaves if leaf.replicated)
+        sources = [tensors[name] for name in self.replicated]
+        self._replicas_on: dict[int, tuple[Device, list[tuple[int, torch.Tensor]]]] = {}
+        self.host_replicas: list[int] = []
+        for number, tensor in enumerate(sources):
+            device = devices.of(tensor)
+            if device is not None:
+                self._replicas_on.setdefault(id(device), (device, []))[1].append((number, tensor))
+            elif tensor.device.type == "cpu":
+                self.host_replicas.append(number)
+        host = [sources[number] for number in self.host_replicas]
+        self.replicas = Sampler(
+            [tensor.data_ptr() for tensor in host], [tensor.nbytes for tensor in host]
+        )
+
+    def _device_parts(
+        self, placed: Sequence[Placed], on_device: Mapping[str, Device | None]
+    ) -> list[DevicePart]:
+        # A device may have replicas of which this rank keeps nothing.
+        found = dict(self._replicas_on)
+        sources: dict[int, list[DeviceSource]] = {}
+        for source in placed:
+            device = on_device[source.leaf.name]
+            if device is not None:
+                found.setdefault(id(device), (device, []))
+                guarded = source.leaf.name in self.guarded
+                entry = DeviceSource(source.leaf, source.tensor, guarded)
+                sources.setdefault(id(device), []).append(entry)
+        return [
+            DevicePart(
+                device,
+                sources.get(key, []),
+                replicas,
+                self.layout.image_bytes,
+                self.options,
+            )
+            for key, (device, replicas) in found.items()
+        ]
 
 
 class Capture:
@@ -147,6 +228,7 @@ class Capture:
         plan: What to copy.
         slot: The slot's memory, writable, at least the image's length.
         seed: Of the tripwire's sample positions; another one each time.
+        slot_index: The slot's number in the arena.
 
     Attributes:
         digests: xxh3_128 of each unit, complete once `done` is set.
@@ -154,9 +236,13 @@ class Capture:
             worthless.
         complete: Whether every byte is copied; only then is the copy worth anything.
         done: Set when everything is copied, or given up.
+        problem: Why it is not complete, if that is known.
+        stats: Where the bytes of leaves on devices went; once `done` is set.
     """
 
-    def __init__(self, plan: CapturePlan, slot: memoryview, seed: int) -> None:
+    def __init__(
+        self, plan: CapturePlan, slot: memoryview, seed: int, *, slot_index: int = 0
+    ) -> None:
         self.plan = plan
         self.image_bytes = plan.layout.image_bytes
         self.units = unit_count(self.image_bytes)
@@ -164,36 +250,170 @@ class Capture:
         self.torn: tuple[str, ...] = ()
         self.complete = False
         self.done = threading.Event()
+        self.problem = ""
+        self.stats = CaptureStats()
+        self.slot_index = slot_index
         self._slot = slot
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(slot))
         self._seed = seed
         self._lock = threading.Lock()
-        self._next_unit = 0
-        self._copied_units = 0
+        self._next_block = 0
+        self._copied_blocks = 0
         self._given_up = False
         self._fingerprints = b""
         self._versions: list[int] = []
+        self._host_samples = b""
+        self._parts: list[DeviceCapture] = []
+        self._carrying = threading.Lock()
+        self._host_copied = threading.Event()
 
     def begin(self) -> None:
         """Copy at once what may change at any time, and note what the rest looks like now."""
         plan = self.plan
+        claim = Claim()
+        if plan.contents is not None:
+            claim = plan.contents.take(self.slot_index)
+        pinned = plan.arena is not None and plan.arena.is_pinned(self.slot_index)
+        split = plan.arena.split_copies if plan.arena is not None and pinned else None
+        self._parts = [
+            DeviceCapture(part, self._address, split, claim, self._seed) for part in plan.parts
+        ]
+        # Devices first: they work while the host does.
+        for part in self._parts:
+            part.begin()
         self._versions = [source.tensor._version for source in plan.lazy]
         self._fingerprints = plan.sampler.fingerprints(SAMPLES, self._seed)
+        self._host_samples = plan.replicas.fingerprints(REPLICA_SAMPLES, self._seed)
         capture_units(
             plan.pieces_at_once, self._address, self.image_bytes, UNIT_BYTES, 0, self.units, None
         )
         for source in plan.by_torch:
             self._copy_by_torch(source)
+        if not plan.units.blocks:
+            self._host_copied.set()
         failpoint("client.capture.begun")
 
     def advance(self) -> bool:
-        """Copy the next block of units; return whether there was one. Any thread may help."""
+        """Copy the next block of units from the host; return whether there was one.
+
+        Any thread may help.
+        """
         with self._lock:
-            first = self._next_unit
-            count = min(BLOCK_UNITS, self.units - first)
-            if count <= 0 or self._given_up:
+            number = self._next_block
+            if number == len(self.plan.units.blocks) or self._given_up:
                 return False
-            self._next_unit += count
+            self._next_block += 1
+        self._copy_block(*self.plan.units.blocks[number])
+        with self._lock:
+            self._copied_blocks += 1
+            complete = self._copied_blocks == len(self.plan.units.blocks) and not self._given_up
+            last_after_giving_up = self._given_up and self._copied_blocks == self._next_block
+        if complete:
+            self._complete_host()
+        elif last_after_giving_up and not self._parts:
+            self.done.set()
+        return True
+
+    def finish(self, timeout_s: float) -> bool:
+        """Copy everything, without waiting for an update; return whether it is in time."""
+        for part in self._parts:
+            part.lift()
+        self.carry(timeout_s)
+        return self.done.is_set()
+
+    @property
+    def fenced(self) -> bool:
+        """Whether the sources may change already: nothing is left for a fence to do."""
+        if not self._parts:
+            return self.done.is_set()
+        on_host = self._host_copied.is_set() or self._given_up
+        return self.done.is_set() or (on_host and all(part.fenced for part in self._parts))
+
+    def fence(self, timeout_s: float) -> bool:
+        """Before an update, on its thread: return whether the sources may change from now on."""
+        if not self._parts:
+            return self.finish(timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        fenced = [part.fence(deadline_s - time.monotonic()) for part in self._parts]
+        while self.advance():
+            pass
+        if self._given_up:
+            return all(fenced)
+        return self._host_copied.wait(max(0.0, deadline_s - time.monotonic())) and all(fenced)
+
+    def carry(self, timeout_s: float) -> None:
+        """On the capture's own thread: copy, and wait until it is done, bounded."""
+        if not self._parts:
+            while self.advance():
+                pass
+            self.done.wait(timeout_s)
+            return
+        deadline_s = time.monotonic() + timeout_s
+        # Whoever comes second waits; if the first one has to stop early, goes on in its place.
+        if not self._carrying.acquire(timeout=max(0.0, timeout_s)):
+            return
+        try:
+            while not self.done.is_set() and not self.poll() and time.monotonic() < deadline_s:
+                # Not the event of the fence: the device's marks can only be asked for.
+                self.done.wait(_POLL_S)
+        finally:
+            self._carrying.release()
+
+    def poll(self) -> bool:
+        """Go on without waiting, on one thread at a time; return whether it is done."""
+        moved = True
+        while moved and not self.done.is_set():
+            ended = [part.poll() for part in self._parts]
+            moved = self.advance() or any(part.moved for part in self._parts)
+            problem = next((part.problem for part in self._parts if part.problem), "")
+            if problem and not self._given_up:
+                self.problem = problem
+                self._stop()
+            if all(ended) and (self._host_copied.is_set() or self._given_up):
+                self._end()
+        return self.done.is_set()
+
+    def replica_samples(self) -> bytes:
+        """What must be equal on all ranks, else their replicas have drifted apart.
+
+        Only once it is complete. 8 bytes for each replicated leaf; zeros for one that cannot be
+        looked at where it is.
+        """
+        samples = bytearray(8 * len(self.plan.replicated))
+        found = [(self.plan.host_replicas, self._host_samples)]
+        found += [(part.part.replica_numbers, part.replica_samples) for part in self._parts]
+        for numbers, fingerprints in found:
+            for index, number in enumerate(numbers[: len(fingerprints) // 8]):
+                samples[8 * number : 8 * number + 8] = fingerprints[8 * index : 8 * index + 8]
+        return bytes(samples)
+
+    def give_up(self) -> None:
+        """Copy no further; what is under way still ends before `done` is set."""
+        under_way = self._stop()
+        if not self._parts and not under_way:
+            self.done.set()
+        if self._parts and self._carrying.acquire(blocking=False):
+            try:
+                self.poll()
+            finally:
+                self._carrying.release()
+
+    def release(self) -> None:
+        """Let go of the slot's memory; only after `done`."""
+        for part in self._parts:
+            part.release()
+        self._slot.release()
+
+    def _stop(self) -> bool:
+        """Begin nothing new; return whether a block is being copied."""
+        with self._lock:
+            self._given_up = True
+            under_way = self._next_block > self._copied_blocks
+        for part in self._parts:
+            part.give_up()
+        return under_way
+
+    def _copy_block(self, first: int, count: int, fused: bool) -> None:
         failpoint("client.capture.block")
         capture_units(
             self.plan.lazy_pieces,
@@ -202,35 +422,8 @@ class Capture:
             UNIT_BYTES,
             first,
             count,
-            self.digests,
+            self.digests if fused else None,
         )
-        with self._lock:
-            self._copied_units += count
-            complete = self._copied_units == self.units and not self._given_up
-            last_after_giving_up = self._given_up and self._copied_units == self._next_unit
-        if complete:
-            self._complete()
-        elif last_after_giving_up:
-            self.done.set()
-        return True
-
-    def finish(self, timeout_s: float) -> bool:
-        """The fence: help until everything is copied; return whether it is in time."""
-        while self.advance():
-            pass
-        return self.done.wait(timeout_s)
-
-    def give_up(self) -> None:
-        """Copy no further; blocks under way still end before `done` is set."""
-        with self._lock:
-            self._given_up = True
-            under_way = self._next_unit > self._copied_units
-        if not under_way:
-            self.done.set()
-
-    def release(self) -> None:
-        """Let go of the slot's memory; only after `done`."""
-        self._slot.release()
 
     def _copy_by_torch(self, source: Placed) -> None:
         leaf, tensor = source.leaf, source.tensor.detach()
@@ -242,21 +435,63 @@ class Capture:
             part = value_bytes(tensor)[leaf.start : leaf.stop]
             torch.frombuffer(region, dtype=torch.uint8).copy_(part)
 
-    def _complete(self) -> None:
+    def _complete_host(self) -> None:
+        """The last block is copied: its sources may change, so compare them now."""
         plan = self.plan
+        torn: list[str] = []
         if [source.tensor._version for source in plan.lazy] != self._versions:
-            self.torn = tuple(
+            torn = [
                 source.leaf.name
                 for source, version in zip(plan.lazy, self._versions, strict=True)
                 if source.tensor._version != version
-            )
+            ]
         after = plan.sampler.fingerprints(SAMPLES, self._seed)
         if after != self._fingerprints:
-            changed = (
+            torn += (
                 source.leaf.name
                 for index, source in enumerate(plan.lazy)
                 if after[8 * index : 8 * index + 8] != self._fingerprints[8 * index : 8 * index + 8]
             )
-            self.torn = tuple(dict.fromkeys([*self.torn, *changed]))
-        self.complete = True
+        self.torn = tuple(dict.fromkeys(torn))
+        if not self._parts:
+            self.complete = True
+            self.done.set()
+        self._host_copied.set()
+
+    def _end(self) -> None:
+        """Nothing is under way any more on any device."""
+        with self._lock:
+            if self._next_block > self._copied_blocks:
+                return
+        for part in self._parts:
+            self.stats.add(part.stats)
+            self.torn = tuple(dict.fromkeys([*self.torn, *part.torn]))
+        if not self.problem and not self._given_up and not self.torn:
+            self._digest()
+        self.complete = not self.problem and not self._given_up
         self.done.set()
+
+    def _digest(self) -> None:
+        """Take over the devices' digests, check a few, and take the others."""
+        digests = numpy.frombuffer(self.digests, dtype="V16")
+        for part in self._parts:
+            if len(part.part.units):
+                digests[part.part.units] = numpy.frombuffer(part.digests, dtype="V16")
+        self._check_units()
+        digest_in_place(self._address, self.image_bytes, self.plan.units.on_host, self.digests)
+        contents = self.plan.contents
+        if contents is not None and not self.problem and not self.torn:
+            digests_now = bytes(self.digests)
+            contents.note(self.slot_index, self._address, self.image_bytes, digests_now, self._seed)
+
+    def _check_units(self) -> None:
+        """Compare a few of the devices' digests with what arrived in the slot."""
+        random = Random(self._seed)
+        for part in self._parts:
+            units = part.part.units.tolist()
+            for unit in random.sample(units, min(self.plan.options.check_units, len(units))):
+                begin, row = unit * UNIT_BYTES, unit * DIGEST_BYTES
+                found = unit_digest(self._slot[begin : begin + UNIT_BYTES])
+                if found != self.digests[row : row + DIGEST_BYTES]:
+                    device = part.part.device.name
+                    self.problem = f"unit {unit} is not what {device} held at the snapshot"

@@ -25,7 +25,15 @@ FOLDERS = MAY_IMPORT.keys() - {"everstep"}
 
 # What only some modules may import, and which ones; the agent runs without any of it.
 CONFINED = {
-    "torch": ("client/*", "snapshot/capture*.py", "snapshot/restore*.py", "kernels/*_triton.py"),
+    "torch": (
+        "client/*",
+        "snapshot/capture*.py",
+        "snapshot/restore*.py",
+        "snapshot/device.py",
+        "snapshot/device_part.py",
+        "snapshot/device_capture.py",
+        "kernels/*_triton.py",
+    ),
     "torchdata": ("client/*",),
     "triton": ("kernels/*_triton.py",),
     "pickle": (),

@@ -1,0 +1,499 @@
+"""Copy-on-update: one capture of the leaves on one device.
+
+Owns the order of work on the device's lanes, from `begin` to the last byte in the slot. Promises
+that the slot gets the state at the moment of `begin`, whatever the lanes' speed: what is not
+copied when the update comes is cloned on the device first, and what cannot be cloned makes the
+update wait, on the device. Promises that `begin` and `fence` never wait for the device, except
+`fence` where the slot is not pinned and there is no memory for clones. Does not seal, digest on
+the host, start threads, or know of leaves elsewhere (see `snapshot/capture.py`).
+
+    update  | clones, samples, B ....... F samples, clones of the rest, C | waits for W, D | update
+    copies  |                   B window .......... W                   C  rest ......... done
+    digests |                   B digests .. D
+
+Every tensor, clone and table that a lane reads is referenced from here until the host has seen a
+mark behind the last read: so `record_stream` is not needed, and memory comes back at once.
+"""
+
+import logging
+import threading
+import time
+from itertools import takewhile
+
+import numpy
+import torch
+from numpy.typing import NDArray
+
+from everstep.snapshot.device import REPLICA_SAMPLES, SAMPLES, Mark, Memory, Result
+from everstep.snapshot.device_moving import BATCH_ROWS, PinnedMover, Split, StagedMover
+from everstep.snapshot.device_part import CaptureStats, DevicePart
+from everstep.snapshot.device_plan import cut_rows, without_units
+from everstep.snapshot.device_scratch import Scratch
+from everstep.snapshot.slot_digests import Claim
+
+log = logging.getLogger("everstep")
+
+EARLY_CLONES_BYTES = 32 << 20
+"""Clones of up to this many bytes leave the device at once, others after the update."""
+TRICKLE_BYTES = 128 << 20
+"""Under way at most when the update is overdue: what it has to wait for if it does come."""
+OVERDUE_S = 1.0
+"""After the snapshot, and after twice the time that updates took: copy beyond the window."""
+MEASURED_BYTES = 16 << 20
+"""Shorter copies say little about the bandwidth."""
+_POLL_S = 0.0005
+
+
+class DeviceCapture:
+    """One capture of a `DevicePart`.
+
+    `begin` and `fence` are called on the training thread, `poll` by whoever carries the capture;
+    `give_up` and `lift` by any thread.
+
+    Args:
+        part: What to copy.
+        address: Of the slot.
+        split: Cuts copies at the borders of pinned memory; None if the slot is not pinned.
+        claim: What the slot held, for incremental captures.
+        seed: Of the sample positions.
+
+    Attributes:
+        finished: Whether it has ended, well or not, and nothing of it is under way.
+        moved: Whether the last `poll` got anything done.
+        problem: Why it is worthless; empty if it is not.
+        torn: Names of leaves that changed before the update.
+        digests: Of `part.units`, in order.
+        replica_samples: 8 bytes for each of `part.replica_numbers`.
+        stats: Where the bytes went.
+    """
+
+    def __init__(
+        self, part: DevicePart, address: int, split: Split | None, claim: Claim, seed: int
+    ) -> None:
+        self.part = part
+        self.finished = False
+        self.moved = False
+        self.problem = ""
+        self.torn: tuple[str, ...] = ()
+        self.digests = b""
+        self.replica_samples = b""
+        self.stats = CaptureStats()
+        self.is_abandoned = False
+        self._device = part.device
+        self._claim = claim
+        self._seed = seed
+        self._lock = threading.Lock()
+        self._mover: PinnedMover | StagedMover = (
+            PinnedMover(part.device, address, split)
+            if split is not None
+            else StagedMover(part.device, address)
+        )
+        self._address = address
+        self._live = cut_rows(part.plan.live, self._mover.most_bytes)
+        self._drains = cut_rows(part.plan.drains, self._mover.most_bytes)
+        # Live rows that an incremental capture expects to leave out.
+        self._expected = self._live[:0]
+        self._known: tuple[bytes, NDArray[numpy.bool_]] | None = None
+        self._left_bytes = int(self._live[:, 2].sum() + self._drains[:, 2].sum())
+        self._next = 0
+        self._begun_s = 0.0
+        self._lifted = False
+        self._given_up = False
+        self._trickled = False
+        self._limit: int | None = None
+        self._skipped: NDArray[numpy.bool_] | None = None
+        self._held: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self._torn: set[str] = set()
+        self._block: Memory | None = None
+        self._scratch = Scratch(part.device)
+        self._before: Result = None
+        self._after: Result = None
+        self._accumulators: Result = None
+        self._replicas: Result = None
+        self._begun: Mark | None = None
+        self._digested: Mark | None = None
+        self._fenced: Mark | None = None
+        self._closing: Mark | None = None
+        self._closed = False
+        self._window: tuple[Mark, Mark, int] | None = None
+
+    @property
+    def remaining_bytes(self) -> int:
+        """See `device.Tenant`."""
+        return max(0, self._left_bytes - self._mover.done_bytes)
+
+    @property
+    def fenced(self) -> bool:
+        """Whether the sources may change as far as the host is concerned."""
+        return self._fenced is not None or self._closed or self._is_worthless
+
+    def begin(self) -> None:
+        """Clone and sample what must be now; enqueue the digests."""
+        for tenant in list(self._device.tenants):
+            if tenant.is_abandoned:
+                tenant.poll()
+        self._begun_s = time.monotonic()
+        try:
+            self._begin()
+        except Exception as error:
+            # Whatever it is, training goes on, and the copy is dropped with this for a reason.
+            self._fail_by(error)
+
+    def fence(self, timeout_s: float) -> bool:
+        """Before an update, on its thread: make the update lane wait for what it must wait for.
+
+        Returns:
+            Whether the sources may change from now on. False only after the timeout, and only
+            where the slot is not pinned.
+        """
+        if self.fenced or self.finished or self._device.is_recording():
+            return True
+        with self._lock:
+            if self.fenced or self.finished:
+                return True
+            try:
+                return self._fence(time.monotonic() + timeout_s)
+            except Exception as error:
+                self._fail_by(error)
+                return True
+
+    def poll(self) -> bool:
+        """Go on as far as possible without waiting; return whether it has ended."""
+        if self.finished:
+            return True
+        self._mover.prepare()
+        self._look()
+        with self._lock:
+            self.moved = False
+            if not self._is_worthless:
+                try:
+                    self._advance()
+                except Exception as error:
+                    self._fail_by(error)
+            if self._is_worthless and not self.finished and self._is_quiet():
+                self._finish()
+            return self.finished
+
+    def lift(self) -> None:
+        """No update is to be expected: copy everything from where it is."""
+        self._lifted = True
+
+    def give_up(self) -> None:
+        """Copy no further. It has ended once `poll` says so."""
+        with self._lock:
+            self._given_up = True
+
+    def release(self) -> None:
+        """Let go of all memory; if the device is not done with it, as soon as it is."""
+        self.is_abandoned = True
+        self.give_up()
+        self.poll()
+
+    def _look(self) -> None:
+        """Read digests, of the slot and of the device; takes too long for the fence to wait."""
+        if self._is_worthless:
+            return
+        try:
+            if self._claim and self._known is None:
+                self._known = self._claim.held(self._address, self.part.image_bytes)
+            if not self.digests and len(self.part.units) and self._is_digested():
+                self.digests = self._device.unit_digests(self._accumulators)
+        except Exception as error:
+            self._fail_by(error)
+
+    # What follows is called under the lock, `_begin` aside.
+
+    def _begin(self) -> None:
+        device, part = self._device, self.part
+        plan = part.plan
+        # Aliases keep the storage of this moment, whatever becomes of the tensors' `.data`; they
+        # share the version counters.
+        self._held = [source.tensor.detach() for source in part.live]
+        self._versions = [tensor._version for tensor in self._held]
+        if plan.block_bytes:
+            small = plan.block_bytes <= EARLY_CLONES_BYTES
+            if small or plan.block_bytes <= device.room_bytes():
+                self._block = device.allocate(plan.block_bytes)
+            if self._block is None:
+                self._fail(
+                    f"{device.name}: no {plan.block_bytes} bytes for clones of what may change"
+                )
+                return
+        base = self._base
+        for tensor, place in part.stored:
+            assert self._block is not None
+            device.store(tensor, base + place, self._block)
+        if len(plan.copies):
+            device.copy("update", plan.copies.at(base))
+        device.gather(part.gathers, base)
+        device.gather(part.seams, base)
+        if device.has_kernels:
+            self._before = device.sample("update", part.sampled, base, SAMPLES, self._seed)
+            self._replicas = device.sample(
+                "update", part.replicas, base, REPLICA_SAMPLES, self._seed
+            )
+        self._begun = device.mark("update", timed=True)
+        device.follow("copies", self._begun)
+        device.follow("digests", self._begun)
+        if part.unit_tables:
+            self._accumulators = device.digest(part.unit_tables, base)
+        self._digested = device.mark("digests")
+        self.stats.clone_bytes = int(self._drains[:, 2].sum())
+        device.tenants.append(self)
+
+    @property
+    def _is_worthless(self) -> bool:
+        return self._given_up or bool(self.problem)
+
+    @property
+    def _base(self) -> int:
+        return self._block.address if self._block is not None else 0
+
+    def _advance(self) -> None:
+        self.moved = self._mover.pump()
+        self._scratch.free()
+        if self._limit is None:
+            self._open()
+        if self._skipped is None and self._known is not None and self.digests:
+            self._skip(*self._known)
+        knows_skips = not self._claim or not len(self.part.units) or self._skipped is not None
+        if self._fenced is None and not self._closed:
+            copied = self._copy_live(self._allowance())
+            if not copied and self._next == len(self._live) and knows_skips:
+                self._close()
+        elif knows_skips and self._drain_clones() and self._mover.is_idle and self._is_digested():
+            marks = [run[1] for run in (self._window, self._scratch.run) if run is not None]
+            if self._fenced is not None:
+                marks.append(self._fenced)
+            if all(mark.query() for mark in marks):
+                self._collect()
+
+    def _open(self) -> None:
+        """Decide how much is copied before the update, and what rather not."""
+        self._limit = self._window_bytes()
+        fits = len(self._claim.settled) == len(self.part.plan.touched)
+        if self._claim and fits and len(self.part.units):
+            expected = numpy.zeros_like(self.part.plan.touched)
+            expected[self.part.units] = self._claim.settled[self.part.units]
+            self._expected = without_units(self._live, ~expected)
+            self._live = without_units(self._live, expected)
+        if not self._claim and int(self._drains[:, 2].sum()) <= EARLY_CLONES_BYTES:
+            self._drain_block()
+        self.moved = True
+
+    def _window_bytes(self) -> int:
+        earlier = takewhile(lambda tenant: tenant is not self, list(self._device.tenants))
+        return self._device.window.bytes(sum(tenant.remaining_bytes for tenant in earlier))
+
+    def _skip(self, held: bytes, same: NDArray[numpy.bool_]) -> None:
+        """The digests are known: leave out what the slot holds, and only that."""
+        units = self.part.units
+        wanted = numpy.frombuffer(self.digests, dtype="V16")
+        skipped = numpy.zeros(len(same), dtype=bool)
+        skipped[units] = (numpy.frombuffer(held, dtype="V16")[units] == wanted) & same[units]
+        self._skipped = skipped
+        self.stats.skipped_units = int(skipped.sum())
+        # The update may have come before the digests, and have found these left out already.
+        changed = without_units(self._expected, skipped)
+        if len(changed) and self._fenced is not None:
+            self._claim.disappointed()
+            self._fail("units changed that had not for two snapshots, too late to copy them")
+            return
+        left = without_units(self._live[self._next :], skipped)
+        self._live, self._next = numpy.concatenate([left, changed]), 0
+        self._drains = without_units(self._drains, skipped)
+        plan = self.part.plan
+        self._left_bytes = sum(
+            int(without_units(rows, skipped)[:, 2].sum()) for rows in (plan.live, plan.drains)
+        )
+        self.moved = True
+
+    def _allowance(self) -> int:
+        """How many bytes of the live leaves may have been enqueued by now."""
+        assert self._limit is not None
+        # Without pinning, few bytes are under way at any time: the next update stops them soon.
+        if self._lifted or not self._mover.is_pinned:
+            return 1 << 62
+        usual_s = self._device.window.compute_s or 0.0
+        if time.monotonic() - self._begun_s < max(OVERDUE_S, 2 * usual_s):
+            return self._limit
+        self._trickled = True
+        room = 0 if not self._mover.is_idle else TRICKLE_BYTES
+        return max(self._limit, self.stats.window_bytes + room)
+
+    def _copy_live(self, limit: int) -> int:
+        """Enqueue the next live rows up to a total of bytes; return how many rows."""
+        rows = self._live[self._next : self._next + BATCH_ROWS]
+        totals = self.stats.window_bytes + numpy.cumsum(rows[:, 2])
+        rows = rows[: int(numpy.searchsorted(totals, limit, "right"))]
+        if not len(rows):
+            return 0
+        start = self._window[0] if self._window else self._device.mark("copies", timed=True)
+        count = self._mover.accept(rows)
+        if not count:
+            return 0
+        self._next += count
+        self.stats.window_bytes += int(rows[:count, 2].sum())
+        end = self._device.mark("copies", timed=True)
+        self._window = (start, end, self.stats.window_bytes)
+        self.moved = True
+        return count
+
+    def _fence(self, deadline_s: float) -> bool:
+        device = self._device
+        self._compare_versions()
+        if device.has_kernels:
+            self._after = device.sample(
+                "update", self.part.sampled, self._base, SAMPLES, self._seed
+            )
+        # Behind the samples, so that they are there once it is done.
+        fenced = device.mark("update", timed=True)
+        # The host may be far ahead of the device, and the thread that carries the capture late:
+        # the window counts from the snapshot, whoever fills it.
+        if self._limit is None:
+            self._open()
+        while self._mover.is_pinned and self._copy_live(self._limit or 0):
+            pass
+        rest = self._live[self._next :]
+        if len(rest):
+            cloned = self._scratch.clone(rest, self._scratch_budget())
+            self.stats.scratch_bytes = int(rest[:cloned, 2].sum())
+            rest = rest[cloned:]
+        self.stats.direct_bytes += int(rest[:, 2].sum())
+        while len(rest):
+            count = self._mover.accept(rest[:BATCH_ROWS])
+            rest = rest[count:]
+            self._mover.pump()
+            if not count:
+                if time.monotonic() >= deadline_s:
+                    self._fail("the update could not wait any longer for the copy")
+                    return False
+                time.sleep(_POLL_S)
+        # The last copy that reads a live leaf; what was enqueued behind it is not waited for.
+        if self.stats.direct_bytes:
+            device.follow("update", device.mark("copies"))
+        elif self._window is not None:
+            device.follow("update", self._window[1])
+        if self._digested is not None:
+            device.follow("update", self._digested)
+        self._fenced = fenced
+        return True
+
+    def _scratch_budget(self) -> int:
+        limit = self.part.options.scratch_bytes
+        return (
+            self._device.scratch_bytes()
+            if limit is None
+            else min(limit, max(0, self._device.room_bytes()))
+        )
+
+    def _drain_clones(self) -> bool:
+        """Enqueue the copies of clones; return whether all are."""
+        before = self._scratch.accepted_bytes
+        drained = self._scratch.drain(self._mover, self._skipped)
+        self.moved |= self._scratch.accepted_bytes != before
+        return drained and self._drain_block()
+
+    def _drain_block(self) -> bool:
+        """Enqueue the copies of what was cloned at the snapshot; return whether all are."""
+        while len(self._drains):
+            rows = self._drains[:BATCH_ROWS].copy()
+            rows[:, 1] += self._base
+            count = self._mover.accept(rows)
+            if not count:
+                return False
+            self._drains = self._drains[count:]
+            self.moved = True
+        return True
+
+    def _close(self) -> None:
+        """Everything was copied without an update: see that it was not changed meanwhile."""
+        if not self._mover.is_idle or not self._is_digested():
+            return
+        if self._closing is None:
+            if self._device.has_kernels:
+                self._after = self._device.sample(
+                    "copies", self.part.sampled, self._base, SAMPLES, self._seed
+                )
+            self._closing = self._device.mark("copies")
+            self.moved = True
+        elif self._closing.query():
+            self._compare_versions()
+            self._closed = True
+            self.moved = True
+
+    def _compare_versions(self) -> None:
+        now = [tensor._version for tensor in self._held]
+        if now != self._versions:
+            pairs = zip(self.part.live, self._versions, now, strict=True)
+            self._torn |= {source.leaf.name for source, old, new in pairs if old != new}
+
+    def _is_digested(self) -> bool:
+        return self._digested is not None and self._digested.query()
+
+    def _collect(self) -> None:
+        """Everything is in the slot: read what the kernels found."""
+        device, part = self._device, self.part
+        # More than that, if bytes had left before it was known that the slot holds them.
+        assert self._mover.done_bytes >= self._left_bytes, (
+            self._mover.done_bytes,
+            self._left_bytes,
+        )
+        if device.has_kernels:
+            before, after = device.fingerprints(self._before), device.fingerprints(self._after)
+            self._torn |= {
+                source.leaf.name
+                for index, source in enumerate(part.live)
+                if before[8 * index : 8 * index + 8] != after[8 * index : 8 * index + 8]
+            }
+            self.replica_samples = device.fingerprints(self._replicas)
+        self.torn = tuple(
+            source.leaf.name for source in part.live if source.leaf.name in self._torn
+        )
+        self._measure()
+        self._finish()
+
+    def _measure(self) -> None:
+        device = self._device
+        compute_s = 0.0
+        if self._fenced is not None and self._begun is not None:
+            compute_s = device.seconds(self._begun, self._fenced)
+        if self._trickled or not self._mover.is_pinned:
+            device.window.observe_update(compute_s, None)
+            return
+        for run in (self._window, self._scratch.run):
+            if run is not None and run[2] >= MEASURED_BYTES:
+                device.window.observe_bandwidth(run[2], device.seconds(run[0], run[1]))
+        late_s = None
+        if self._window is not None and self._begun is not None:
+            late_s = device.seconds(self._begun, self._window[1]) - compute_s
+            if late_s <= 0 and self._next == len(self._live):
+                late_s = None
+        device.window.observe_update(compute_s, late_s)
+
+    def _is_quiet(self) -> bool:
+        """Whether neither host nor device does anything for this capture any more."""
+        self._mover.discard()
+        self._mover.pump()
+        digested = self._digested is None or self._digested.query()
+        return self._mover.is_idle and digested
+
+    def _fail(self, problem: str) -> None:
+        self.problem = self.problem or problem
+
+    def _fail_by(self, error: Exception) -> None:
+        log.debug("a capture on %s failed", self._device.name, exc_info=True)
+        self._fail(f"{self._device.name}: {type(error).__name__}: {error}")
+
+    def _finish(self) -> None:
+        # Scratch and the block were allocated on the update lane, which may not have come past
+        # the clones of a capture that failed: memory goes back to that lane's later work only.
+        if self._block is not None:
+            self._block.release()
+        self._scratch.release()
+        self._block, self._held = None, []
+        self._before = self._after = self._accumulators = self._replicas = None
+        if self in self._device.tenants:
+            self._device.tenants.remove(self)
+        self.finished = True

@@ -1,0 +1,106 @@
+"""Clones of what an update would overtake, in device memory that is given back soon.
+
+Owns the scratch of one capture: its allocation in chunks, the clones on the update lane, their
+copies off the device, and the release of each chunk as soon as the host has seen that it was
+copied. Promises to take no more than its budget, and to clone what fits if there is less. Does
+not choose the budget, nor wait for anything.
+"""
+
+from collections import deque
+
+import numpy
+from numpy.typing import NDArray
+
+from everstep.snapshot.device import Device, Mark, Memory
+from everstep.snapshot.device_moving import BATCH_ROWS, Mover
+from everstep.snapshot.device_plan import Table, without_units
+
+CHUNK_BYTES = 512 << 20
+"""Allocated at a time: one large piece may not be free in one place."""
+_PLACE_BYTES = 256
+
+
+class Scratch:
+    """The scratch of one capture.
+
+    Attributes:
+        run: The timed marks around the copies off the device, with their bytes; None before.
+        accepted_bytes: What is on its way off the device, or has left it.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.run: tuple[Mark, Mark, int] | None = None
+        self.accepted_bytes = 0
+        self._device = device
+        self._cloned: Mark | None = None
+        self._held: list[Memory] = []
+        self._chunks: deque[tuple[Memory, Table]] = deque()
+        self._freeing: deque[tuple[Mark, Memory]] = deque()
+
+    def clone(self, rows: Table, budget_bytes: int) -> int:
+        """Clone the first rows (offset, address, bytes), as many as fit; return how many."""
+        sizes = -(-rows[:, 2] // _PLACE_BYTES) * _PLACE_BYTES
+        ends = numpy.concatenate([[0], numpy.cumsum(sizes)])
+        copies: list[Table] = []
+        first = 0
+        while first < len(rows):
+            most = min(int(ends[first]) + CHUNK_BYTES, budget_bytes)
+            last = int(numpy.searchsorted(ends, most, "right")) - 1
+            if last <= first:
+                break
+            memory = self._device.allocate(int(ends[last] - ends[first]))
+            if memory is None:
+                break
+            self._held.append(memory)
+            places = memory.address + ends[first:last] - ends[first]
+            offsets, sources, lengths = rows[first:last].T
+            copies.append(numpy.stack([places, sources, lengths], axis=1))
+            self._chunks.append((memory, numpy.stack([offsets, places, lengths], axis=1)))
+            first = last
+        if copies:
+            self._device.copy("update", numpy.concatenate(copies))
+            self._cloned = self._device.mark("update")
+        return first
+
+    def drain(self, mover: Mover, skipped: NDArray[numpy.bool_] | None) -> bool:
+        """Enqueue the copies off the device, as far as there is room; return whether all are.
+
+        Args:
+            mover: Takes them.
+            skipped: Units to leave out; the same every time.
+        """
+        if self._cloned is not None:
+            self._device.follow("copies", self._cloned)
+            self._cloned = None
+            if skipped is not None:
+                self._chunks = deque((m, without_units(rows, skipped)) for m, rows in self._chunks)
+            start = self._device.mark("copies", timed=True)
+            self.run = (start, start, 0)
+        while self._chunks:
+            memory, rows = self._chunks[0]
+            count = mover.accept(rows[:BATCH_ROWS])
+            if len(rows) and not count:
+                return False
+            self.accepted_bytes += int(rows[:count, 2].sum())
+            mark = self._device.mark("copies", timed=True)
+            if self.run is not None:
+                self.run = (self.run[0], mark, self.accepted_bytes)
+            if count == len(rows):
+                self._chunks.popleft()
+                self._freeing.append((mark, memory))
+            else:
+                self._chunks[0] = (memory, rows[count:])
+        return True
+
+    def free(self) -> None:
+        """Give back the chunks that have been copied."""
+        while self._freeing and self._freeing[0][0].query():
+            self._freeing.popleft()[1].release()
+
+    def release(self) -> None:
+        """Give everything back."""
+        for memory in self._held:
+            memory.release()
+        self._held.clear()
+        self._chunks.clear()
+        self._freeing.clear()

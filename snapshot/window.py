@@ -1,0 +1,81 @@
+"""How much of a state can leave the device before the next update overtakes the copy.
+
+Owns the estimate: a biased product of the shortest recent time from snapshot to update and the
+recent bandwidth, less what earlier captures have still to copy. Promises 0 until both were
+measured: then everything is cloned at the update, which is right, and measured. Pure: no device,
+no clock; safe to use from several threads.
+
+The bias begins low because the two mistakes differ: a byte too few is cloned on the device, fifty
+times faster than it crosses PCIe; a byte too many makes the update wait.
+"""
+
+import threading
+from collections import deque
+
+FIRST_BIAS = 0.92
+LOWEST_BIAS = 0.5
+RECENT = 8
+_RAISE = 0.005
+_IDLE_SHARE = 0.03
+"""Copies that end this share of the time before the update could have been more."""
+
+
+class Window:
+    """The estimate for one device."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bias = FIRST_BIAS
+        self._compute_s: deque[float] = deque(maxlen=RECENT)
+        self._bandwidths: deque[float] = deque(maxlen=RECENT)
+
+    @property
+    def bias(self) -> float:
+        """The share of the product that is used."""
+        return self._bias
+
+    @property
+    def compute_s(self) -> float | None:
+        """The shortest recent time from a snapshot to the update after it, if any was seen."""
+        with self._lock:
+            return min(self._compute_s, default=None)
+
+    def bytes(self, pending_bytes: int) -> int:
+        """How many bytes of a new capture to copy before its update.
+
+        Args:
+            pending_bytes: What earlier captures are still copying, ahead of this one.
+        """
+        with self._lock:
+            if not self._compute_s or not self._bandwidths:
+                return 0
+            # The median: one capture that shared the bus with a restore says little.
+            bandwidth = sorted(self._bandwidths)[len(self._bandwidths) // 2]
+            whole = self._bias * min(self._compute_s) * bandwidth
+        return max(0, int(whole) - pending_bytes)
+
+    def observe_bandwidth(self, copied_bytes: int, seconds: float) -> None:
+        """Note that so many bytes left the device, one after the other, in this time."""
+        if copied_bytes > 0 and seconds > 0:
+            with self._lock:
+                self._bandwidths.append(copied_bytes / seconds)
+
+    def observe_update(self, compute_s: float, late_s: float | None) -> None:
+        """Note one update.
+
+        Args:
+            compute_s: From the snapshot to the update, on the device.
+            late_s: How long after it the window's last copy ended; negative if before. None if
+                the window was not what limited the copy.
+        """
+        if compute_s <= 0:
+            return
+        with self._lock:
+            self._compute_s.append(compute_s)
+            if late_s is None:
+                return
+            if late_s > 0:
+                lowered = self._bias * (1 - min(0.1, 0.01 + late_s / compute_s))
+                self._bias = max(LOWEST_BIAS, lowered)
+            elif -late_s > _IDLE_SHARE * compute_s:
+                self._bias = min(1.0, self._bias + _RAISE)
