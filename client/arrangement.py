@@ -99,6 +99,16 @@ class ArenaMapping:
             )
         return self._pinned
 
+    def pinned(self, path: str, offset: int, size: int) -> int | None:
+        """Where a piece of a file lies in a slot that is pinned here; None if it does not."""
+        slot, begin = divmod(offset, self.slot_bytes)
+        inside = slot < self._slot_count and begin + size <= self.slot_bytes
+        if self._pinned is None or not inside or not self.is_at(path):
+            return None
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory)) + offset
+        whole = len(self._pinned.split(address, size)) == 1
+        return address if whole and self._pinned.is_pinned(slot) else None
+
     def close(self) -> None:
         """Unpin, unmap and unlock; captures have ended, and views of slots are released."""
         if self._pinned is None or self._pinned.close():
@@ -154,6 +164,7 @@ class Arranger:
         self._agreed: dict[tuple[object, ...], tuple[str, ...]] = {}
         self._joining = False
         self._had: frozenset[str] | None = None
+        self._begun_anew = False
 
     def join(self, replicated: Collection[str] | None) -> None:
         """The other ranks go on with what they have agreed on, and will not be asked again.
@@ -176,6 +187,19 @@ class Arranger:
         self._agreed.clear()
         # The other ranks need not have forgotten anything.
         self.join(None)
+
+    def begin_anew(self) -> None:
+        """Another incarnation in the same process: arrange anew, in the arena that is mapped and
+        pinned already, unless the agent has another one by then."""
+        self._begun_anew = True
+        self._stale()
+        self._agreed.clear()
+        self.join(None)
+
+    def pinned(self, path: str, offset: int, size: int) -> int | None:
+        """Where a piece of a file lies in pinned memory of this process; see `Restoration`."""
+        current = self._current
+        return current.arena.pinned(path, offset, size) if current is not None else None
 
     def distrust(self, names: Sequence[str]) -> None:
         """These leaves were changed outside the fence: copy them at once from now on."""
@@ -214,10 +238,12 @@ class Arranger:
         self._channel.call("Status", wire.StatusRequest(job=session.job), self._probe_s)
         replicated = self._agree(session, collected, step)
         layout = self._layout(session, parts, collected, replicated)
-        if current is None or current.layout.layout_id != layout.layout_id:
-            arena = self._reserve(session, layout)
-        else:
+        same = current is not None and current.layout.layout_id == layout.layout_id
+        if current is not None and same and not self._begun_anew:
             arena = current.arena
+        else:
+            arena = self._reserve(session, layout)
+        self._begun_anew = False
         self._current = self._arranged(layout, arena, collected, guarded, now)
         return self._current
 

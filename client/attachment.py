@@ -9,7 +9,7 @@ device either, unless a user's own `state_dict` does. The way back is `client/lo
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,18 +223,24 @@ def within(part: str, path: str) -> str:
     return f"{part}/{path}" if path else part
 
 
-def collect(attachments: Mapping[str, Attachment], ddp: frozenset[str] = frozenset()) -> Collected:
+def collect(
+    attachments: Mapping[str, Attachment],
+    ddp: frozenset[str] = frozenset(),
+    *,
+    frozen_guarded: bool = False,
+) -> Collected:
     """The live state of everything attached.
 
     Args:
         attachments: By name.
         ddp: Names of modules that are replicated by DistributedDataParallel.
+        frozen_guarded: Whether parameters that need no gradient count as guarded.
 
     Raises:
         NotCapturable: If something in it cannot be expressed; names path and type.
     """
     names = parameter_names(attachments)
-    guarded = _guarded_pointers(attachments)
+    guarded = _guarded_pointers(attachments, frozen_guarded)
     replicated = _replicated_pointers(attachments, ddp)
     collected = Collected()
     first_names: dict[tuple[object, ...], str] = {}
@@ -277,15 +283,21 @@ def _encoded(value: object, path: str, depth: int = 0) -> str:
         raise
 
 
-def _guarded_pointers(attachments: Mapping[str, Attachment]) -> dict[int, int]:
+def _guarded_pointers(attachments: Mapping[str, Attachment], frozen: bool) -> dict[int, int]:
     """Where the memory lies that only hooked optimizers change, and how many bytes it has."""
     extents: dict[int, int] = {}
     for attached in attachments.values():
+        found: Iterable[torch.Tensor] = ()
         if attached.part.kind == "optimizer":
-            for tensor in _optimizer_tensors(attached.target):
-                # A larger tensor that begins at the same place is not theirs alone.
-                pointer = tensor.data_ptr()
-                extents[pointer] = max(tensor.nbytes, extents.get(pointer, 0))
+            found = _optimizer_tensors(attached.target)
+        elif frozen and attached.part.kind == "module":
+            # An EMA copy is frozen, too, and changes: that shows as any change between snapshot and
+            # update does, and from then on it is not guarded.
+            found = (p for p in attached.target.parameters() if not p.requires_grad)
+        for tensor in found:
+            # A larger tensor that begins at the same place is not theirs alone.
+            pointer = tensor.data_ptr()
+            extents[pointer] = max(tensor.nbytes, extents.get(pointer, 0))
     return extents
 
 

@@ -212,12 +212,14 @@ class Capturing:
         capture = work.capture
         try:
             capture.carry(self._limits.seal_s)
+            if not capture.done.is_set():
+                capture.give_up()
+                capture.carry(self._limits.seal_s)  # until nothing writes to the slot
+            self._stats.count(capture.stats)
             if capture.torn:
                 self._torn(work)
                 return
             if not capture.complete:
-                capture.give_up()
-                capture.done.wait(self._limits.seal_s)  # then nothing writes to the slot
                 late = f"it was not copied within {self._limits.seal_s:g} s"
                 self._abandon(work, capture.problem or late)
                 return

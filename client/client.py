@@ -88,6 +88,7 @@ class Client:
         self.restored_from: tuple[str, ...] = ()
         self._on_busy = on_busy
         self._captures_in_flight = captures_in_flight
+        self._incremental = options is not None and options.incremental
         self._channel = Channel(address)
         self._attachments: dict[str, Attachment] = {}
         self._ddp: set[str] = set()
@@ -108,7 +109,9 @@ class Client:
             in_flight=lambda: self._capturing.in_flight(),
             live=live_join,
         )
-        self._restoring = Restoring(self._channel, self._session, launch.rank, limits)
+        self._restoring = Restoring(
+            self._channel, self._session, launch.rank, limits, pinned=self._arranger.pinned
+        )
         self._capturing = Capturing(
             self._channel, self._session, self._arranger, limits, self.stats
         )
@@ -222,7 +225,9 @@ class Client:
         if self.joined and not self._restored and not self.stats.taken:
             self._arranger.join(None)
         try:
-            collected = collect(self._attachments, frozenset(self._ddp))
+            collected = collect(
+                self._attachments, frozenset(self._ddp), frozen_guarded=self._incremental
+            )
             generators = values.encode(rng.capture(), RNG_PATH)
             if not self._capturing.begun:
                 self._choose_captures(collected)
@@ -415,7 +420,7 @@ class Client:
             # Another rank's rewind may have ended this incarnation already.
             log.debug("detaching before the rewind: %s", error)
         self._capturing.forget()
-        self._arranger.forget()
+        self._arranger.begin_anew()
         self._session.renew(as_new_process=True, timeout_s=self.limits.agent_start_s)
         return self.restore(to, levels=("memory",))
 

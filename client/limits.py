@@ -1,9 +1,11 @@
 """What the client is given: how long it waits for what, and what it counts.
 
-Owns two plain records. Every wait of the client is bounded by one of these limits.
+Owns two records. Every wait of the client is bounded by one of these limits.
 """
 
 from dataclasses import dataclass, field
+
+from everstep.snapshot.device_part import CaptureStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,11 @@ class Stats:
         last_stall_s: The same for the last snapshot alone.
         setup_s: The part of it that arranged new layouts and arenas.
         skipped: How often nothing was captured, by reason; "not due" is not counted.
+        window_bytes: Copied off GPUs from the live leaves, before the updates.
+        scratch_bytes: Cloned on GPUs at the updates.
+        direct_bytes: Made updates wait on GPUs, for want of memory for clones.
+        clone_bytes: Cloned on GPUs at the snapshots, as anybody may change them.
+        skipped_units: Left out by `incremental`: the slot held them already.
     """
 
     taken: int = 0
@@ -47,3 +54,16 @@ class Stats:
     last_stall_s: float = 0.0
     setup_s: float = 0.0
     skipped: dict[str, int] = field(default_factory=dict)
+    window_bytes: int = 0
+    scratch_bytes: int = 0
+    direct_bytes: int = 0
+    clone_bytes: int = 0
+    skipped_units: int = 0
+
+    def count(self, capture: CaptureStats) -> None:
+        """Add what one capture did on GPUs."""
+        self.window_bytes += capture.window_bytes
+        self.scratch_bytes += capture.scratch_bytes
+        self.direct_bytes += capture.direct_bytes
+        self.clone_bytes += capture.clone_bytes
+        self.skipped_units += capture.skipped_units

@@ -262,7 +262,7 @@ class DeviceCapture:
             copied = self._copy_live(self._allowance())
             if not copied and self._next == len(self._live) and knows_skips:
                 self._close()
-        elif knows_skips and self._drain_clones() and self._mover.is_idle and self._is_digested():
+        elif knows_skips and self._drain_clones() and self._mover.is_idle and self._has_digests():
             marks = [run[1] for run in (self._window, self._scratch.run) if run is not None]
             if self._fenced is not None:
                 marks.append(self._fenced)
@@ -431,6 +431,10 @@ class DeviceCapture:
 
     def _is_digested(self) -> bool:
         return self._digested is not None and self._digested.query()
+
+    def _has_digests(self) -> bool:
+        # Not only ready on the device, which they may be since this poll began, but read by `_look`.
+        return self._is_digested() and bool(self.digests or not len(self.part.units))
 
     def _collect(self) -> None:
         """Everything is in the slot: read what the kernels found."""

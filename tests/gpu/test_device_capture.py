@@ -19,7 +19,7 @@ from everstep.snapshot.layout import Layout, LeafSpec, Part, pack
 from everstep.snapshot.pinning import PinnedArena
 from everstep.snapshot.slot_digests import SlotDigests
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
 
 Tensors = dict[str, torch.Tensor]
 WAIT_S = 60.0
@@ -33,8 +33,8 @@ def devices() -> CudaDevices:
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Torch raises where a call would wait for the device, on any thread."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -338,3 +338,11 @@ def test_what_cannot_be_stored_is_named_exactly(name: str) -> None:
     with pytest.raises(NotCapturable) as raised:
         collect(attached(x=make()))
     assert raised.value.path == path
+
+
+def test_frozen_parameters_are_guarded_where_that_is_wanted() -> None:
+    base = nn.Linear(64, 64)
+    base.requires_grad_(False)
+    parts = attached(model=nn.Sequential(base, nn.Linear(64, 64)))
+    assert collect(parts).guarded == set()
+    assert collect(parts, frozen_guarded=True).guarded == {"model/0.weight", "model/0.bias"}

@@ -254,6 +254,20 @@ def test_with_scratch_the_update_waits_for_no_copy() -> None:
     assert taken.capture.stats.scratch_bytes == 4 * MANY
 
 
+def test_it_does_not_end_before_the_digests_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may become ready on the device between a look at them and the look whether all is."""
+    setting = Setting({"t/x": torch.randn(4 * MANY)})
+    taken = begun(setting)
+    assert taken.capture.fence(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(device_capture.DeviceCapture, "_look", lambda self: None)
+        for _ in range(ROUNDS):
+            setting.device.run()
+            assert not taken.capture.poll()
+    taken.settle(setting.device)
+    taken.check()
+
+
 def test_the_window_is_copied_before_the_update_and_the_rest_cloned() -> None:
     setting = Setting({f"t/{i}": torch.randn(MANY) for i in range(4)})
     window = setting.device.window
