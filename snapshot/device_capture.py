@@ -433,7 +433,7 @@ class DeviceCapture:
         return self._digested is not None and self._digested.query()
 
     def _has_digests(self) -> bool:
-        # Not only ready on the device, which they may be since this poll began, but read by `_look`.
+        # Ready on the device is not enough: they may have become so after `_look` in this poll.
         return self._is_digested() and bool(self.digests or not len(self.part.units))
 
     def _collect(self) -> None:
