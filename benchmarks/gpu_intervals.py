@@ -10,6 +10,7 @@ device memory and CPU time are counted over exactly the measured blocks.
 import resource
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from benchmarks.gpu_workload import Training
 JOB = "gpu-bench"
 NVME_INTERVAL = 20
 _WARM_STEPS = 6
+_WAYS = ("window", "scratch", "direct")
 _NONE_STEPS = 8
 
 
@@ -62,6 +64,7 @@ class Blocks:
     dropped: int = 0
     skipped: int = 0
     reasons: list[str] = field(default_factory=list)
+    ways: Counter[str] = field(default_factory=Counter)
     peak_bytes: int = 0
     none_peak_bytes: int = 0
     agent_cpu_s: float = 0.0
@@ -165,6 +168,7 @@ def _block(
     process = psutil.Process(agent_pid)
     agent_cpu, cpu, threads = sum(process.cpu_times()[:2]), own_cpu_s(), threads_cpu_s()
     begun = time.perf_counter()
+    ways = _ways(client)
     recording = True
     found.ours.append(training.steps(steps, after))
     found.elapsed_s += time.perf_counter() - begun
@@ -174,6 +178,12 @@ def _block(
     found.peak_bytes = max(found.peak_bytes, _peak(training.device))
     settle(measured)
     found.count(measured)
+    found.ways += _ways(client) - ways
+
+
+def _ways(client: Any) -> Counter[str]:
+    """By which way bytes have left the live leaves so far."""
+    return Counter({way: getattr(client.stats, f"{way}_bytes") for way in _WAYS})
 
 
 def settle(handles: list[Any]) -> None:
@@ -210,6 +220,12 @@ def _write(results: Results, variant: Variant, interval: int, found: Blocks) -> 
     if found.stalls:
         results.times("  stall of the training thread", found.stalls, f"{key}_stall")
         results.figures[f"{key}_stall_max_s"] = max(found.stalls)
+    shares = {way: found.ways[way] / max(1, found.taken) for way in _WAYS}
+    text = ", ".join(f"{size / 1e9:.2f} GB {way}" for way, size in shares.items())
+    results.rows.append(("  of each snapshot", text))
+    results.say()
+    for way, size in shares.items():
+        results.figures[f"{key}_{way}_bytes"] = size
     _write_costs(results, key, found)
     if interval in variant.limits:
         results.target(f"{name}, over no snapshots", step / none, variant.limits[interval])

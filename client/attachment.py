@@ -9,7 +9,7 @@ device either, unless a user's own `state_dict` does. The way back is `client/lo
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,21 @@ class Collected:
     aliases: dict[str, str] = field(default_factory=dict)
     guarded: set[str] = field(default_factory=set)
     replicated: set[str] = field(default_factory=set)
+    form: object = field(default_factory=object)
+    """The same object only as long as everything but the values is the same, and every tensor is
+    where it was, in the same shape. See `client/recollecting.py`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the parts say about each other's tensors."""
+
+    names: dict[int, str]
+    """Of the parameters, by their id()."""
+    guarded: dict[int, int]
+    """Where the memory lies that only hooked optimizers change, and how many bytes it has."""
+    replicated: set[int]
+    """Where the memory lies that DistributedDataParallel keeps equal on all ranks."""
 
 
 def attachment(name: str, target: Any, *, per_rank: bool, guarded: bool) -> Attachment:
@@ -239,16 +254,37 @@ def collect(
     Raises:
         NotCapturable: If something in it cannot be expressed; names path and type.
     """
-    names = parameter_names(attachments)
-    guarded = _guarded_pointers(attachments, frozen_guarded)
-    replicated = _replicated_pointers(attachments, ddp)
+    around = surroundings(attachments, ddp, frozen_guarded)
+    return combined(attachments, around, lambda attached: flat_part(attached, around.names))
+
+
+def surroundings(
+    attachments: Mapping[str, Attachment], ddp: frozenset[str], frozen_guarded: bool
+) -> Surroundings:
+    """For `combined`; the arguments are those of `collect`."""
+    return Surroundings(
+        parameter_names(attachments),
+        _guarded_pointers(attachments, frozen_guarded),
+        _replicated_pointers(attachments, ddp),
+    )
+
+
+def combined(
+    attachments: Mapping[str, Attachment],
+    around: Surroundings,
+    read: Callable[[Attachment], Flat],
+) -> Collected:
+    """All parts together, each as `read` finds it.
+
+    Raises:
+        NotCapturable: If something in it cannot be expressed; names path and type.
+    """
     collected = Collected()
     first_names: dict[tuple[object, ...], str] = {}
     for attached in attachments.values():
-        flat = flat_part(attached, names)
+        flat = read(attached)
         collected.containers |= flat.containers
-        for path, value in flat.values:
-            collected.values.append((path, _encoded(value, path)))
+        collected.values += encoded_values(flat)
         for name, tensor in flat.tensors:
             assert isinstance(tensor, torch.Tensor)
             check_capturable(name, tensor)
@@ -259,11 +295,20 @@ def collect(
                     collected.aliases[name] = first
                     continue
             collected.tensors.append((name, tensor))
-            if guarded.get(pointer, -1) >= tensor.nbytes or attached.guarded:
+            if around.guarded.get(pointer, -1) >= tensor.nbytes or attached.guarded:
                 collected.guarded.add(name)
-            if pointer in replicated and not attached.part.per_rank:
+            if pointer in around.replicated and not attached.part.per_rank:
                 collected.replicated.add(name)
     return collected
+
+
+def encoded_values(flat: Flat) -> list[tuple[str, str]]:
+    """Path and text of each value.
+
+    Raises:
+        NotCapturable: If one has no text.
+    """
+    return [(path, encoded(value, path)) for path, value in flat.values]
 
 
 def place(tensor: torch.Tensor) -> tuple[object, ...]:
@@ -271,7 +316,12 @@ def place(tensor: torch.Tensor) -> tuple[object, ...]:
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
 
 
-def _encoded(value: object, path: str, depth: int = 0) -> str:
+def encoded(value: object, path: str, depth: int = 0) -> str:
+    """The text of a value found at this path.
+
+    Raises:
+        NotCapturable: If it has none; names the part of the value that is to blame.
+    """
     try:
         return values.encode(value, path, hook=functools.partial(encode_torch_value, path=path))
     except NotCapturable:
@@ -279,7 +329,7 @@ def _encoded(value: object, path: str, depth: int = 0) -> str:
         if depth < values.MAX_DEPTH and isinstance(value, dict | list | tuple):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in items:
-                _encoded(item, f"{path}/{key}", depth + 1)
+                encoded(item, f"{path}/{key}", depth + 1)
         raise
 
 

@@ -25,12 +25,12 @@ from everstep.client.attachment import (
     Attachment,
     Collected,
     attachment,
-    collect,
 )
 from everstep.client.capturing import Capturing
 from everstep.client.channel import Channel
 from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits, Stats
+from everstep.client.recollecting import Recollecting
 from everstep.client.restoring import RNG_PATH, Restoring
 from everstep.client.session import Session
 from everstep.proto import agent_pb2 as wire
@@ -92,6 +92,7 @@ class Client:
         self._channel = Channel(address)
         self._attachments: dict[str, Attachment] = {}
         self._ddp: set[str] = set()
+        self._recollecting = Recollecting()
         self._hooks: list[Any] = []
         self._paused_until_s = 0.0
         self._paused_for = ""
@@ -225,7 +226,7 @@ class Client:
         if self.joined and not self._restored and not self.stats.taken:
             self._arranger.join(None)
         try:
-            collected = collect(
+            collected = self._recollecting.collect(
                 self._attachments, frozenset(self._ddp), frozen_guarded=self._incremental
             )
             generators = values.encode(rng.capture(), RNG_PATH)

@@ -45,6 +45,17 @@ class Mark(Protocol):
         """Whether the device has come past it."""
 
 
+class Digests(Mark, Protocol):
+    """Digests on their way; to be read when the device has come past them."""
+
+    def read(self) -> bytes:
+        """16 bytes for each unit.
+
+        Raises:
+            DeviceFailure: If the device failed.
+        """
+
+
 class Accelerator(Protocol):
     """What filling asks of one device. Every method may raise `DeviceFailure`."""
 
@@ -71,10 +82,16 @@ class Accelerator(Protocol):
         """Let what is enqueued from now on wait for the work that this thread has enqueued."""
 
     def copy(self, table: Table) -> None:
-        """Enqueue copies, rows of (target, source, bytes), between pinned and device memory."""
+        """Enqueue copies, rows of (target, source, bytes), between host and device memory.
+
+        Where the host's is not pinned, this waits until all copies so far have been made.
+        """
 
     def mark(self) -> Mark:
-        """The place after everything enqueued so far."""
+        """The place after everything enqueued so far, digests too."""
 
-    def digests(self, addresses: NDArray[numpy.int64]) -> bytes:
-        """16 bytes for each whole unit at these device addresses, after all copies so far."""
+    def digests(self, address: int, count: int) -> Digests:
+        """Enqueue digesting so many units, one after the other, after all copies so far.
+
+        Copies that are enqueued later need not wait for it.
+        """

@@ -13,7 +13,7 @@ where the training runs; "copies" and "digests" are the device's own.
 import logging
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -82,10 +82,6 @@ class Tenant(Protocol):
     """A capture on the device that has not ended."""
 
     @property
-    def remaining_bytes(self) -> int:
-        """What it has still to copy off the device."""
-
-    @property
     def is_abandoned(self) -> bool:
         """Whether nobody carries it any more, though the device may not be done with it."""
 
@@ -149,8 +145,12 @@ class Device(Protocol):
     def allocate(self, size: int) -> Memory | None:
         """Memory for use on the update lane first; None if there is none."""
 
-    def scratch_bytes(self) -> int:
-        """How much memory clones may take at the moment, by the default rule."""
+    def scratch_bytes(self, most: int | None) -> int:
+        """How much more memory clones may take at the moment.
+
+        Args:
+            most: Of all captures together; None for the default rule.
+        """
 
     def copy(self, lane: Lane, rows: Table) -> None:
         """Enqueue copies, rows (target, source, bytes), between device and host or device."""
@@ -255,6 +255,10 @@ class CudaDevice:
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # The training's stream has the same priority, the lowest: digests must not come first.
         self._digests = torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+        # Else clones take the blocks that activations were in a moment ago, and the next forward
+        # allocates anew, which waits for the device and for the copies on it (measured on an H100:
+        # 0.15 s a snapshot). Before the training is out of memory, it gets what lies idle here.
+        self._pool = _last_resort_pool(device)
         self._lock = threading.Lock()
         self._held = 0
         self._held_most = 0
@@ -285,25 +289,32 @@ class CudaDevice:
     def allocate(self, size: int) -> Memory | None:
         """See `Device`."""
         try:
-            tensor = torch.empty(size, dtype=torch.uint8, device=self._device)
+            with self._own_pool():
+                tensor = torch.empty(size, dtype=torch.uint8, device=self._device)
         except torch.cuda.OutOfMemoryError:
             return None
         self.count_held(size)
         return _CudaMemory(self, tensor, size, tensor.data_ptr())
+
+    def _own_pool(self) -> AbstractContextManager[Any]:
+        if self._pool is None:
+            return nullcontext()
+        return torch.cuda.use_mem_pool(self._pool, self._device)
 
     def room_bytes(self) -> int:
         """See `Device`."""
         usable, allocated, _ = self._memory()
         return usable - allocated
 
-    def scratch_bytes(self) -> int:
+    def scratch_bytes(self, most: int | None) -> int:
         """See `Device`."""
         usable, allocated, peak = self._memory()
         with self._lock:
             # Clones of earlier captures may be part of the peak, which then says less of what the
             # training needs: that is at least the rest, and at least what was seen before.
             self._others_peak = max(self._others_peak, peak - self._held_most)
-            return max(0, min(usable - allocated, (usable - self._others_peak) // 2))
+            most = (usable - self._others_peak) // 2 if most is None else most
+            return max(0, min(usable - allocated, most - self._held))
 
     def count_held(self, change: int) -> None:
         """Note that clones hold more of the device's memory, or less."""
@@ -400,6 +411,15 @@ class CudaDevice:
         # From pinned memory, since anything else would make this thread wait for the device.
         pinned = torch.from_numpy(numpy.ascontiguousarray(numbers)).pin_memory()
         return pinned.to(self._device, non_blocking=True)
+
+
+def _last_resort_pool(device: torch.device) -> Any:
+    """A pool that others may use before they are out of memory; None if torch has no such thing."""
+    try:
+        with torch.cuda.device(device):
+            return torch.cuda.MemPool(use_on_oom=True)
+    except (AttributeError, TypeError):
+        return None
 
 
 def _compiles(device: torch.device) -> bool:

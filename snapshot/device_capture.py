@@ -18,12 +18,12 @@ mark behind the last read: so `record_stream` is not needed, and memory comes ba
 import logging
 import threading
 import time
-from itertools import takewhile
 
 import numpy
 import torch
 from numpy.typing import NDArray
 
+from everstep.snapshot import device_scratch
 from everstep.snapshot.device import REPLICA_SAMPLES, SAMPLES, Mark, Memory, Result
 from everstep.snapshot.device_moving import BATCH_ROWS, PinnedMover, Split, StagedMover
 from everstep.snapshot.device_part import CaptureStats, DevicePart
@@ -89,7 +89,9 @@ class DeviceCapture:
             else StagedMover(part.device, address)
         )
         self._address = address
-        self._live = cut_rows(part.plan.live, self._mover.most_bytes)
+        # The window stops between rows, and each fits into a chunk of scratch.
+        most_bytes = min(self._mover.most_bytes, device_scratch.CHUNK_BYTES // 8)
+        self._live = cut_rows(part.plan.live, most_bytes)
         self._drains = cut_rows(part.plan.drains, self._mover.most_bytes)
         # Live rows that an incremental capture expects to leave out.
         self._expected = self._live[:0]
@@ -112,16 +114,12 @@ class DeviceCapture:
         self._accumulators: Result = None
         self._replicas: Result = None
         self._begun: Mark | None = None
+        self._opened: Mark | None = None
         self._digested: Mark | None = None
         self._fenced: Mark | None = None
         self._closing: Mark | None = None
         self._closed = False
         self._window: tuple[Mark, Mark, int] | None = None
-
-    @property
-    def remaining_bytes(self) -> int:
-        """See `device.Tenant`."""
-        return max(0, self._left_bytes - self._mover.done_bytes)
 
     @property
     def fenced(self) -> bool:
@@ -235,6 +233,7 @@ class DeviceCapture:
             )
         self._begun = device.mark("update", timed=True)
         device.follow("copies", self._begun)
+        self._opened = device.mark("copies", timed=True)
         device.follow("digests", self._begun)
         if part.unit_tables:
             self._accumulators = device.digest(part.unit_tables, base)
@@ -271,7 +270,7 @@ class DeviceCapture:
 
     def _open(self) -> None:
         """Decide how much is copied before the update, and what rather not."""
-        self._limit = self._window_bytes()
+        self._limit = self._device.window.bytes()
         fits = len(self._claim.settled) == len(self.part.plan.touched)
         if self._claim and fits and len(self.part.units):
             expected = numpy.zeros_like(self.part.plan.touched)
@@ -281,10 +280,6 @@ class DeviceCapture:
         if not self._claim and int(self._drains[:, 2].sum()) <= EARLY_CLONES_BYTES:
             self._drain_block()
         self.moved = True
-
-    def _window_bytes(self) -> int:
-        earlier = takewhile(lambda tenant: tenant is not self, list(self._device.tenants))
-        return self._device.window.bytes(sum(tenant.remaining_bytes for tenant in earlier))
 
     def _skip(self, held: bytes, same: NDArray[numpy.bool_]) -> None:
         """The digests are known: leave out what the slot holds, and only that."""
@@ -381,12 +376,7 @@ class DeviceCapture:
         return True
 
     def _scratch_budget(self) -> int:
-        limit = self.part.options.scratch_bytes
-        return (
-            self._device.scratch_bytes()
-            if limit is None
-            else min(limit, max(0, self._device.room_bytes()))
-        )
+        return self._device.scratch_bytes(self.part.options.scratch_bytes)
 
     def _drain_clones(self) -> bool:
         """Enqueue the copies of clones; return whether all are."""
@@ -461,6 +451,8 @@ class DeviceCapture:
     def _measure(self) -> None:
         device = self._device
         compute_s = 0.0
+        if self._begun is not None and self._opened is not None:
+            device.window.observe_wait(device.seconds(self._begun, self._opened))
         if self._fenced is not None and self._begun is not None:
             compute_s = device.seconds(self._begun, self._fenced)
         if self._trickled or not self._mover.is_pinned:

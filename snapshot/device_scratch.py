@@ -16,7 +16,9 @@ from everstep.snapshot.device_moving import BATCH_ROWS, Mover
 from everstep.snapshot.device_plan import Table, without_units
 
 CHUNK_BYTES = 512 << 20
-"""Allocated at a time: one large piece may not be free in one place."""
+"""Allocated at a time: one large piece may not be free in one place. All but the last are of this
+size, so that those of one capture fit where those of another were."""
+_SMALLEST_BYTES = 2 << 20
 _PLACE_BYTES = 256
 
 
@@ -44,13 +46,14 @@ class Scratch:
         copies: list[Table] = []
         first = 0
         while first < len(rows):
-            most = min(int(ends[first]) + CHUNK_BYTES, budget_bytes)
-            last = int(numpy.searchsorted(ends, most, "right")) - 1
+            size = min(_chunk_bytes(int(ends[-1] - ends[first])), budget_bytes)
+            last = int(numpy.searchsorted(ends, ends[first] + size, "right")) - 1
             if last <= first:
                 break
-            memory = self._device.allocate(int(ends[last] - ends[first]))
+            memory = self._device.allocate(size)
             if memory is None:
                 break
+            budget_bytes -= size
             self._held.append(memory)
             places = memory.address + ends[first:last] - ends[first]
             offsets, sources, lengths = rows[first:last].T
@@ -104,3 +107,10 @@ class Scratch:
         self._held.clear()
         self._chunks.clear()
         self._freeing.clear()
+
+
+def _chunk_bytes(wanted_bytes: int) -> int:
+    """The size of the next chunk; powers of two at the end, so that there are few sizes."""
+    if wanted_bytes >= CHUNK_BYTES:
+        return CHUNK_BYTES
+    return max(_SMALLEST_BYTES, 1 << (wanted_bytes - 1).bit_length())

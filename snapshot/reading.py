@@ -5,7 +5,7 @@ is three times as fast as reading tmpfs; a file on a disk is read, because a bad
 error and not a SIGBUS. Promises that `verify` looks at every unit that holds a wanted byte, and
 that `copy` checks each unit again right before its bytes go out (memory is shared, and another
 process could have written to it meanwhile). `into` and `damaged` are the same in two steps, for
-buffers that are sent elsewhere: see `snapshot/device_fill.py`. Does not know which bytes are wanted
+buffers that are sent elsewhere: see `snapshot/ring_pump.py`. Does not know which bytes are wanted
 by whom: see `snapshot/restore.py`.
 """
 
@@ -110,6 +110,10 @@ class ShardReader:
         ranges = ((offset, offset + size) for _, offset, size in ordered)
         self._restore(Pieces(ordered), _spans(ranges))
 
+    def size(self, first: int, count: int) -> int:
+        """How many bytes these units have: the last one of an image may not be whole."""
+        return min(count * UNIT_BYTES, self.image_bytes - first * UNIT_BYTES)
+
     def into(self, address: int, first: int, count: int) -> None:
         """Copy units into memory, unchecked. Threads may do so at once.
 
@@ -122,13 +126,11 @@ class ShardReader:
         Raises:
             FormatInvalid: If the file became shorter.
         """
-        begin = first * UNIT_BYTES
-        self._source.into(address, begin, min(count * UNIT_BYTES, self.image_bytes - begin))
+        self._source.into(address, first * UNIT_BYTES, self.size(first, count))
 
     def damaged(self, address: int, first: int, count: int) -> list[int]:
         """Which of these units, as they lie in memory at an address, do not match their digest."""
-        size = min(count * UNIT_BYTES, self.image_bytes - first * UNIT_BYTES)
-        data = memoryview((ctypes.c_ubyte * size).from_address(address))
+        data = memoryview((ctypes.c_ubyte * self.size(first, count)).from_address(address))
         bad = verify_units(data, UNIT_BYTES, self.digests(first, count))
         return [first + unit for unit in bad]
 

@@ -20,11 +20,12 @@ from everstep.proto.errors import StateMismatch
 from everstep.proto.failpoint import failpoint
 from everstep.snapshot.accelerator import Accelerator
 from everstep.snapshot.capture import dtype_name
-from everstep.snapshot.device_fill import DeviceFill, Pinned, Row
+from everstep.snapshot.device_fill import DeviceFill, Pinned
 from everstep.snapshot.layout import Leaf
 from everstep.snapshot.reading import Range, Shard, ShardReader
 from everstep.snapshot.replicas import gather
 from everstep.snapshot.restore_cuda import accelerator
+from everstep.snapshot.ring_pump import Row
 
 __all__ = ["Restoration", "Shard", "Wanted"]
 

@@ -1,9 +1,11 @@
 """How much of a state can leave the device before the next update overtakes the copy.
 
-Owns the estimate: a biased product of the shortest recent time from snapshot to update and the
-recent bandwidth, less what earlier captures have still to copy. Promises 0 until both were
-measured: then everything is cloned at the update, which is right, and measured. Pure: no device,
-no clock; safe to use from several threads.
+Owns the estimate: a biased product of the recent bandwidth and the shortest recent time from
+snapshot to update, less the time for which the copies of earlier captures kept the bus from a new
+one. All of it is measured on the device: the host, which is ahead of it by up to a step, cannot
+know what will be left of an earlier capture when a new one begins there. Promises 0 until both
+were measured: then everything is cloned at the update, which is right, and measured. Pure: no
+device, no clock; safe to use from several threads.
 
 The bias begins low because the two mistakes differ: a byte too few is cloned on the device, fifty
 times faster than it crosses PCIe; a byte too many makes the update wait.
@@ -15,6 +17,8 @@ from collections import deque
 FIRST_BIAS = 0.92
 LOWEST_BIAS = 0.5
 RECENT = 8
+RECENT_WAITS = 2
+"""A cadence that changes shows at once; one that alternates has a wait at every second."""
 _RAISE = 0.005
 _IDLE_SHARE = 0.03
 """Copies that end this share of the time before the update could have been more."""
@@ -28,6 +32,7 @@ class Window:
         self._bias = FIRST_BIAS
         self._compute_s: deque[float] = deque(maxlen=RECENT)
         self._bandwidths: deque[float] = deque(maxlen=RECENT)
+        self._waits_s: deque[float] = deque(maxlen=RECENT_WAITS)
 
     @property
     def bias(self) -> float:
@@ -40,19 +45,20 @@ class Window:
         with self._lock:
             return min(self._compute_s, default=None)
 
-    def bytes(self, pending_bytes: int) -> int:
-        """How many bytes of a new capture to copy before its update.
-
-        Args:
-            pending_bytes: What earlier captures are still copying, ahead of this one.
-        """
+    def bytes(self) -> int:
+        """How many bytes of a new capture to copy before its update."""
         with self._lock:
             if not self._compute_s or not self._bandwidths:
                 return 0
             # The median: one capture that shared the bus with a restore says little.
             bandwidth = sorted(self._bandwidths)[len(self._bandwidths) // 2]
-            whole = self._bias * min(self._compute_s) * bandwidth
-        return max(0, int(whole) - pending_bytes)
+            left_s = min(self._compute_s) - max(self._waits_s, default=0.0)
+            return max(0, int(self._bias * left_s * bandwidth))
+
+    def observe_wait(self, seconds: float) -> None:
+        """Note how long after a snapshot its first copy could begin, on the device."""
+        with self._lock:
+            self._waits_s.append(max(0.0, seconds))
 
     def observe_bandwidth(self, copied_bytes: int, seconds: float) -> None:
         """Note that so many bytes left the device, one after the other, in this time."""

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from everstep.proto.ids import SnapshotId
+from everstep.storage.mapping import unmap
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class ShardImage:
         try:
             self.image.release()
             if self.mapping is not None:
-                self.mapping.close()
+                unmap(self.mapping)
         except BufferError:
             # A view of it is still held somewhere, at worst by a traceback. The mapping goes
             # when the last view does; failing here would hide what happened in the block.

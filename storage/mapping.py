@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module does not name it yet
 _POPULATED_AT_ONCE_BYTES = 1 << 20
+_UNMAPPED_AT_ONCE_BYTES = 16 << 20
 
 
 def map_range(
@@ -54,6 +55,20 @@ def populate(mapping: mmap.mmap) -> None:
             return
 
 
+def unmap(mapping: mmap.mmap) -> None:
+    """Close a mapping of any size without holding up other threads.
+
+    Raises:
+        BufferError: If a view of it is still held.
+    """
+    # Page by page for 15 GB takes a quarter of a second, in which nobody else can map anything, or
+    # run Python: an agent would not answer.
+    for offset in range(0, len(mapping), _UNMAPPED_AT_ONCE_BYTES):
+        length_bytes = min(_UNMAPPED_AT_ONCE_BYTES, len(mapping) - offset)
+        mapping.madvise(mmap.MADV_DONTNEED, offset, length_bytes)
+    mapping.close()
+
+
 @contextmanager
 def writable_range(descriptor: int, offset: int, length_bytes: int) -> Iterator[memoryview]:
     """A writable view of part of a file, unmapped at the end of the block."""
@@ -64,7 +79,7 @@ def writable_range(descriptor: int, offset: int, length_bytes: int) -> Iterator[
         try:
             view.release()
             if mapping is not None:
-                mapping.close()
+                unmap(mapping)
         except BufferError:
             # See ShardImage.__exit__: the mapping goes when the last view does.
             pass

@@ -32,7 +32,7 @@ from everstep.proto.ids import UNIT_BYTES, checked_name
 from everstep.storage.directory import Directory, storage_error
 from everstep.storage.jobs import PARITY, Jobs, sweep_partial
 from everstep.storage.level import Problem
-from everstep.storage.mapping import map_range, populate
+from everstep.storage.mapping import map_range, populate, unmap
 from everstep.storage.parity import (
     MAX_PARITY_BYTES,
     ParityImage,
@@ -85,7 +85,7 @@ class ParityRoom:
         try:
             self.view.release()
             if self.mapping is not None:
-                self.mapping.close()
+                unmap(self.mapping)
         except BufferError:
             # Somebody holds a view of it and may write through that.
             in_use = True

@@ -2,12 +2,15 @@
 
 import logging
 import mmap
+import os
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from everstep.client.arrangement import ArenaMapping
 from everstep.proto import agent_pb2 as wire
+from everstep.snapshot.pinning import PinnedArena
 
 SLOT_BYTES = 4 * mmap.PAGESIZE
 
@@ -38,4 +41,38 @@ def test_an_arena_that_cannot_be_pinned_says_so_once(
         assert mapping.pin(None, 0) is pinned
     assert not pinned.is_pinned(0)
     assert caplog.text.count("not pinned") == 1
+    mapping.close()
+
+
+class FirstSlot:
+    """Pinned, in pieces of two pages."""
+
+    def is_pinned(self, slot: int) -> bool:
+        return slot == 0
+
+    def split(self, address: int, size: int) -> list[tuple[int, int]]:
+        return [(address, size)] * -(-size // (2 * mmap.PAGESIZE))
+
+    def close(self) -> bool:
+        return True
+
+
+def test_where_pinned_pieces_of_a_file_are(
+    mapping: ArenaMapping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, page = str(tmp_path / "arena"), mmap.PAGESIZE
+    assert mapping.pinned(path, 0, page) is None
+    mapping._pinned = cast(PinnedArena, FirstSlot())
+    begin = mapping.pinned(path, 0, page)
+    assert begin is not None
+    assert mapping.pinned(path, 2 * page, 2 * page) == begin + 2 * page
+    assert mapping.pinned(path, 0, 3 * page) is None, "two pieces"
+    assert mapping.pinned(path, 3 * page, 2 * page) is None, "two slots"
+    (tmp_path / "other").write_bytes(b"")
+    assert mapping.pinned(str(tmp_path / "other"), 0, page) is None
+    assert mapping.pinned(str(tmp_path / "none"), 0, page) is None
+    (tmp_path / "arena").unlink()
+    assert mapping.pinned(path, 0, page) is None, "another file may get that name"
+    monkeypatch.setattr(os, "stat", lambda *_, **__: pytest.fail("asked of what is not pinned"))
+    assert mapping.pinned(path, SLOT_BYTES, page) is None
     mapping.close()

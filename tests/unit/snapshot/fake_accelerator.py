@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from everstep.kernels.digest import digest_units
 from everstep.proto.ids import UNIT_BYTES
 from everstep.snapshot.accelerator import DeviceFailure, Table
-from everstep.snapshot.device_fill import Row
 from everstep.snapshot.pinning import StagingRing
+from everstep.snapshot.ring_pump import Row
 
 
 class FakeMark:
@@ -26,6 +26,24 @@ class FakeMark:
         return self.asked > 1 and self.device.advance(self.place)
 
 
+class FakeDigests(FakeMark):
+    """Computed when the device comes to them, after all copies that were enqueued before."""
+
+    def __init__(self, device: "FakeAccelerator", place: int, address: int, count: int) -> None:
+        super().__init__(device, place)
+        self.address = address
+        self.count = count
+        self.found: bytes | None = None
+
+    def compute(self) -> None:
+        memory = ctypes.string_at(self.address, self.count * UNIT_BYTES)
+        self.found = digest_units(memory, UNIT_BYTES)
+
+    def read(self) -> bytes:
+        assert self.found is not None
+        return self.found
+
+
 class FakeAccelerator:
     """See `everstep.snapshot.accelerator.Accelerator`.
 
@@ -33,23 +51,26 @@ class FakeAccelerator:
         copies_left: How many more calls of `copy` succeed.
         disturb: Whether the first byte of each copy arrives wrong.
         made: The copies that were made.
+        digested: How many units were digested.
+        calls: How often `copy` was called.
     """
 
     def __init__(self, *, room: int = 1 << 40, can_digest: bool = True) -> None:
         self._room = room
         self.can_digest = can_digest
         self.copies_left = 1 << 30
+        self.calls = 0
         self.disturb = False
         self.staging: list[NDArray[numpy.uint8]] = []
         self.rings: list[StagingRing] = []
         self.digested = 0
         self._lock = threading.Lock()
-        self._queue: list[Row] = []
+        self._queue: list[Row | FakeDigests] = []
         self._done = 0
 
     @property
     def made(self) -> list[Row]:
-        return self._queue[: self._done]
+        return [row for row in self._queue[: self._done] if not isinstance(row, FakeDigests)]
 
     def enter_thread(self) -> None:
         pass
@@ -74,6 +95,7 @@ class FakeAccelerator:
 
     def copy(self, table: Table) -> None:
         with self._lock:
+            self.calls += 1
             self.copies_left -= 1
             if self.copies_left < 0:
                 raise DeviceFailure("refused")
@@ -83,18 +105,25 @@ class FakeAccelerator:
         with self._lock:
             return FakeMark(self, len(self._queue))
 
-    def digests(self, addresses: NDArray[numpy.int64]) -> bytes:
-        assert self._done == len(self._queue)
-        self.digested += len(addresses)
-        memory = (ctypes.string_at(int(address), UNIT_BYTES) for address in addresses)
-        return b"".join(digest_units(unit, UNIT_BYTES) for unit in memory)
+    def digests(self, address: int, count: int) -> FakeDigests:
+        with self._lock:
+            self.digested += count
+            found = FakeDigests(self, len(self._queue) + 1, address, count)
+            self._queue.append(found)
+            return found
 
     def advance(self, place: int) -> bool:
         with self._lock:
             while self._done < place:
-                target, source, size = self._queue[self._done]
-                ctypes.memmove(target, source, size)
-                if self.disturb:
-                    ctypes.memset(target, 0x55, 1)
+                self._make(self._queue[self._done])
                 self._done += 1
         return True
+
+    def _make(self, work: Row | FakeDigests) -> None:
+        if isinstance(work, FakeDigests):
+            work.compute()
+            return
+        target, source, size = work
+        ctypes.memmove(target, source, size)
+        if self.disturb:
+            ctypes.memset(target, 0x55, 1)

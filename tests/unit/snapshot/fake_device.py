@@ -173,8 +173,9 @@ class FakeDevice:
         self._memory.append(FakeMemory(self, size))
         return self._memory[-1]
 
-    def scratch_bytes(self) -> int:
-        return self.free_for_scratch
+    def scratch_bytes(self, most: int | None) -> int:
+        room = max(0, self.memory_bytes - self.used_bytes + self.lies_about_room)
+        return self.free_for_scratch if most is None else min(most, room)
 
     def copy(self, lane: Lane, rows: Table) -> None:
         if self.fail_copies and lane == "copies":

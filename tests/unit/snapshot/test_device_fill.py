@@ -1,6 +1,6 @@
 """Bytes come to a device checked, with room for a staging copy and without."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,17 +10,12 @@ import torch
 
 from everstep.proto.errors import FormatInvalid, ShardCorrupt
 from everstep.proto.ids import UNIT_BYTES
+from everstep.snapshot import device_fill
 from everstep.snapshot.accelerator import DeviceFailure
-from everstep.snapshot.device_fill import (
-    BUFFER_BYTES,
-    CHUNK_BYTES,
-    DeviceFill,
-    Pinned,
-    Stretch,
-    stretches,
-)
+from everstep.snapshot.device_fill import CHUNK_BYTES, DeviceFill, Pinned
 from everstep.snapshot.reading import Shard, ShardReader
 from everstep.snapshot.restore import Restoration, Wanted
+from everstep.snapshot.stretches import Stretch
 
 from .fake_accelerator import FakeAccelerator
 from .shards import Folder, Tensors, bits, flip, some
@@ -83,7 +78,7 @@ def test_all_leaves(folder: Folder, device: FakeAccelerator) -> None:
     assert restore(device, {0: shard}, live) == ""
     assert same(live, tensors)
     staged = device._room > UNIT_BYTES and device.can_digest
-    assert device.digested == (shard.record.image_bytes // UNIT_BYTES if staged else 0)
+    assert device.digested == (-(-shard.record.image_bytes // UNIT_BYTES) if staged else 0)
 
 
 def test_without_threads(folder: Folder, device: FakeAccelerator) -> None:
@@ -187,9 +182,12 @@ def test_what_lies_beside_staged_leaves_is_staged_too(folder: Folder) -> None:
     shard = folder.shard(tensors)
     restore(device, {0: shard}, live, hinted=["t/large"])
     assert same(live, tensors)
-    # Nothing was read twice: what was sent is the units, and what came from there the leaves.
+    # Nothing was read twice: what was sent is the units, and what came from there the leaves, and
+    # once more the last unit, which the host digests.
     sent = sum(size for *_, size in device.made)
-    assert sent == shard.record.image_bytes + sum(tensor.nbytes for tensor in tensors.values())
+    end = shard.record.image_bytes % UNIT_BYTES
+    leaves = sum(tensor.nbytes for tensor in tensors.values())
+    assert sent == shard.record.image_bytes + end + leaves
 
 
 def test_what_nobody_had_announced_goes_directly(folder: Folder) -> None:
@@ -237,24 +235,186 @@ def test_a_device_that_fails_for_good(folder: Folder) -> None:
         restore(device, {0: folder.shard(tensors)}, zeros(tensors))
 
 
-def test_memory_that_is_pinned_is_sent_from_where_it_is(folder: Folder) -> None:
-    """But not the last unit, which the host checks in a buffer of its own."""
+class Arena:
+    """A shard's file in memory that counts as pinned, as far as `has` says so of a unit."""
+
+    def __init__(self, shard: Shard, has: Callable[[int], bool] = lambda unit: True) -> None:
+        self.shard = shard
+        self.has = has
+        self.asked = 0
+        self.memory = numpy.frombuffer(bytearray(Path(shard.path).read_bytes()), dtype=numpy.uint8)
+
+    def pinned(self, path: str, offset: int, size: int) -> int | None:
+        self.asked += 1
+        begin = offset - self.shard.offset
+        assert path == self.shard.path
+        assert 0 <= begin < begin + size <= self.shard.record.image_bytes
+        units = range(begin // UNIT_BYTES, (begin + size - 1) // UNIT_BYTES + 1)
+        here = all(self.has(unit) for unit in units)
+        return int(self.memory.ctypes.data) + offset if here else None
+
+    def sent(self, device: FakeAccelerator) -> list[int]:
+        """The sizes of what was sent from here."""
+        begin = int(self.memory.ctypes.data)
+        return [n for _, source, n in device.made if 0 <= source - begin < self.memory.nbytes]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several copies of pinned memory a chunk, and several chunks."""
+    monkeypatch.setattr(device_fill, "PINNED_BYTES", 8 * UNIT_BYTES)
+    monkeypatch.setattr(device_fill, "CHUNK_BYTES", 16 * UNIT_BYTES)
+
+
+def test_memory_that_is_pinned_needs_no_ring(folder: Folder) -> None:
+    """Nor many copies, nor many questions; its last unit is not whole."""
+    device = FakeAccelerator()
+    tensors = {"t/x": torch.arange(70 * UNIT_BYTES // 8 + 5)}
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    arena = Arena(shard)
+    assert restore(device, {0: shard}, live, pinned=arena.pinned) == ""
+    assert same(live, tensors)
+    assert not device.rings
+    assert arena.sent(device) == [64 * UNIT_BYTES, shard.record.image_bytes - 64 * UNIT_BYTES]
+    # One call for all of that, one for the last unit, and one that scatters.
+    assert device.calls == 3
+    assert arena.asked == 3
+
+
+def test_pinned_memory_in_chunks(folder: Folder, small: None) -> None:
     device = FakeAccelerator()
     tensors = some()
     live = zeros(tensors)
     shard = folder.shard(tensors)
-    arena = numpy.frombuffer(bytearray(Path(shard.path).read_bytes()), dtype=numpy.uint8)
-    begin = int(arena.ctypes.data)
-
-    def pinned(path: str, offset: int, size: int) -> int | None:
-        assert path == shard.path
-        assert shard.offset <= offset < offset + size <= shard.offset + shard.record.image_bytes
-        return begin + offset if offset - shard.offset < 24 * UNIT_BYTES else None
-
-    restore(device, {0: shard}, live, pinned=pinned)
+    arena = Arena(shard)
+    assert restore(device, {0: shard}, live, pinned=arena.pinned) == ""
     assert same(live, tensors)
-    straight = [made for made in device.made if begin <= made[1] < begin + arena.nbytes]
-    assert len(straight) == 24 * UNIT_BYTES // BUFFER_BYTES
+    assert not device.rings
+    assert len(arena.sent(device)) == 6
+    assert device.digested == 41
+
+
+@pytest.mark.parametrize(("name", "at"), [("t/large", 17 * UNIT_BYTES), ("t/scalar", 0)])
+def test_a_damaged_unit_in_pinned_memory(folder: Folder, small: None, name: str, at: int) -> None:
+    """It is found before any tensor is touched, also where it is the last one and not whole."""
+    device = FakeAccelerator()
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    unit = damage(shard, name, at)
+    arena = Arena(shard)
+    with pytest.raises(ShardCorrupt) as raised:
+        restore(device, {0: shard}, live, pinned=arena.pinned)
+    assert raised.value.units == (unit,)
+    assert not any(tensor.any() for tensor in live.values())
+    assert not device.staging
+    assert not device.rings
+
+
+@pytest.mark.parametrize("at", [3 * UNIT_BYTES, 40 * UNIT_BYTES + 5])
+def test_pinned_memory_that_is_not_what_the_file_is(folder: Folder, small: None, at: int) -> None:
+    """What was sent counts, not what the file holds: it comes again, checked another way."""
+    device = FakeAccelerator()
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    arena = Arena(shard)
+    arena.memory[shard.offset + at] ^= 1
+    problem = restore(device, {0: shard}, live, pinned=arena.pinned)
+    assert "otherwise than they are in memory" in problem
+    assert same(live, tensors)
+
+
+@pytest.mark.parametrize(
+    "has", [lambda unit: unit < 22, lambda unit: unit >= 22, lambda unit: unit // 4 % 3 == 1]
+)
+def test_a_source_that_is_pinned_in_part(
+    folder: Folder, small: None, has: Callable[[int], bool]
+) -> None:
+    device = FakeAccelerator()
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    arena = Arena(shard, has)
+    assert restore(device, {0: shard}, live, pinned=arena.pinned) == ""
+    assert same(live, tensors)
+    assert len(device.rings) == 1
+    straight = sum(arena.sent(device))
+    assert 12 * UNIT_BYTES <= straight < 24 * UNIT_BYTES
+    assert device.digested == 41
+
+
+def test_a_damaged_unit_beside_pinned_memory(folder: Folder, small: None) -> None:
+    device = FakeAccelerator()
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    units = (damage(shard, "t/large", 3 * UNIT_BYTES), damage(shard, "t/large", 30 * UNIT_BYTES))
+    arena = Arena(shard, lambda unit: unit < 20)
+    with pytest.raises(ShardCorrupt) as raised:
+        restore(device, {0: shard}, live, pinned=arena.pinned)
+    assert raised.value.units == units
+    assert not any(tensor.any() for tensor in live.values())
+    assert not device.staging
+
+
+def test_memory_that_is_pinned_no_more_in_the_middle(folder: Folder, small: None) -> None:
+    """As when the arena is being closed: the rest comes through a ring, made then."""
+    device = FakeAccelerator()
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    arena = Arena(shard)
+    arena.has = lambda unit: arena.asked < 4
+    assert restore(device, {0: shard}, live, pinned=arena.pinned) == ""
+    assert same(live, tensors)
+    assert arena.sent(device) == [8 * UNIT_BYTES] * 2
+    assert len(device.rings) == 1
+
+
+def test_what_the_host_digests_is_not_sent_from_memory_of_others(folder: Folder) -> None:
+    device = FakeAccelerator(can_digest=False)
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    arena = Arena(shard)
+    restore(device, {0: shard}, live, pinned=arena.pinned)
+    assert same(live, tensors)
+    assert not arena.asked
+
+
+def test_a_device_that_fails_among_pinned_copies(folder: Folder, small: None) -> None:
+    device = FakeAccelerator()
+    device.copies_left = 2
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    arena = Arena(shard)
+    with Restoration(
+        {0: shard}, 0, pinned=arena.pinned, accelerators=lambda _: device
+    ) as restoration:
+        restoration.verify(live, dict.fromkeys(live, CPU))
+        assert restoration.problem == "refused"
+        assert not device.staging
+        device.copies_left = 1 << 30
+        restoration.plan([Wanted(name, tensor) for name, tensor in live.items()])
+        restoration.run()
+    assert same(live, tensors)
+
+
+@pytest.mark.parametrize("pieces", [0, 2])
+def test_room_that_turns_out_to_be_none(folder: Folder, small: None, pieces: int) -> None:
+    device = FakeAccelerator()
+    allocate = device.allocate
+    device.allocate = (  # type: ignore[method-assign]
+        lambda size: allocate(size) if len(device.staging) < pieces else None
+    )
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    assert restore(device, {0: shard}, live, pinned=Arena(shard).pinned) == ""
+    assert same(live, tensors)
 
 
 def test_a_file_that_became_shorter(tmp_path: Path) -> None:
@@ -271,33 +431,14 @@ def test_a_file_that_became_shorter(tmp_path: Path) -> None:
     assert not device.staging
 
 
-def test_stretches() -> None:
-    unit = UNIT_BYTES
-    ranges = [
-        (5 * unit, 6 * unit),
-        (0, 1),
-        (unit, unit),
-        (10, 2 * unit + 1),
-        (5 * unit + 3, 7 * unit),
-    ]
-    assert list(stretches(4, ranges)) == [Stretch(4, 0, 3), Stretch(4, 5, 2)]
-    assert [(s.first, s.count) for s in stretches(0, [(0, 7 * unit)], 3)] == [
-        (0, 3),
-        (3, 3),
-        (6, 1),
-    ]
-    assert list(stretches(0, [])) == []
-
-
 def test_chunks_are_shared_by_short_stretches() -> None:
     device = FakeAccelerator()
     fill = DeviceFill(device, lambda _: pytest.fail("read"))
-    most = CHUNK_BYTES // UNIT_BYTES
-    wanted = [Stretch(0, 3 * unit, 1) for unit in range(5)]
     device.allocate = lambda size: sizes.append(size) or 1 << 40  # type: ignore[func-returns-value, method-assign]
     sizes: list[int] = []
-    placed = fill._placed(wanted)
-    assert placed is not None
-    assert [stretch.address - (1 << 40) for stretch in placed] == [n * UNIT_BYTES for n in range(5)]
-    fill._placed([Stretch(0, 0, most), Stretch(0, most, 2)])
-    assert sizes == [5 * UNIT_BYTES, CHUNK_BYTES, 2 * UNIT_BYTES]
+    chunk = fill._placed([Stretch(0, 3 * unit, 1) for unit in range(5)])
+    assert chunk is not None
+    addresses = [stretch.address - (1 << 40) for stretch in chunk.stretches]
+    assert addresses == [n * UNIT_BYTES for n in range(5)]
+    assert sizes == [5 * UNIT_BYTES]
+    assert CHUNK_BYTES % device_fill.PINNED_BYTES == 0
