@@ -62,7 +62,7 @@ def sample(sources: "torch.Tensor", samples: int, seed: int, fingerprints: "torc
             `MAX_SAMPLES`. Another number compiles anew. A source of up to ``8 * samples`` bytes,
             and any of up to 16, is looked at whole.
         seed: Chooses the words, together with the source's index.
-        fingerprints: int64 [n], takes the result.
+        fingerprints: int64 [n], takes the result; on the same device, or in pinned host memory.
 
     Raises:
         ValueError: If a tensor has another shape, type or device, or there are too many samples.
@@ -72,7 +72,8 @@ def sample(sources: "torch.Tensor", samples: int, seed: int, fingerprints: "torc
     _check(sources, 2)
     if fingerprints.dtype != torch.int64 or fingerprints.shape != (len(sources),):
         raise ValueError(f"fingerprints of {fingerprints.dtype} {tuple(fingerprints.shape)}")
-    if fingerprints.device != sources.device or not fingerprints.is_contiguous():
+    here = fingerprints.device == sources.device or fingerprints.is_pinned()
+    if not here or not fingerprints.is_contiguous():
         raise ValueError("fingerprints lie elsewhere than the sources, or with gaps")
     if not 0 <= samples <= MAX_SAMPLES:
         raise ValueError(f"{samples} samples: 0 to {MAX_SAMPLES} are possible")

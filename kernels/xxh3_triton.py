@@ -99,7 +99,8 @@ def accumulate(
 
     Args:
         addresses: int64 [n]: of units without gaps, in the memory of this tensor's device.
-        accumulators: int64 [n, 8], takes the result; unsigned words behind the signed type.
+        accumulators: int64 [n, 8], takes the result; unsigned words behind the signed type. On the
+            same device, or in pinned host memory: no copy waits behind others then.
         alignment: What every address is a multiple of; 16 or more is fastest, then 8.
         unit_bytes: Of each unit, a multiple of 1024; another size compiles anew.
         launch: How to lay out the work.
@@ -227,7 +228,7 @@ def _launch(
     units, blocks = len(table), unit_bytes // BLOCK_BYTES
     _check(table, (units, blocks) if scattered else (units,), "addresses")
     _check(accumulators, (units, LANES), "accumulators")
-    if accumulators.device != table.device:
+    if accumulators.device != table.device and not accumulators.is_pinned():
         raise ValueError(f"accumulators on {accumulators.device}, addresses on {table.device}")
     if alignment <= 0 or unit_bytes <= 0 or unit_bytes % BLOCK_BYTES:
         raise ValueError(f"an alignment of {alignment}, units of {unit_bytes} bytes")

@@ -12,6 +12,7 @@ where the training runs; "copies" and "digests" are the device's own.
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -241,6 +242,45 @@ class _CudaTable:
         return torch.add(self.numbers, self.factors, alpha=base)
 
 
+_SPARE_RESULTS = 32
+
+
+class _Result:
+    """Pinned host memory that a kernel writes to; back in `_Results` when nobody refers to it."""
+
+    def __init__(self, home: "_Results", words: torch.Tensor) -> None:
+        self.words = words
+        self.written: Mark | None = None
+        self._home = home
+
+    def __del__(self) -> None:
+        if self.written is not None:
+            self._home.free.append((self.words, self.written))
+
+
+class _Results:
+    """What kernels have to tell the host, written by them straight into pinned host memory.
+
+    A copy would wait behind the gigabytes that captures have under way in the same direction, and
+    the driver with it: measured on an H100, the training's launches stood still until those were
+    over. Memory is used again only once the kernel that wrote to it has ended, whatever became of
+    the capture.
+    """
+
+    def __init__(self) -> None:
+        self.free: deque[tuple[torch.Tensor, Mark]] = deque()
+
+    def take(self, count: int) -> _Result:
+        """So many words of 8 bytes."""
+        for index, (words, written) in enumerate(list(self.free)):
+            if len(words) == count and written.query():
+                del self.free[index]
+                return _Result(self, words)
+        while len(self.free) > _SPARE_RESULTS and self.free[0][1].query():
+            self.free.popleft()
+        return _Result(self, torch.empty(count, dtype=torch.int64, pin_memory=True))
+
+
 class CudaDevice:
     """A CUDA device, through torch, the runtime and our Triton kernels."""
 
@@ -259,6 +299,7 @@ class CudaDevice:
         # allocates anew, which waits for the device and for the copies on it (measured on an H100:
         # 0.15 s a snapshot). Before the training is out of memory, it gets what lies idle here.
         self._pool = _last_resort_pool(device)
+        self._results = _Results()
         self._lock = threading.Lock()
         self._held = 0
         self._held_most = 0
@@ -356,16 +397,19 @@ class CudaDevice:
 
     def sample(self, lane: Lane, sources: Prepared, base: int, samples: int, seed: int) -> Result:
         """See `Device`."""
-        with self._on(lane):
-            found = torch.empty(len(sources.host), dtype=torch.int64, device=self._device)
-            gather_triton.sample(sources.at(base), samples, seed, found)
+        found = self._results.take(len(sources.host))
+        if len(sources.host):
+            with self._on(lane):
+                gather_triton.sample(sources.at(base), samples, seed, found.words)
+        found.written = self.mark(lane)
         return found
 
     def digest(self, units: Sequence[tuple[UnitTable, Prepared]], base: int) -> Result:
         """See `Device`."""
         count = sum(len(table.units) for table, _ in units)
+        result = self._results.take(count * xxh3_triton.LANES)
+        found = result.words.view(count, xxh3_triton.LANES)
         with self._on("digests"):
-            found = torch.empty((count, xxh3_triton.LANES), dtype=torch.int64, device=self._device)
             first = 0
             for table, prepared in units:
                 last = first + len(table.units)
@@ -374,20 +418,17 @@ class CudaDevice:
                 )
                 launch(prepared.at(base), found[first:last], table.alignment)
                 first = last
-        return found
+        result.written = self.mark("digests")
+        return result
 
     def fingerprints(self, result: Result) -> bytes:
         """See `Device`."""
-        return self._read(result).tobytes()
+        return bytes(result.words.numpy().tobytes())
 
     def unit_digests(self, result: Result) -> bytes:
         """See `Device`."""
-        return xxh3_triton.digests(self._read(result).view(numpy.uint64))
-
-    def _read(self, result: torch.Tensor) -> "numpy.ndarray[Any, numpy.dtype[numpy.int64]]":
-        # Not on the training's stream, nor behind gigabytes of copies.
-        with self._on("digests"):
-            return result.cpu().numpy()
+        words = result.words.numpy().view(numpy.uint64)
+        return xxh3_triton.digests(words.reshape(-1, xxh3_triton.LANES))
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
         if lane == "update":

@@ -56,15 +56,16 @@ def populate(mapping: mmap.mmap) -> None:
 
 
 def unmap(mapping: mmap.mmap) -> None:
-    """Close a mapping of any size without holding up other threads.
+    """Close a mapping of any size without holding up other threads; again is a no-op.
 
     Raises:
         BufferError: If a view of it is still held.
     """
     # Page by page for 15 GB takes a quarter of a second, in which nobody else can map anything, or
     # run Python: an agent would not answer.
-    for offset in range(0, len(mapping), _UNMAPPED_AT_ONCE_BYTES):
-        length_bytes = min(_UNMAPPED_AT_ONCE_BYTES, len(mapping) - offset)
+    total_bytes = 0 if mapping.closed else len(mapping)
+    for offset in range(0, total_bytes, _UNMAPPED_AT_ONCE_BYTES):
+        length_bytes = min(_UNMAPPED_AT_ONCE_BYTES, total_bytes - offset)
         mapping.madvise(mmap.MADV_DONTNEED, offset, length_bytes)
     mapping.close()
 

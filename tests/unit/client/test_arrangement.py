@@ -3,12 +3,14 @@
 import logging
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
-from everstep.client.arrangement import ArenaMapping
+from everstep.client.arrangement import ArenaMapping, Arrangement, Arranger
+from everstep.client.attachment import Collected
 from everstep.proto import agent_pb2 as wire
 from everstep.snapshot.pinning import PinnedArena
 
@@ -75,4 +77,41 @@ def test_where_pinned_pieces_of_a_file_are(
     assert mapping.pinned(path, 0, page) is None, "another file may get that name"
     monkeypatch.setattr(os, "stat", lambda *_, **__: pytest.fail("asked of what is not pinned"))
     assert mapping.pinned(path, SLOT_BYTES, page) is None
+    mapping.close()
+
+
+class Asked(Exception):
+    pass
+
+
+class AskedChannel:
+    def call(self, *_: object) -> None:
+        raise Asked
+
+
+DOUBTS: dict[str, Callable[[Arranger], object]] = {
+    "changed outside the fence": lambda arranger: arranger.distrust(["x"]),
+    "differ between ranks": lambda arranger: arranger.replicas_drifted(["x"]),
+    "another incarnation": Arranger.begin_anew,
+}
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_a_form_that_fitted_is_looked_at_again_only_after_a_doubt(
+    mapping: ArenaMapping, doubt: str
+) -> None:
+    channel: Any = AskedChannel()
+    plan: Any = None
+    arranger, session = Arranger(channel, 1.0, 1.0), wire.Session()
+    known, equal = Collected(), Collected()
+    current = Arrangement(plan, mapping, ((), (), frozenset(), ()), None, (), b"")
+    arranger._current = current
+    for collected in (known, known, equal, known):
+        assert arranger.arrange(session, [], collected, 1) is current
+        assert current.form is collected.form
+    with pytest.raises(Asked):
+        arranger.arrange(session, [], Collected(aliases={"x": "y"}), 1)
+    DOUBTS[doubt](arranger)
+    with pytest.raises(Asked):
+        arranger.arrange(session, [], known, 1)
     mapping.close()

@@ -19,6 +19,7 @@ class Stateful:
     def __init__(self, state: Any) -> None:
         self.state = state
         self.asked = 0
+        self.other: Any = None
 
     def state_dict(self) -> Any:
         self.asked += 1
@@ -241,6 +242,28 @@ def make_empty(training: Training) -> None:
     swap_tensors(training.block.kept, torch.empty(0, device=device))
 
 
+def rename_state(training: Training) -> None:
+    if training.entry:
+        key, value = training.entry.popitem()
+        training.entry[f"{key}-"] = value
+
+
+def move_member(training: Training) -> None:
+    training.optimizer.param_groups[1]["params"].insert(0, training.group["params"].pop())
+
+
+def change_deep_down(training: Training) -> None:
+    training.entry.setdefault("deep", {})["x"] = torch.ones(1)
+
+
+def patch_optimizer(training: Training) -> None:
+    own = vars(training.optimizer)
+    if "state_dict" in own:
+        del own["state_dict"]
+    else:
+        own["state_dict"] = lambda: {"state": {}, "param_groups": [{}] * len(own["param_groups"])}
+
+
 def toggle_kept(training: Training) -> None:
     training.block._non_persistent_buffers_set ^= {"kept"}
 
@@ -297,6 +320,11 @@ CHANGES: dict[str, Change] = {
     "state added": lambda t: t.entry.update(more=torch.ones(2)),
     "state gone": lambda t: t.entry.pop("more", None),
     "state replaced": lambda t: t.entry.update(exp_avg=torch.ones(4, 4)),
+    "member moved": move_member,
+    "state deep down": change_deep_down,
+    "state not deep": lambda t: t.entry.pop("deep", None),
+    "state renamed": rename_state,
+    "state by another method": patch_optimizer,
     "state moved": lambda t: t.entry.get("exp_avg", torch.ones(1)).data.copy_(torch.ones(1)),
     "state scalar": lambda t: t.entry.update(number=t.entry.get("number", 0) + 1),
     "state scalar becomes a tensor": lambda t: t.entry.update(number=torch.ones(1)),
@@ -427,3 +455,32 @@ def test_nothing_is_remembered_after_a_failure() -> None:
         again.collect(training.parts)
     del training.tree["bad"]
     assert again.collect(training.parts).form is not first.form
+
+
+def test_what_is_replicated_is_asked_for_anew() -> None:
+    training, again = Training(), Recollecting()
+    for ddp in (frozenset[str](), frozenset({"model"}), frozenset[str]()):
+        expected = described(collect(training.parts, ddp))
+        assert described(again.collect(training.parts, ddp)) == expected
+
+
+class Swapping(Stateful):
+    """Exchanges the weights of another object whenever it is asked for its state."""
+
+    def state_dict(self) -> Any:
+        weight = self.state
+        weight.data, self.other = self.other, weight.data
+        return {}
+
+
+def test_what_changes_while_it_is_collected_is_not_remembered() -> None:
+    model, again = nn.Linear(4, 4), Recollecting()
+    swapping = Swapping(model.weight)
+    swapping.other = torch.ones(4, 4)
+    parts = {
+        name: attachment(name, thing, per_rank=False, guarded=False)
+        for name, thing in (("model", model), ("swapping", swapping))
+    }
+    for _ in range(4):
+        expected = model.weight.data_ptr()
+        assert dict(again.collect(parts).tensors)["model/weight"].data_ptr() == expected
