@@ -41,6 +41,8 @@ OVERDUE_S = 1.0
 """After the snapshot, and after twice the time that updates took: copy beyond the window."""
 MEASURED_BYTES = 16 << 20
 """Shorter copies say little about the bandwidth."""
+LATE_START_S = 0.002
+"""A first copy that began later than this after the snapshot waited for another capture's."""
 _POLL_S = 0.0005
 
 
@@ -132,6 +134,7 @@ class DeviceCapture:
             if tenant.is_abandoned:
                 tenant.poll()
         self._begun_s = time.monotonic()
+        self._device.window.began(self._begun_s)
         try:
             self._begin()
         except Exception as error:
@@ -270,7 +273,7 @@ class DeviceCapture:
 
     def _open(self) -> None:
         """Decide how much is copied before the update, and what rather not."""
-        self._limit = self._device.window.bytes()
+        self._limit = self._device.window.bytes(self._left_bytes)
         fits = len(self._claim.settled) == len(self.part.plan.touched)
         if self._claim and fits and len(self.part.units):
             expected = numpy.zeros_like(self.part.plan.touched)
@@ -451,8 +454,10 @@ class DeviceCapture:
     def _measure(self) -> None:
         device = self._device
         compute_s = 0.0
+        wait_s = 0.0
         if self._begun is not None and self._opened is not None:
-            device.window.observe_wait(device.seconds(self._begun, self._opened))
+            wait_s = device.seconds(self._begun, self._opened)
+            device.window.observe_wait(wait_s)
         if self._fenced is not None and self._begun is not None:
             compute_s = device.seconds(self._begun, self._fenced)
         if self._trickled or not self._mover.is_pinned:
@@ -464,7 +469,8 @@ class DeviceCapture:
         late_s = None
         if self._window is not None and self._begun is not None:
             late_s = device.seconds(self._begun, self._window[1]) - compute_s
-            if late_s <= 0 and self._next == len(self._live):
+            # Late because it began late says nothing of how much fits.
+            if wait_s > LATE_START_S or (late_s <= 0 and self._next == len(self._live)):
                 late_s = None
         device.window.observe_update(compute_s, late_s)
 

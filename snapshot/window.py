@@ -19,9 +19,13 @@ LOWEST_BIAS = 0.5
 RECENT = 8
 RECENT_WAITS = 2
 """A cadence that changes shows at once; one that alternates has a wait at every second."""
-_RAISE = 0.005
+_RAISE = 0.25
+"""Of the share that was idle."""
 _IDLE_SHARE = 0.03
 """Copies that end this share of the time before the update could have been more."""
+_CLONING_SHARE = 0.05
+"""Of the time to the update: what clones take before they can leave the device; and how much later
+than the next snapshot they may be through."""
 
 
 class Window:
@@ -33,6 +37,8 @@ class Window:
         self._compute_s: deque[float] = deque(maxlen=RECENT)
         self._bandwidths: deque[float] = deque(maxlen=RECENT)
         self._waits_s: deque[float] = deque(maxlen=RECENT_WAITS)
+        self._periods_s: deque[float] = deque(maxlen=RECENT_WAITS)
+        self._began_s: float | None = None
 
     @property
     def bias(self) -> float:
@@ -45,20 +51,38 @@ class Window:
         with self._lock:
             return min(self._compute_s, default=None)
 
-    def bytes(self) -> int:
-        """How many bytes of a new capture to copy before its update."""
+    def bytes(self, total_bytes: int) -> int:
+        """How many bytes of a new capture to copy before its update.
+
+        Args:
+            total_bytes: Of the capture.
+        """
         with self._lock:
             if not self._compute_s or not self._bandwidths:
                 return 0
             # The median: one capture that shared the bus with a restore says little.
             bandwidth = sorted(self._bandwidths)[len(self._bandwidths) // 2]
-            left_s = min(self._compute_s) - max(self._waits_s, default=0.0)
+            compute_s = min(self._compute_s)
+            most = self._bias * compute_s * bandwidth
+            # Captures keep the bus from each other where too much of each is left for after its
+            # update. To copy less before, because of that, would keep it so.
+            rest_s = compute_s + (total_bytes - most) / bandwidth
+            if self._periods_s and rest_s <= min(self._periods_s):
+                return int(most)
+            left_s = compute_s - max(self._waits_s, default=0.0)
             return max(0, int(self._bias * left_s * bandwidth))
 
     def observe_wait(self, seconds: float) -> None:
         """Note how long after a snapshot its first copy could begin, on the device."""
         with self._lock:
             self._waits_s.append(max(0.0, seconds))
+
+    def began(self, now_s: float) -> None:
+        """Note that a snapshot begins; only differences of the times matter."""
+        with self._lock:
+            if self._began_s is not None:
+                self._periods_s.append(now_s - self._began_s)
+            self._began_s = now_s
 
     def observe_bandwidth(self, copied_bytes: int, seconds: float) -> None:
         """Note that so many bytes left the device, one after the other, in this time."""
@@ -84,4 +108,5 @@ class Window:
                 lowered = self._bias * (1 - min(0.1, 0.01 + late_s / compute_s))
                 self._bias = max(LOWEST_BIAS, lowered)
             elif -late_s > _IDLE_SHARE * compute_s:
-                self._bias = min(1.0, self._bias + _RAISE)
+                idle = -late_s / compute_s - _IDLE_SHARE
+                self._bias = min(1.0, self._bias + _RAISE * idle)
