@@ -78,6 +78,9 @@ class Contact:
     address: str
 
 
+Contacts = tuple[Contact, ...]
+
+
 @dataclass(slots=True)
 class _Schedule:
     """When one address is tried next; waits longer each time, up to a bound."""
@@ -368,7 +371,7 @@ class Members:
         self._changed(self.view.merge(View(entries)), now_s)
         self._liveness.heard(claim.node_id, now_s)
 
-    def due(self, now_s: float) -> tuple[Contact, ...]:
+    def due(self, now_s: float) -> Contacts:
         """What to send now. To be asked several times a heartbeat."""
         if self._due_s is not None and now_s - self._due_s > self.rules.suspect_after_s / 2:
             # We did not run ourselves: others may have spoken, and nobody is late by our clock.
@@ -384,22 +387,21 @@ class Members:
         strangers = self._claims(self._strangers(), now_s, _RARELY * self.rules.suspect_after_s)
         return (*self._reports(now_s), *self._probes(now_s), *strangers)
 
-    def _reports(self, now_s: float) -> tuple[Contact, ...]:
+    def _reports(self, now_s: float) -> Contacts:
         entry = self.view.get(self._liveness.coordinator)
         if entry is None or entry.node_id == self.rules.node_id or now_s < self._report_s:
             return ()
         self._report_s = now_s + self.rules.heartbeat_s
         return (Contact(Message.REPORT, entry.node_id, entry.address),)
 
-    def _probes(self, now_s: float) -> tuple[Contact, ...]:
+    def _probes(self, now_s: float) -> Contacts:
         """Reports to those whom this agent itself takes for lost, the smallest ids first.
 
         One of them may coordinate again; and if it is this agent that the others have given up,
         their answers are how it finds out. Those that were replaced find out by it, too.
         """
         silent = self._liveness.silent()
-        if not silent:
-            self._probing.clear()
+        if not silent and not self._probing:
             return ()
         schedules = self._probing = {
             node_id: self._probing.get(node_id) or _Schedule(self.rules.suspect_after_s)
@@ -438,16 +440,11 @@ class Members:
             }
         return self._strange
 
-    def _claims(
-        self, targets: Mapping[str, str], now_s: float, longest_s: float
-    ) -> tuple[Contact, ...]:
+    def _claims(self, targets: Mapping[str, str], now_s: float, longest_s: float) -> Contacts:
         if not targets:
             return ()
-        heartbeat_s = self.rules.heartbeat_s
-        schedules = {
-            address: self._schedules.setdefault(address, _Schedule(heartbeat_s))
-            for address in targets
-        }
+        first_s, known = self.rules.heartbeat_s, self._schedules
+        schedules = {each: known.setdefault(each, _Schedule(first_s)) for each in targets}
         ripe = sorted(
             (schedule.next_s, targets[address], address)
             for address, schedule in schedules.items()

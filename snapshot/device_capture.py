@@ -92,8 +92,8 @@ class DeviceCapture:
         )
         self._address = address
         # The window stops between rows, and each fits into a chunk of scratch.
-        most_bytes = min(self._mover.most_bytes, device_scratch.CHUNK_BYTES // 8)
-        self._live = cut_rows(part.plan.live, most_bytes)
+        most = min(self._mover.most_bytes, device_scratch.CHUNK_BYTES // 8)
+        self._live = cut_rows(part.plan.live, most)
         self._drains = cut_rows(part.plan.drains, self._mover.most_bytes)
         # Live rows that an incremental capture expects to leave out.
         self._expected = self._live[:0]
@@ -355,7 +355,9 @@ class DeviceCapture:
             pass
         rest = self._live[self._next :]
         if len(rest):
-            cloned = self._scratch.clone(rest, self._scratch_budget())
+            cloned = self._scratch.clone(
+                rest, device.scratch_bytes(self.part.options.scratch_bytes)
+            )
             self.stats.scratch_bytes = int(rest[:cloned, 2].sum())
             rest = rest[cloned:]
         self.stats.direct_bytes += int(rest[:, 2].sum())
@@ -377,9 +379,6 @@ class DeviceCapture:
             device.follow("update", self._digested)
         self._fenced = fenced
         return True
-
-    def _scratch_budget(self) -> int:
-        return self._device.scratch_bytes(self.part.options.scratch_bytes)
 
     def _drain_clones(self) -> bool:
         """Enqueue the copies of clones; return whether all are."""
