@@ -431,8 +431,7 @@ class Members:
     def _strangers(self) -> Mapping[str, str]:
         """Agents that should be there and are not in the view."""
         if self._strange is None:
-            own = self.rules.node_id
-            known = {entry.address for entry in self.view} | self._met
+            own, known = self.rules.node_id, {entry.address for entry in self.view} | self._met
             self._strange = {
                 address: node_id
                 for node_id, address in self._seeds
@@ -456,7 +455,6 @@ class Members:
 
     def claim_answered(self, contact: Contact, answer: ClaimAnswer, now_s: float) -> None:
         """A claim that `due` asked for was answered. One that was not needs no word."""
-        own = self.rules.node_id
         self.learned(answer.view, now_s)
         if self.joined:
             if answer.coordinator and not answer.refusal:
@@ -471,7 +469,7 @@ class Members:
             patient_s = now_s - (self._search.started_s or 0.0)
             if self.fenced_by and patient_s >= 2 * self.rules.suspect_after_s:
                 self.expelled = True
-        if answer.coordinator == own:
+        if answer.coordinator == self.rules.node_id:
             self._search.fellows[contact.address] = now_s
             return
         self._search.fellows.pop(contact.address, None)
