@@ -6,6 +6,7 @@ that is the run which the others are compared with.
 """
 
 import argparse
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from everstep.client.connecting import connect
 from everstep.client.demo.diary import Diary
 from everstep.client.demo.slices import SlicedTraining
 from everstep.client.handle import Snapshot
+from everstep.proto.errors import DeadlineExceeded, Refused
 
 JOB = "demo"
 _COLLECTIVE_TIMEOUT_S = 120
 _PARITY_WAIT_S = 60.0
+_LAST_PARITY_WAIT_S = 20.0
 
 
 def train(options: argparse.Namespace) -> None:
@@ -69,6 +72,11 @@ def _train_with_snapshots(
                 # One round by itself, so that what it sends can be told.
                 first = not handle.wait("parity", _PARITY_WAIT_S)
         pending = _noted(pending, diary)
+    if pending:
+        # The run may be over before its last steps are protected, and nobody would know of it.
+        with suppress(DeadlineExceeded, Refused):
+            pending[-1].wait("parity", _LAST_PARITY_WAIT_S)
+        _noted(pending, diary)
     _close(client, diary)
 
 
