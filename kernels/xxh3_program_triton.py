@@ -115,8 +115,7 @@ def accumulate_units(
 
     Args:
         table: An address for each unit, or with `SCATTERED` for each of its blocks.
-        accumulators: Takes eight words for each unit.
-        unit_count: How many units there are.
+        accumulators: Takes eight words for each of `unit_count` units.
         INITIAL: The accumulators to begin with.
         SECRET: The 24 words of the secret, as signed numbers.
         LAST_SECRET: The eight words of the secret for the last stripe, likewise.

@@ -47,8 +47,8 @@ class DeviceOptions:
     """How tensors on a device are captured.
 
     Attributes:
-        scratch_bytes: Most device memory for clones of what an update would overtake; None: half
-            of what is free at the fence.
+        scratch_bytes: Most device memory, of all captures together, for clones of what an update
+            would overtake; None: half of what the training leaves free.
         incremental: Leave out units that the slot holds already, by their 128-bit digests.
         digests: Who digests the units: "device" from the sources, "host" from the slot.
         check_units: Units of each capture whose digest from the device is compared with one that
