@@ -8,6 +8,7 @@ counted and named once; and that a slot's memory is let go of before its capture
 """
 
 import logging
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,6 +52,7 @@ class Capturing:
         self._stats = stats
         self.captures_in_flight = 1
         self._works = Works()
+        self._counting = threading.Lock()
         self._handles: dict[int, Snapshot] = {}
         self._replicated: dict[int, tuple[str, ...]] = {}
         """By step, as the handles: the replicated leaves of its layout."""
@@ -215,7 +217,8 @@ class Capturing:
             if not capture.done.is_set():
                 capture.give_up()
                 capture.carry(self._limits.seal_s)  # until nothing writes to the slot
-            self._stats.count(capture.stats)
+            with self._counting:
+                self._stats.count(capture.stats)
             if capture.torn:
                 self._torn(work)
                 return

@@ -122,8 +122,7 @@ def accumulate_units(
         BLOCKS: Of 1 KiB, in a unit.
         SCATTERED: Whether the blocks of a unit lie apart.
         ALIGNMENT: 16, 8 or 1: what all addresses are multiples of.
-        UNITS: Of one program; a power of two.
-        STAGES: Of the software pipeline; 1 for none.
+        UNITS: Of one program, a power of two; `STAGES` of its pipeline, 1 for none.
     """
     row = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     # The rows past the end repeat the last unit and are not stored: no load needs a mask.
