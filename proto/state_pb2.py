@@ -24,43 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65verstep/proto/state.proto\x12\x11\x65verstep.state.v1\"s\n\x04Leaf\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\r\n\x05start\x18\x05 \x01(\x04\x12\x0c\n\x04stop\x18\x06 \x01(\x04\x12\x12\n\nreplicated\x18\x07 \x01(\x08\"!\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02of\x18\x02 \x01(\t\"\'\n\tContainer\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\"H\n\x04Part\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x12\n\nclass_name\x18\x03 \x01(\t\x12\x10\n\x08per_rank\x18\x04 \x01(\x08\"\xcb\x01\n\x06Layout\x12&\n\x05parts\x18\x01 \x03(\x0b\x32\x17.everstep.state.v1.Part\x12\'\n\x06leaves\x18\x02 \x03(\x0b\x32\x17.everstep.state.v1.Leaf\x12)\n\x07\x61liases\x18\x03 \x03(\x0b\x32\x18.everstep.state.v1.Alias\x12\x30\n\ncontainers\x18\x04 \x03(\x0b\x32\x1c.everstep.state.v1.Container\x12\x13\n\x0bimage_bytes\x18\x05 \x01(\x04\"#\n\x05Value\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04json\x18\x02 \x01(\t\"\x95\x02\n\x06Record\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05world\x18\x05 \x01(\r\x12\x11\n\tlayout_id\x18\x06 \x01(\t\x12\x13\n\x0bimage_bytes\x18\x07 \x01(\x04\x12\x12\n\nunit_bytes\x18\x08 \x01(\r\x12\x14\n\x0cunit_digests\x18\t \x01(\x0c\x12(\n\x06values\x18\n \x03(\x0b\x32\x18.everstep.state.v1.Value\x12\x17\n\x0freplica_samples\x18\x0b \x01(\x0c\x12\x17\n\x0f\x63\x61ptured_unix_s\x18\x0c \x01(\x01\x12\x10\n\x08producer\x18\r \x01(\t\"\xa7\x01\n\x06\x43ommit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05world\x18\x04 \x01(\r\x12\x31\n\x06shards\x18\x05 \x03(\x0b\x32!.everstep.state.v1.CommittedShard\x12\x18\n\x10\x63ommitted_unix_s\x18\x06 \x01(\x01\x12\x11\n\tcommit_id\x18\x07 \x01(\x0c\"]\n\x0e\x43ommittedShard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x11\n\tlayout_id\x18\x02 \x01(\t\x12\x13\n\x0bimage_bytes\x18\x03 \x01(\x04\x12\x15\n\rrecord_digest\x18\x04 \x01(\x0c\"\xca\x01\n\nMembership\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05world\x18\x03 \x01(\r\x12\x11\n\tlaunch_id\x18\x04 \x01(\t\x12*\n\x07members\x18\x05 \x03(\x0b\x32\x19.everstep.state.v1.Member\x12\x1c\n\x14restored_incarnation\x18\x06 \x01(\x04\x12\x15\n\rrestored_step\x18\x07 \x01(\x04\x12\x17\n\x0frestore_decided\x18\x08 \x01(\x08\"N\n\x06Member\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x12\n\nprocess_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x15\n\rpid_started_s\x18\x04 \x01(\x01\"\xc3\x01\n\nParityPlan\x12\x0f\n\x07plan_id\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\r\n\x05world\x18\x05 \x01(\r\x12\x0c\n\x04\x63ode\x18\x06 \x01(\t\x12\x10\n\x08parities\x18\x07 \x01(\r\x12\x12\n\nunit_bytes\x18\x08 \x01(\r\x12\x31\n\x07members\x18\t \x03(\x0b\x32 .everstep.state.v1.PlannedMember\"Q\n\rPlannedMember\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12/\n\x06shards\x18\x02 \x03(\x0b\x32\x1f.everstep.state.v1.PlannedShard\"[\n\x0cPlannedShard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bimage_bytes\x18\x02 \x01(\x04\x12\x11\n\tlayout_id\x18\x03 \x01(\t\x12\x15\n\rrecord_digest\x18\x04 \x01(\x0c\"+\n\x0bShardRecord\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06record\x18\x02 \x01(\x0c\"\xc2\x01\n\x0eParityManifest\x12+\n\x04plan\x18\x01 \x01(\x0b\x32\x1d.everstep.state.v1.ParityPlan\x12\x0e\n\x06member\x18\x02 \x01(\r\x12\x14\n\x0cunit_digests\x18\x03 \x01(\x0c\x12/\n\x07records\x18\x04 \x03(\x0b\x32\x1e.everstep.state.v1.ShardRecord\x12\x16\n\x0e\x65ncoded_unix_s\x18\x05 \x01(\x01\x12\x14\n\x0cparity_bytes\x18\x06 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65verstep/proto/state.proto\x12\x11\x65verstep.state.v1\"\xaf\x01\n\x04Leaf\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\r\n\x05start\x18\x05 \x01(\x04\x12\x0c\n\x04stop\x18\x06 \x01(\x04\x12\x12\n\nreplicated\x18\x07 \x01(\x08\x12\x0e\n\x06tensor\x18\x08 \x01(\t\x12\x14\n\x0cglobal_shape\x18\t \x03(\x04\x12\x14\n\x0c\x62lock_offset\x18\n \x03(\x04\"!\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02of\x18\x02 \x01(\t\"\'\n\tContainer\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\"H\n\x04Part\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x12\n\nclass_name\x18\x03 \x01(\t\x12\x10\n\x08per_rank\x18\x04 \x01(\x08\"\xcb\x01\n\x06Layout\x12&\n\x05parts\x18\x01 \x03(\x0b\x32\x17.everstep.state.v1.Part\x12\'\n\x06leaves\x18\x02 \x03(\x0b\x32\x17.everstep.state.v1.Leaf\x12)\n\x07\x61liases\x18\x03 \x03(\x0b\x32\x18.everstep.state.v1.Alias\x12\x30\n\ncontainers\x18\x04 \x03(\x0b\x32\x1c.everstep.state.v1.Container\x12\x13\n\x0bimage_bytes\x18\x05 \x01(\x04\"#\n\x05Value\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04json\x18\x02 \x01(\t\"\x95\x02\n\x06Record\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05world\x18\x05 \x01(\r\x12\x11\n\tlayout_id\x18\x06 \x01(\t\x12\x13\n\x0bimage_bytes\x18\x07 \x01(\x04\x12\x12\n\nunit_bytes\x18\x08 \x01(\r\x12\x14\n\x0cunit_digests\x18\t \x01(\x0c\x12(\n\x06values\x18\n \x03(\x0b\x32\x18.everstep.state.v1.Value\x12\x17\n\x0freplica_samples\x18\x0b \x01(\x0c\x12\x17\n\x0f\x63\x61ptured_unix_s\x18\x0c \x01(\x01\x12\x10\n\x08producer\x18\r \x01(\t\"\xa7\x01\n\x06\x43ommit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05world\x18\x04 \x01(\r\x12\x31\n\x06shards\x18\x05 \x03(\x0b\x32!.everstep.state.v1.CommittedShard\x12\x18\n\x10\x63ommitted_unix_s\x18\x06 \x01(\x01\x12\x11\n\tcommit_id\x18\x07 \x01(\x0c\"]\n\x0e\x43ommittedShard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x11\n\tlayout_id\x18\x02 \x01(\t\x12\x13\n\x0bimage_bytes\x18\x03 \x01(\x04\x12\x15\n\rrecord_digest\x18\x04 \x01(\x0c\"\xca\x01\n\nMembership\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05world\x18\x03 \x01(\r\x12\x11\n\tlaunch_id\x18\x04 \x01(\t\x12*\n\x07members\x18\x05 \x03(\x0b\x32\x19.everstep.state.v1.Member\x12\x1c\n\x14restored_incarnation\x18\x06 \x01(\x04\x12\x15\n\rrestored_step\x18\x07 \x01(\x04\x12\x17\n\x0frestore_decided\x18\x08 \x01(\x08\"N\n\x06Member\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x12\n\nprocess_id\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x15\n\rpid_started_s\x18\x04 \x01(\x01\"\xc3\x01\n\nParityPlan\x12\x0f\n\x07plan_id\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\r\n\x05world\x18\x05 \x01(\r\x12\x0c\n\x04\x63ode\x18\x06 \x01(\t\x12\x10\n\x08parities\x18\x07 \x01(\r\x12\x12\n\nunit_bytes\x18\x08 \x01(\r\x12\x31\n\x07members\x18\t \x03(\x0b\x32 .everstep.state.v1.PlannedMember\"Q\n\rPlannedMember\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12/\n\x06shards\x18\x02 \x03(\x0b\x32\x1f.everstep.state.v1.PlannedShard\"[\n\x0cPlannedShard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bimage_bytes\x18\x02 \x01(\x04\x12\x11\n\tlayout_id\x18\x03 \x01(\t\x12\x15\n\rrecord_digest\x18\x04 \x01(\x0c\"+\n\x0bShardRecord\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06record\x18\x02 \x01(\x0c\"\xc2\x01\n\x0eParityManifest\x12+\n\x04plan\x18\x01 \x01(\x0b\x32\x1d.everstep.state.v1.ParityPlan\x12\x0e\n\x06member\x18\x02 \x01(\r\x12\x14\n\x0cunit_digests\x18\x03 \x01(\x0c\x12/\n\x07records\x18\x04 \x03(\x0b\x32\x1e.everstep.state.v1.ShardRecord\x12\x16\n\x0e\x65ncoded_unix_s\x18\x05 \x01(\x01\x12\x14\n\x0cparity_bytes\x18\x06 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'everstep.proto.state_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEAF']._serialized_start=49
-  _globals['_LEAF']._serialized_end=164
-  _globals['_ALIAS']._serialized_start=166
-  _globals['_ALIAS']._serialized_end=199
-  _globals['_CONTAINER']._serialized_start=201
-  _globals['_CONTAINER']._serialized_end=240
-  _globals['_PART']._serialized_start=242
-  _globals['_PART']._serialized_end=314
-  _globals['_LAYOUT']._serialized_start=317
-  _globals['_LAYOUT']._serialized_end=520
-  _globals['_VALUE']._serialized_start=522
-  _globals['_VALUE']._serialized_end=557
-  _globals['_RECORD']._serialized_start=560
-  _globals['_RECORD']._serialized_end=837
-  _globals['_COMMIT']._serialized_start=840
-  _globals['_COMMIT']._serialized_end=1007
-  _globals['_COMMITTEDSHARD']._serialized_start=1009
-  _globals['_COMMITTEDSHARD']._serialized_end=1102
-  _globals['_MEMBERSHIP']._serialized_start=1105
-  _globals['_MEMBERSHIP']._serialized_end=1307
-  _globals['_MEMBER']._serialized_start=1309
-  _globals['_MEMBER']._serialized_end=1387
-  _globals['_PARITYPLAN']._serialized_start=1390
-  _globals['_PARITYPLAN']._serialized_end=1585
-  _globals['_PLANNEDMEMBER']._serialized_start=1587
-  _globals['_PLANNEDMEMBER']._serialized_end=1668
-  _globals['_PLANNEDSHARD']._serialized_start=1670
-  _globals['_PLANNEDSHARD']._serialized_end=1761
-  _globals['_SHARDRECORD']._serialized_start=1763
-  _globals['_SHARDRECORD']._serialized_end=1806
-  _globals['_PARITYMANIFEST']._serialized_start=1809
-  _globals['_PARITYMANIFEST']._serialized_end=2003
+  _globals['_LEAF']._serialized_start=50
+  _globals['_LEAF']._serialized_end=225
+  _globals['_ALIAS']._serialized_start=227
+  _globals['_ALIAS']._serialized_end=260
+  _globals['_CONTAINER']._serialized_start=262
+  _globals['_CONTAINER']._serialized_end=301
+  _globals['_PART']._serialized_start=303
+  _globals['_PART']._serialized_end=375
+  _globals['_LAYOUT']._serialized_start=378
+  _globals['_LAYOUT']._serialized_end=581
+  _globals['_VALUE']._serialized_start=583
+  _globals['_VALUE']._serialized_end=618
+  _globals['_RECORD']._serialized_start=621
+  _globals['_RECORD']._serialized_end=898
+  _globals['_COMMIT']._serialized_start=901
+  _globals['_COMMIT']._serialized_end=1068
+  _globals['_COMMITTEDSHARD']._serialized_start=1070
+  _globals['_COMMITTEDSHARD']._serialized_end=1163
+  _globals['_MEMBERSHIP']._serialized_start=1166
+  _globals['_MEMBERSHIP']._serialized_end=1368
+  _globals['_MEMBER']._serialized_start=1370
+  _globals['_MEMBER']._serialized_end=1448
+  _globals['_PARITYPLAN']._serialized_start=1451
+  _globals['_PARITYPLAN']._serialized_end=1646
+  _globals['_PLANNEDMEMBER']._serialized_start=1648
+  _globals['_PLANNEDMEMBER']._serialized_end=1729
+  _globals['_PLANNEDSHARD']._serialized_start=1731
+  _globals['_PLANNEDSHARD']._serialized_end=1822
+  _globals['_SHARDRECORD']._serialized_start=1824
+  _globals['_SHARDRECORD']._serialized_end=1867
+  _globals['_PARITYMANIFEST']._serialized_start=1870
+  _globals['_PARITYMANIFEST']._serialized_end=2064
 # @@protoc_insertion_point(module_scope)

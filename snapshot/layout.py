@@ -2,12 +2,12 @@
 
 An image is a safetensors file: 8 bytes of header length, a JSON header padded with spaces so that
 the data begins at a multiple of 4096, then the leaves by descending element size, within one size
-the larger first, then by name; no gaps, so each is aligned to its element size. A range of a
-tensor is a one-dimensional entry ``name[start:stop]``, counted in elements; an empty one has no
-entry. Types that safetensors 0.5 does not know are stored as the same bytes of another type:
-complex numbers as pairs of their real type, other 8-bit floats as U8. `Layout.leaves` keeps the
-order in which the leaves were given, since the order of dict keys follows from it; offsets tell
-the order in the image.
+the larger first, then by name; no gaps, so each is aligned to its element size. A range of a tensor
+is a one-dimensional entry ``name[start:stop]``, counted in elements; an empty one has no entry. A
+block of a tensor that is spread over ranks is named ``name[begin:end,begin:end]``. Types that
+safetensors 0.5 does not know are stored as the same bytes of another type: complex numbers as pairs
+of their real type, other 8-bit floats as U8. `Layout.leaves` keeps the order in which the leaves
+were given, since the order of dict keys follows from it; offsets tell the order in the image.
 
 Promises that equal arguments give equal images and ids, and that what `decode` returns is
 consistent: leaves do not overlap, fill the image, and have the bytes that shape and type ask for.
@@ -28,6 +28,7 @@ from everstep.proto.errors import FormatInvalid, NotCapturable
 
 ALIGNMENT_BYTES = 4096
 MAX_IMAGE_BYTES = 1 << 48
+MAX_GLOBAL_ELEMENTS = 1 << 62
 MAX_LEAVES = 1 << 20
 MAX_DIMENSIONS = 64
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses longer headers
@@ -79,16 +80,32 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """Where a leaf lies, that is a box of a larger tensor. The box's lengths are the leaf's shape.
+
+    Attributes:
+        tensor: The tensor's name, the same on all ranks.
+        global_shape: The tensor's.
+        offset: Of the box's first element, in each dimension.
+    """
+
+    tensor: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LeafSpec:
     """A tensor, or a range of its bytes, that is to get a place.
 
     Attributes:
         name: Its path.
         dtype: torch's name without "torch.".
-        shape: Of the whole tensor.
-        start: First byte of the tensor that is held here.
+        shape: Of the whole tensor, or of the block.
+        start: First byte of it that is held here.
         stop: One past the last.
-        replicated: Whether it is equal on all ranks, each holding a range.
+        replicated: Whether it is equal on a group of ranks, each holding a range.
+        block: Of which tensor it is a box; None if it is a tensor of its own.
     """
 
     name: str
@@ -97,6 +114,7 @@ class LeafSpec:
     start: int
     stop: int
     replicated: bool = False
+    block: Block | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +132,32 @@ class Leaf:
     start: int
     stop: int
     replicated: bool
+    block: Block | None = None
 
     @property
     def held_bytes(self) -> int:
-        """How many bytes of the tensor lie in this image."""
+        """How many bytes of it lie in this image."""
         return self.stop - self.start
 
     @property
     def whole_bytes(self) -> int:
-        """How many bytes the tensor has."""
+        """How many bytes the tensor has, or the block."""
         return math.prod(self.shape) * element_bytes(self.dtype)
+
+    @property
+    def tensor(self) -> str:
+        """The name of the tensor that it is, or is a box of."""
+        return self.name if self.block is None else self.block.tensor
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """That tensor's shape."""
+        return self.shape if self.block is None else self.block.global_shape
+
+    @property
+    def block_offset(self) -> tuple[int, ...]:
+        """Where it begins in that tensor."""
+        return (0,) * len(self.shape) if self.block is None else self.block.offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +219,8 @@ def pack(
         offsets[index] = end
         end += tensors[index].stop - tensors[index].start
     leaves = [
-        Leaf(spec.name, spec.dtype, spec.shape, offset, spec.start, spec.stop, spec.replicated)
-        for spec, offset in zip(tensors, offsets, strict=True)
+        Leaf(s.name, s.dtype, s.shape, offset, s.start, s.stop, s.replicated, s.block)
+        for s, offset in zip(tensors, offsets, strict=True)
     ]
     where = "a new layout"
     _check_leaves(leaves, where)
@@ -224,7 +258,7 @@ def decode(data: bytes | memoryview, where: str) -> Layout:
         raise FormatInvalid(where, f"{len(message.leaves)} leaves are over the limit")
     parts = [Part(part.name, part.kind, part.class_name, part.per_rank) for part in message.parts]
     leaves = [
-        Leaf(m.name, m.dtype, tuple(m.shape), m.offset, m.start, m.stop, m.replicated)
+        Leaf(m.name, m.dtype, tuple(m.shape), m.offset, m.start, m.stop, m.replicated, _block(m))
         for m in message.leaves
     ]
     _check_unique("alias", (alias.name for alias in message.aliases), where)
@@ -233,6 +267,11 @@ def decode(data: bytes | memoryview, where: str) -> Layout:
     containers = {container.path: container.kind for container in message.containers}
     _check_leaves(leaves, where)
     return _checked(parts, leaves, aliases, containers, message.image_bytes, body, where)
+
+
+def _block(message: state_pb2.Leaf) -> Block | None:
+    shape, offset = tuple(message.global_shape), tuple(message.block_offset)
+    return Block(message.tensor, shape, offset) if message.tensor or shape or offset else None
 
 
 def _message(
@@ -261,6 +300,9 @@ def _message(
                 start=leaf.start,
                 stop=leaf.stop,
                 replicated=leaf.replicated,
+                tensor=leaf.block.tensor if leaf.block else "",
+                global_shape=leaf.block.global_shape if leaf.block else (),
+                block_offset=leaf.block.offset if leaf.block else (),
             )
             for leaf in leaves
         ],
@@ -329,6 +371,19 @@ def _leaf_problem(leaf: Leaf) -> str:
         return "is cut inside an element"
     if not leaf.replicated and leaf.held_bytes != leaf.whole_bytes:
         return "is not replicated, and yet not whole"
+    return _block_problem(leaf) if leaf.block is not None else ""
+
+
+def _block_problem(leaf: Leaf) -> str:
+    whole, offset = leaf.global_shape, leaf.block_offset
+    if not leaf.tensor or len({len(leaf.shape), len(whole), len(offset)}) != 1:
+        return "is a block of a tensor without a name, or with another number of dimensions"
+    if math.prod(max(1, length) for length in whole) > MAX_GLOBAL_ELEMENTS:
+        return "is a block of a tensor of an impossible shape"
+    if any(
+        begin + length > end for begin, length, end in zip(offset, leaf.shape, whole, strict=True)
+    ):
+        return f"is a block at {list(offset)} of {list(leaf.shape)}, outside of {list(whole)}"
     return ""
 
 
@@ -355,6 +410,9 @@ def _header(leaves: Sequence[Leaf], data_start: int, fill_bytes: int, where: str
             continue
         element, stored_dtype, tail = _DTYPES[leaf.dtype]
         name, shape = leaf.name, leaf.shape
+        if leaf.block is not None:
+            box = zip(leaf.block_offset, leaf.shape, strict=True)
+            name = f"{leaf.tensor}[{','.join(f'{at}:{at + length}' for at, length in box)}]"
         if not whole:
             name = f"{name}[{leaf.start // element}:{leaf.stop // element}]"
             shape = (leaf.held_bytes // element,)

@@ -1,0 +1,296 @@
+"""Which bytes of which shards make up a box of a tensor: any layout in, any layout out.
+
+Owns the arithmetic, which needs no communication: every rank computes from all ranks' layouts what
+it has to read. Promises that each wanted byte is named exactly once, from its own rank's shard
+wherever that has it; that what contradicts itself (blocks that overlap, shapes that differ between
+ranks, bytes that nobody holds) is found and named, never read; and that leaves which differ between
+ranks are never merged. Does not read anything, and knows no step and no digest.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy
+from numpy.typing import NDArray
+
+from everstep.proto.errors import FormatInvalid
+from everstep.snapshot.layout import Layout, Leaf, element_bytes
+from everstep.snapshot.replicas import Range, gather
+
+Rows = NDArray[numpy.int64]
+"""One row (offset in the wanted box, offset in the image, bytes) for each run of bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a tensor: from an offset, as long as `shape` in each dimension."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> "Box":
+        """All of a tensor."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def elements(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    def meet(self, other: "Box") -> "Box | None":
+        """What two boxes have in common; None if that is nothing."""
+        offset, shape = [], []
+        for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
+            begin, end = max(a, b), min(a + n, b + m)
+            if begin >= end:
+                return None
+            offset.append(begin)
+            shape.append(end - begin)
+        return Box(tuple(offset), tuple(shape))
+
+    def __str__(self) -> str:
+        pairs = zip(self.offset, self.shape, strict=True)
+        return "[" + ", ".join(f"{at}:{at + length}" for at, length in pairs) + "]"
+
+
+def box_of(leaf: Leaf) -> Box:
+    """Where a leaf lies in its tensor."""
+    return Box(leaf.block_offset, leaf.shape)
+
+
+def runs(source: Box, wanted: Box, itemsize: int) -> Rows:
+    """The runs of bytes that two boxes of a tensor share, both stored row by row.
+
+    Returns:
+        Rows of (offset in `wanted`, offset in `source`, length), in bytes, ascending in `source`.
+    """
+    common = source.meet(wanted)
+    if common is None or not common.elements:
+        return numpy.empty((0, 3), dtype=numpy.int64)
+    first, length = len(common.shape), itemsize
+    while first:
+        first -= 1
+        length *= common.shape[first]
+        if common.shape[first] != source.shape[first] or common.shape[first] != wanted.shape[first]:
+            break
+    outer = common.shape[:first]
+    at_wanted = _offsets(common, wanted, outer, itemsize)
+    at_source = _offsets(common, source, outer, itemsize)
+    return numpy.stack([at_wanted, at_source, numpy.full_like(at_source, length)], axis=1)
+
+
+def _offsets(common: Box, box: Box, outer: tuple[int, ...], itemsize: int) -> NDArray[numpy.int64]:
+    """Where each run begins in a box, in bytes: one for each index of the outer dimensions."""
+    strides = [itemsize * math.prod(box.shape[d + 1 :]) for d in range(len(box.shape))]
+    begins = zip(common.offset, box.offset, strides, strict=True)
+    offsets = numpy.array(sum((at - own) * s for at, own, s in begins), dtype=numpy.int64)
+    for length, stride in zip(outer, strides, strict=False):
+        steps = numpy.arange(length, dtype=numpy.int64) * stride
+        offsets = offsets[..., None] + steps
+    return offsets.reshape(-1)
+
+
+def clipped(rows: Rows, start: int, stop: int) -> Rows:
+    """What of the runs lies in a flat range of the source."""
+    begin = numpy.maximum(rows[:, 1], start)
+    end = numpy.minimum(rows[:, 1] + rows[:, 2], stop)
+    kept = begin < end
+    begin, end, rows = begin[kept], end[kept], rows[kept]
+    return numpy.stack([rows[:, 0] + begin - rows[:, 1], begin, end - begin], axis=1)
+
+
+@dataclass(slots=True)
+class Tensor:
+    """All that the shards of a snapshot hold of one tensor.
+
+    Attributes:
+        name: The same on all ranks.
+        leaves: By rank.
+        problems: What contradicts itself, in words.
+    """
+
+    name: str
+    leaves: dict[int, list[Leaf]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    _divergent: bool | None = None
+
+    @property
+    def first(self) -> Leaf:
+        """One of the leaves: type and global shape are those of all."""
+        return next(iter(self.leaves.values()))[0]
+
+    @property
+    def dtype(self) -> str:
+        """Torch's name of the type, without "torch."."""
+        return self.first.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.first.global_shape
+
+    @property
+    def is_divergent(self) -> bool:
+        """Whether ranks have states of their own of it, which must not be merged."""
+        if self._divergent is None:
+            self._divergent = self._diverges()
+        return self._divergent
+
+    def _diverges(self) -> bool:
+        alone = [leaf for leaves in self.leaves.values() for leaf in leaves if not leaf.replicated]
+        if len(self.leaves) < 2 or not alone:
+            return False
+        boxes = [box_of(leaf) for leaf in alone if leaf.held_bytes]
+        replicated = len(alone) < sum(map(len, self.leaves.values()))
+        return len(set(boxes)) < len(boxes) or (replicated and self._mixed(boxes))
+
+    def _mixed(self, alone: Sequence[Box]) -> bool:
+        shared = {box_of(x) for leaves in self.leaves.values() for x in leaves if x.replicated}
+        return any(box in shared for box in alone)
+
+    def check(self) -> list[str]:
+        """What contradicts itself, in words; nothing of it must be read then."""
+        problems = list(self.problems)
+        leaves = [leaf for found in self.leaves.values() for leaf in found]
+        forms = {(leaf.dtype, leaf.global_shape) for leaf in leaves}
+        if len(forms) > 1:
+            shown = " and ".join(sorted(f"{dtype}{list(shape)}" for dtype, shape in forms))
+            return [*problems, f"{self.name}: ranks have it as {shown}"]
+        if not self.is_divergent:
+            over = _overlap([box for box in set(map(box_of, leaves)) if box.elements])
+            if over is not None:
+                problems.append(f"{self.name}: blocks {over[0]} and {over[1]} overlap")
+        return problems
+
+    def rows(self, wanted: Box, own_rank: int) -> dict[int, Rows]:
+        """What to read for a box of it, by rank.
+
+        Args:
+            wanted: The box.
+            own_rank: Whose shard is nearest; of a divergent tensor, the only one.
+
+        Raises:
+            FormatInvalid: If some of its bytes are held by nobody; they are named.
+        """
+        itemsize = element_bytes(self.dtype)
+        found: dict[int, list[Rows]] = defaultdict(list)
+        covered = 0
+        missing: list[str] = []
+        for box, holders in self._holders(own_rank).items():
+            common = runs(box, wanted, itemsize)
+            if not len(common):
+                continue
+            covered += int(common[:, 2].sum())
+            try:
+                for rank, rows in _taken(self.name, box, holders, common, own_rank, itemsize):
+                    found[rank].append(rows)
+            except FormatInvalid as error:
+                missing.append(f"of block {box}: {error}")
+        if not missing and covered < wanted.elements * itemsize:
+            held = ", ".join(str(box) for box in list(self._holders(own_rank))[:8])
+            missing.append(f"of {wanted} only {covered} bytes are held, in {held or 'no block'}")
+        if missing:
+            raise FormatInvalid(self.name, "; ".join(missing))
+        return {rank: numpy.concatenate(parts) for rank, parts in found.items()}
+
+    def _holders(self, own_rank: int) -> dict[Box, list[tuple[int, Leaf]]]:
+        by_box: dict[Box, list[tuple[int, Leaf]]] = defaultdict(list)
+        for rank, leaves in self.leaves.items():
+            for leaf in leaves:
+                if leaf.held_bytes and (rank == own_rank or not self.is_divergent):
+                    by_box[box_of(leaf)].append((rank, leaf))
+        return by_box
+
+
+def _taken(
+    name: str,
+    box: Box,
+    holders: Sequence[tuple[int, Leaf]],
+    common: Rows,
+    own_rank: int,
+    itemsize: int,
+) -> Iterable[tuple[int, Rows]]:
+    """Runs of one block, from those ranks that hold them; offsets in the ranks' images."""
+    block_bytes = box.elements * itemsize
+    if len(holders) == 1 and holders[0][1].held_bytes == block_bytes:
+        rank, leaf = holders[0]
+        yield rank, common + numpy.array([0, leaf.offset, 0])
+        return
+    leaves = dict(holders)
+    ranges: dict[int, list[Range]] = {r: [(x.start, x.stop)] for r, x in holders}
+    for rank, start, stop in gather(name, block_bytes, ranges, own_rank=own_rank):
+        rows = clipped(common, start, stop)
+        if len(rows):
+            yield rank, rows + numpy.array([0, leaves[rank].offset - leaves[rank].start, 0])
+
+
+def _overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Two of the boxes that have elements in common, if there are any."""
+    if len(boxes) < 2 or not boxes[0].shape:
+        return (boxes[0], boxes[1]) if len(boxes) > 1 else None
+    begins = numpy.array([box.offset for box in boxes])
+    ends = begins + numpy.array([box.shape for box in boxes])
+    order = numpy.lexsort(begins.T[::-1])
+    for dimension in range(begins.shape[1]):
+        # Mostly one dimension tells them apart: sorted by it, each ends before the next begins.
+        along = numpy.argsort(begins[:, dimension], kind="stable")
+        if (ends[along[:-1], dimension] <= begins[along[1:], dimension]).all():
+            return None
+    for at, index in enumerate(order):
+        others = order[at + 1 :]
+        hits = (begins[others] < ends[index]) & (begins[index] < ends[others])
+        hit = numpy.flatnonzero(hits.all(axis=1))
+        if len(hit):
+            return boxes[int(index)], boxes[int(others[hit[0]])]
+    return None
+
+
+class Holdings:
+    """All tensors of a snapshot, as all its ranks hold them.
+
+    Args:
+        layouts: Of all shards, by rank.
+
+    Attributes:
+        tensors: By name.
+        aliases: Further names of tensors, to the first.
+        ranks: Of the snapshot.
+    """
+
+    def __init__(self, layouts: Mapping[int, Layout]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.aliases: dict[str, str] = {}
+        self.ranks = tuple(sorted(layouts))
+        for rank in self.ranks:
+            names = {leaf.name: leaf.tensor for leaf in layouts[rank].leaves}
+            for leaf in layouts[rank].leaves:
+                tensor = self.tensors.setdefault(leaf.tensor, Tensor(leaf.tensor))
+                tensor.leaves.setdefault(rank, []).append(leaf)
+            for name, of in layouts[rank].aliases.items():
+                first = self.aliases.setdefault(name, names[of])
+                if first != names[of]:
+                    said = f"{name}: stands for {first} on one rank, and for {names[of]} on another"
+                    self.tensors[names[of]].problems.append(said)
+
+    def origin(self, name: str) -> str:
+        """The one name of a tensor that was saved under several."""
+        return name if name in self.tensors else self.aliases.get(name, name)
+
+    def find(self, name: str) -> Tensor | None:
+        """The tensor of this name."""
+        return self.tensors.get(self.origin(name))
+
+    def held_by(self, rank: int, name: str) -> bool:
+        """Whether a rank's own shard has anything of a tensor."""
+        tensor = self.find(name)
+        return tensor is not None and rank in tensor.leaves
+
+    def check(self, names: Iterable[str]) -> list[str]:
+        """What contradicts itself in these tensors, in words, all of it."""
+        found = {self.origin(name) for name in names}
+        return [
+            p for name in sorted(found) if name in self.tensors for p in self.tensors[name].check()
+        ]
