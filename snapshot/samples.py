@@ -130,7 +130,7 @@ def _parsed(samples: bytes) -> dict[int, bytes] | None:
 
 
 def _differing(bodies: set[bytes]) -> bytes | None:
-    """The bodies of a group laid over each other, zeros where all are equal; None if plans differ."""
+    """All bodies of a group in one, zeros where they are equal; None if their plans differ."""
     if b"" in bodies:  # only of the group of all ranks: some have no leaves in it, so none may
         if max(map(len, bodies)) > PLAN_DIGEST_BYTES:
             return None
