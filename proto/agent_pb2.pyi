@@ -252,6 +252,40 @@ class RestoreReply(_message.Message):
     rejected: _containers.RepeatedCompositeFieldContainer[RejectedCopy]
     def __init__(self, found: _Optional[bool] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardLocation, _Mapping]]] = ..., rejected: _Optional[_Iterable[_Union[RejectedCopy, _Mapping]]] = ...) -> None: ...
 
+class UnitSpan(_message.Message):
+    __slots__ = ("first", "count")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    count: int
+    def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class Need(_message.Message):
+    __slots__ = ("rank", "units")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    units: _containers.RepeatedCompositeFieldContainer[UnitSpan]
+    def __init__(self, rank: _Optional[int] = ..., units: _Optional[_Iterable[_Union[UnitSpan, _Mapping]]] = ...) -> None: ...
+
+class GatherRequest(_message.Message):
+    __slots__ = ("session", "incarnation", "step", "needs")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    incarnation: int
+    step: int
+    needs: _containers.RepeatedCompositeFieldContainer[Need]
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., needs: _Optional[_Iterable[_Union[Need, _Mapping]]] = ...) -> None: ...
+
+class GatherReply(_message.Message):
+    __slots__ = ("shards",)
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    shards: _containers.RepeatedCompositeFieldContainer[ShardLocation]
+    def __init__(self, shards: _Optional[_Iterable[_Union[ShardLocation, _Mapping]]] = ...) -> None: ...
+
 class PersistRequest(_message.Message):
     __slots__ = ("job", "timeout_s")
     JOB_FIELD_NUMBER: _ClassVar[int]

@@ -64,6 +64,11 @@ class AgentStub:
                 request_serializer=everstep_dot_proto_dot_agent__pb2.RestoreRequest.SerializeToString,
                 response_deserializer=everstep_dot_proto_dot_agent__pb2.RestoreReply.FromString,
                 _registered_method=True)
+        self.Gather = channel.unary_unary(
+                '/everstep.agent.v1.Agent/Gather',
+                request_serializer=everstep_dot_proto_dot_agent__pb2.GatherRequest.SerializeToString,
+                response_deserializer=everstep_dot_proto_dot_agent__pb2.GatherReply.FromString,
+                _registered_method=True)
         self.Persist = channel.unary_unary(
                 '/everstep.agent.v1.Agent/Persist',
                 request_serializer=everstep_dot_proto_dot_agent__pb2.PersistRequest.SerializeToString,
@@ -138,6 +143,13 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Gather(self, request, context):
+        """Brings units of shards to this node that Restore had no path for. Each unit once per node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Persist(self, request, context):
         """Flushes the newest committed snapshot to NVMe, or waits for the flush under way.
         """
@@ -205,6 +217,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Restore,
                     request_deserializer=everstep_dot_proto_dot_agent__pb2.RestoreRequest.FromString,
                     response_serializer=everstep_dot_proto_dot_agent__pb2.RestoreReply.SerializeToString,
+            ),
+            'Gather': grpc.unary_unary_rpc_method_handler(
+                    servicer.Gather,
+                    request_deserializer=everstep_dot_proto_dot_agent__pb2.GatherRequest.FromString,
+                    response_serializer=everstep_dot_proto_dot_agent__pb2.GatherReply.SerializeToString,
             ),
             'Persist': grpc.unary_unary_rpc_method_handler(
                     servicer.Persist,
@@ -394,6 +411,33 @@ class Agent:
             '/everstep.agent.v1.Agent/Restore',
             everstep_dot_proto_dot_agent__pb2.RestoreRequest.SerializeToString,
             everstep_dot_proto_dot_agent__pb2.RestoreReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Gather(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/everstep.agent.v1.Agent/Gather',
+            everstep_dot_proto_dot_agent__pb2.GatherRequest.SerializeToString,
+            everstep_dot_proto_dot_agent__pb2.GatherReply.FromString,
             options,
             channel_credentials,
             insecure,
