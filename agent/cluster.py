@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from everstep.agent.answering import Answering, PeerService
+from everstep.agent.bringing import Bringing
 from everstep.agent.config import Config
 from everstep.agent.deciding import Deciding
 from everstep.agent.discovery import Discovery
@@ -28,6 +29,7 @@ from everstep.agent.job import Job
 from everstep.agent.live_restoring import LiveRestoring
 from everstep.agent.members import MemberRules, Members
 from everstep.agent.mending import Mending
+from everstep.agent.needs import Needs
 from everstep.agent.node import Node
 from everstep.agent.options import format_endpoint, is_wildcard, split_endpoint
 from everstep.agent.peers import Peers
@@ -49,6 +51,7 @@ from everstep.proto.errors import (
     PeerUnavailable,
     StaleEpoch,
 )
+from everstep.proto.ids import SnapshotId
 from everstep.proto.peer_pb2_grpc import add_PeersServicer_to_server
 from everstep.storage.parity_memory import ParityMemory
 from everstep.storage.staging import Staging
@@ -92,14 +95,25 @@ class Cluster:
             "Rebuild": self.executing.rebuild,
         }
         self.mending = Mending(pipeline, self.fetching)
+        self.bringing = Bringing(pipeline)
         self.restoring = Restoring(
-            pipeline, node.node_id, self.ask_coordinator, self.fetching, self.mending
+            pipeline,
+            node.node_id,
+            self.ask_coordinator,
+            self.fetching,
+            self.mending,
+            self.bringing,
         )
         # What it takes from other nodes counts against what those allow.
         joining = Fetching(peers, config.bulk, tls=tls, joining=True)
         self.live_mending = Mending(pipeline, joining)
         self.live_restoring = LiveRestoring(
-            pipeline, node.node_id, self.ask_coordinator, joining, self.live_mending
+            pipeline,
+            node.node_id,
+            self.ask_coordinator,
+            joining,
+            self.live_mending,
+            self.bringing,
         )
         self.repairing = Repairing(node.node_id, self._inventories, self.fetching, timeout_s)
         self.scrubbing = Scrubbing(pipeline, self.repairing)
@@ -167,9 +181,20 @@ class Cluster:
         return await restoring.restore(job, rank, wanted)
 
     def offered(self, job: Job) -> None:
+    async def gather(
+        self, job: Job, rank: int, snapshot: SnapshotId, needs: Needs
+    ) -> list[agent_pb2.ShardLocation]:
+        """Bring units of shards to this node, for a rank that restores this snapshot.
+
+        Raises:
+            EverstepError: See `everstep.agent.restoring`.
+        """
+        self.check_place()
+        restoring = self.live_restoring if rank in job.joining else self.restoring
+        return await restoring.gather(job, snapshot, needs)
+
         """A rank of this node has offered a step."""
-        self.restoring.offered(job)
-        self.live_restoring.offered(job)
+        self.bringing.offered(job)
 
     async def ask_coordinator(self, method: str, request: Any, timeout_s: float) -> Any:
         """Ask whoever coordinates, and wait, bounded, until somebody does.

@@ -15,7 +15,6 @@ from everstep.agent.coordination import Coordination
 from everstep.agent.gathering import Findings, Gathering, Wishes
 from everstep.agent.holdings import JobFact
 from everstep.agent.job import Job
-from everstep.agent.planning import SnapshotPlan
 from everstep.agent.tables import JobTable
 from everstep.proto import peer_pb2
 from everstep.proto.errors import (
@@ -23,7 +22,6 @@ from everstep.proto.errors import (
     NothingRecoverable,
     Refused,
     StaleIncarnation,
-    StateMismatch,
 )
 from everstep.proto.ids import SnapshotId
 
@@ -59,7 +57,6 @@ class Deciding:
         Raises:
             CoordinatorUnknown: If this agent does not coordinate.
             NothingRecoverable: If there are snapshots, but no whole one.
-            StateMismatch: If the one to take was saved by another number of ranks.
             Refused: If this incarnation was asked to restore something else before.
             DeadlineExceeded: If the search takes longer than `restore_timeout_s`.
         """
@@ -99,7 +96,6 @@ class Deciding:
             job, findings, wishes, lambda p: p.snapshot.incarnation == incarnation
         )
         if plan is not None:
-            self._check_world(job, plan)
             return peer_pb2.DecideReply(found=True, plan=plan.encoded(), rejected=findings.rejected)
         committed = any(
             found.snapshot.incarnation == incarnation
@@ -139,7 +135,6 @@ class Deciding:
                 self._coordination.restored(job, incarnation, None)
                 return peer_pb2.DecideReply(found=False)
             raise NothingRecoverable(job, tuple(_reasons(findings, wishes)))
-        self._check_world(job, plan)
         self._coordination.restored(job, incarnation, plan.snapshot)
         return peer_pb2.DecideReply(found=True, plan=plan.encoded(), rejected=findings.rejected)
 
@@ -155,15 +150,6 @@ class Deciding:
             for snapshot, known in (table.snapshots if table is not None else {}).items()
             if known.whole and known.drifted_replicas() != () and not known.committed_at
         )
-
-    def _check_world(self, job: str, plan: SnapshotPlan) -> None:
-        table = self._coordination.jobs.get(job)
-        if table is not None and plan.world != table.world:
-            raise StateMismatch(
-                f"{plan.snapshot} of job {job!r} was saved by {plan.world} rank(s), and this "
-                f"launch has {table.world}. Start {plan.world} rank(s), or restore an older step "
-                "with `to=`. Nothing was loaded."
-            )
 
 
 def _decided_before(facts: dict[str, JobFact]) -> tuple[SnapshotId | None] | None:

@@ -321,6 +321,7 @@ class Mending:
         units: Sequence[range],
         record: Record,
         *,
+        more: bool = False,
         rate: Rate | None = None,
     ) -> Path:
         """Bring units of another node's shard here, for a restore; returns the file.
@@ -331,6 +332,7 @@ class Mending:
             rank: Whose.
             units: Of its image; the file has holes elsewhere.
             record: The shard's.
+            more: Whether other units of it are here already, and stay.
             rate: Not to be exceeded.
 
         Raises:
@@ -338,7 +340,7 @@ class Mending:
             EverstepError: What `Fetching` raises.
         """
         deadline_s = time.monotonic() + self._timeout_s
-        work = partial(self._stage, job, plan, rank, units, record, rate, deadline_s)
+        work = partial(self._stage, job, plan, rank, units, record, more, rate, deadline_s)
         return await self._in_thread(work)
 
     def _stage(
@@ -348,13 +350,15 @@ class Mending:
         rank: int,
         units: Sequence[range],
         record: Record,
+        more: bool,
         rate: Rate | None,
         deadline_s: float,
     ) -> Path:
         staging = self._pipeline.staging
         assert staging is not None, "staged where there are no peers"
+        opened = staging.extend if more else staging.create
         with (
-            staging.create(job, plan.snapshot, rank, record.image_bytes, units) as staged,
+            opened(job, plan.snapshot, rank, record.image_bytes, units) as staged,
             _Windows(staged) as windows,
         ):
             self._fetching.fetch(

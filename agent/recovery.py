@@ -1,11 +1,12 @@
 """Which snapshot a job restores, and from which copies.
 
 Owns the search: newest first, each rank's shard from memory, else NVMe. Promises that every rank
-of an incarnation gets the same snapshot, that a copy which fails its check is named, and that an
-answer is whole or an error (P0): never a mix of steps, never part of a state. With several ranks
-digests are checked before the answer is given, since it must hold for all; a single rank checks
-the copy itself before it uses a byte, and comes back if it is damaged: reading it once instead of
-twice. Does not move bytes: trainers read the copies in place.
+of an incarnation gets the same snapshot, with all of its shards, however many ranks saved it; that
+a copy which fails its check is named; and that an answer is whole or an error (P0): never a mix of
+steps, never part of a state. With several ranks digests are checked before the answer is given,
+since it must hold for all; a single rank checks the copies itself before it uses a byte, and comes
+back if one is damaged: reading it once instead of twice. Does not move bytes: trainers read the
+copies in place.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from everstep.agent import events
 from everstep.agent.job import Job, Stage
+from everstep.agent.needs import Needs, check_needs
 from everstep.agent.pipeline import Pipeline, nvme_intact
 from everstep.proto.agent_pb2 import RejectedCopy, RestoreReply, ShardLocation
 from everstep.proto.errors import (
@@ -24,7 +26,6 @@ from everstep.proto.errors import (
     NothingRecoverable,
     Refused,
     StaleIncarnation,
-    StateMismatch,
 )
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import SnapshotId
@@ -83,7 +84,6 @@ class Recovery:
 
         Raises:
             NothingRecoverable: If there are snapshots, but no whole one.
-            StateMismatch: If the newest was saved by another number of ranks.
             Refused: If this incarnation was asked to restore something else before.
             DeadlineExceeded: If the check takes longer than `restore_timeout_s`.
         """
@@ -147,6 +147,30 @@ class Recovery:
             job.name, tuple(reasons or ["this launch has committed no such step"])
         )
 
+    async def gather(
+        self, job: Job, rank: int, snapshot: SnapshotId, needs: Needs
+    ) -> list[ShardLocation]:
+        """Where shards are that a rank wants units of: all are here, there is nothing to bring.
+
+        Raises:
+            FormatInvalid: If the snapshot has no such shards or units.
+            NothingRecoverable: If one of them is damaged by now.
+            EverstepError: As `decide`.
+        """
+        decided = self._decisions.get((job.name, job.incarnation))
+        if decided is not None and rank not in job.joining:
+            shards = list((await asyncio.shield(decided)).shards)
+        else:
+            # Told to a rank that joined live, or by the agent before this one.
+            search = Search(checking=True)
+            found = await self._locate(job, snapshot, Wanted(), search)
+            if found is None:
+                reasons = tuple(f"rank {r.rank}, {r.level}: {r.reason}" for r in search.rejected)
+                raise NothingRecoverable(job.name, reasons)
+            shards = found
+        check_needs(needs, {shard.rank: shard.image_bytes for shard in shards})
+        return [shard for shard in shards if shard.rank in needs]
+
     async def _search(self, job: Job, wanted: Wanted) -> RestoreReply:
         search = Search(checking=job.world > 1)
         if job.world == 1:
@@ -191,12 +215,6 @@ class Recovery:
     ) -> list[ShardLocation] | None:
         """A checked copy of every rank's shard, or None with the reasons in `search`."""
         world = _world_of(job, snapshot)
-        if world != job.world:
-            raise StateMismatch(
-                f"{snapshot} of job {job.name!r} was saved by {world} rank(s), and this launch "
-                f"has {job.world}. Start {world} rank(s), or restore an older step with `to=`. "
-                "Nothing was loaded."
-            )
         in_memory = self._pipeline.submit(events.Pin(job.name, snapshot))
         try:
             found = await asyncio.gather(

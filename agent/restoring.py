@@ -1,29 +1,35 @@
 """A restore on one node of several: bring here what this node's trainers need, and say where it is.
 
 Owns the way from the coordinator's decision to local paths. Promises that a trainer is given local
-copies only, of one snapshot; that shards of this node's own ranks are held here again, as committed
-as before, when it answers; and that of other ranks' shards no more is fetched than the units that
-hold replicated leaves. What is fetched or decoded was verified on arrival (see `agent.fetching`).
+copies only, of one snapshot, and a description of every shard of it; that shards of this node's own
+ranks are held here again, as committed as before, when it answers, unless as many ranks as saved it
+are not what restores it: then nothing is held here again, and each rank gathers the units that it
+needs. Of other ranks' shards no more is fetched unasked than the units that hold replicated leaves.
+What is fetched or decoded was verified on arrival (see `agent.fetching`).
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import TypeGuard
 
 from everstep.agent import events
+from everstep.agent.bringing import Bringing
 from everstep.agent.describing import Described
 from everstep.agent.fetching import Fetching
 from everstep.agent.job import Job
 from everstep.agent.mending import Mending, wanted_units
+from everstep.agent.needs import Needs, Spans, check_needs
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Wanted
-from everstep.agent.sources import Held, SnapshotPlan, parsed
+from everstep.agent.sources import Held, SnapshotPlan, Source, parsed
 from everstep.proto.agent_pb2 import RestoreReply, ShardLocation
 from everstep.proto.errors import DeadlineExceeded, FormatInvalid, StaleIncarnation
 from everstep.proto.failpoint import failpoint
+from everstep.proto.ids import SnapshotId
 from everstep.proto.peer_pb2 import DecideReply, DecideRequest
 from everstep.snapshot.layout import decode
 from everstep.snapshot.record import open_record
@@ -43,15 +49,17 @@ class Restoring:
         ask: Ask,
         fetching: Fetching,
         mending: Mending,
+        bringing: Bringing,
     ) -> None:
         self._pipeline = pipeline
         self._node_id = node_id
         self._ask = ask
         self._fetching = fetching
         self._mending = mending
+        self._bringing = bringing
         self._timeout_s = pipeline.config.limits.restore_timeout_s
-        self._staged_for: set[str] = set()
-        self._dropping = asyncio.Lock()
+        self._plans: dict[tuple[str, int], SnapshotPlan] = {}
+        """By job and incarnation, what was told last."""
         self._under_way: dict[tuple[str, int, object], asyncio.Task[object]] = {}
 
     async def restore(self, job: Job, rank: int, wanted: Wanted) -> RestoreReply:
@@ -113,32 +121,98 @@ class Restoring:
     async def _located(
         self, job: Job, rank: int, plan: SnapshotPlan, *, damaged: bool
     ) -> list[ShardLocation]:
-        records = await self._once(
-            job, (plan.snapshot, "records"), partial(self._records, job.name, plan)
-        )
-        assert isinstance(records, dict)
+        self._remember(job, plan)
+        records = await self._records_of(job, plan)
+        as_saved = plan.world == job.world
         found = []
         for source in plan.sources:
             described = records[source.rank]
-            layout = described.layout_envelope
-            if isinstance(source, Held) and source.node_id == self._node_id:
-                found.append(self._local(job, source.rank, source.level, plan, layout))
+            if self._is_here(source):
+                found.append(self._local(job, source.rank, source.level, plan, described))
+            elif not as_saved:
+                found.append(_elsewhere(plan, source, described))
             elif source.rank == rank:
                 # Held here from now on: the next failure finds it where it belongs.
                 mend = partial(self._mended, job, plan, rank, damaged)
                 await self._once(job, (plan.snapshot, rank), mend)
-                found.append(self._local(job, rank, "memory", plan, layout))
+                found.append(self._local(job, rank, "memory", plan, described))
             else:
-                staged = await self._once(
-                    job,
-                    (plan.snapshot, "staged", source.rank),
-                    partial(self._staged, job, plan, source.rank, described),
-                )
-                if staged is not None:
-                    envelope = described.record_envelope
-                    path = str(staged)
-                    found.append(_location(source.rank, "memory", path, 0, envelope, layout))
+                units = wanted_units(decode(described.layout_envelope, f"layout of {source.rank}"))
+                if units:
+                    found.append(await self._brought(job, plan, source, units, described))
         return found
+
+    def _remember(self, job: Job, plan: SnapshotPlan) -> None:
+        for ended in [known for known in self._plans if known[0] == job.name]:
+            del self._plans[ended]
+        self._plans[job.name, job.incarnation] = plan
+
+    def _is_here(self, source: Source) -> TypeGuard[Held]:
+        return isinstance(source, Held) and source.node_id == self._node_id
+
+    async def gather(self, job: Job, snapshot: SnapshotId, needs: Needs) -> list[ShardLocation]:
+        """Bring units of shards here, for a rank that was told to restore this snapshot.
+
+        Args:
+            job: The job.
+            snapshot: As `restore` has answered.
+            needs: By rank of those who saved it, units of its image.
+
+        Returns:
+            A location for each rank of `needs`, with a path.
+
+        Raises:
+            Refused: If this agent was started anew since it said what to restore.
+            FormatInvalid: If the snapshot has no such shards or units.
+            OutOfSpace: If memory does not hold them.
+            EverstepError: If a shard cannot be had.
+            DeadlineExceeded: If it takes longer than `restore_timeout_s`.
+        """
+        plan = self._plans.get((job.name, job.incarnation))
+        if plan is None or plan.snapshot != snapshot:
+            raise Refused(
+                f"the agent of {self._node_id} was started anew since it said that job "
+                f"{job.name!r} restores {snapshot}. Nothing was loaded. Ask what to restore again."
+            )
+        check_needs(needs, {source.rank: source.image_bytes for source in plan.sources})
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                records = await self._records_of(job, plan)
+                gathered = (
+                    self._gathered(job, plan, plan.source_of(rank), units, records[rank])
+                    for rank, units in sorted(needs.items())
+                )
+                return list(await asyncio.gather(*gathered))
+        except TimeoutError:
+            what = f"bringing what {job.name} restores to {self._node_id}"
+            raise DeadlineExceeded(what, self._timeout_s) from None
+
+    async def _gathered(
+        self, job: Job, plan: SnapshotPlan, source: Source, units: Spans, described: Described
+    ) -> ShardLocation:
+        if self._is_here(source):
+            return self._local(job, source.rank, source.level, plan, described)
+        if self._has_ended(job, (plan.snapshot, source.rank)):
+            return self._local(job, source.rank, "memory", plan, described)
+        return await self._brought(job, plan, source, units, described)
+
+    def _has_ended(self, job: Job, what: object) -> bool:
+        """Whether something that is done once was done."""
+        task = self._under_way.get((job.name, job.incarnation, what))
+        return task is not None and task.done() and not (task.cancelled() or task.exception())
+
+    async def _brought(
+        self,
+        job: Job,
+        plan: SnapshotPlan,
+        source: Source,
+        units: Sequence[range],
+        described: Described,
+    ) -> ShardLocation:
+        path = await self._bringing.bring(
+            job.name, plan, source.rank, units, described, self._mending
+        )
+        return _location(source.rank, "memory", str(path), 0, described)
 
     async def _once(self, job: Job, what: object, work: Callable[[], Awaitable[object]]) -> object:
         """Do it once for all ranks of an incarnation; again, if it failed."""
@@ -156,6 +230,12 @@ class Restoring:
             task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return await asyncio.shield(task)
 
+    async def _records_of(self, job: Job, plan: SnapshotPlan) -> Records:
+        ask = partial(self._records, job.name, plan)
+        records = await self._once(job, (plan.snapshot, "records"), ask)
+        assert isinstance(records, dict)
+        return records
+
     async def _records(self, job: str, plan: SnapshotPlan) -> Records:
         deadline_s = time.monotonic() + self._timeout_s
         ranks = tuple(source.rank for source in plan.sources)
@@ -166,56 +246,27 @@ class Restoring:
     async def _mended(self, job: Job, plan: SnapshotPlan, rank: int, damaged: bool) -> None:
         await self._mending.install(job.name, plan, (rank,), anew=damaged)
 
-    async def _staged(
-        self, job: Job, plan: SnapshotPlan, rank: int, described: Described
-    ) -> Path | None:
-        """A file with the units that hold replicated leaves; None if the shard has none."""
-        units = wanted_units(decode(described.layout_envelope, f"layout of rank {rank}"))
-        if not units:
-            return None
-        log.info(
-            "job %s: fetching what %s has of replicated leaves in rank %d",
-            job.name,
-            plan.snapshot,
-            rank,
-        )
-        self._staged_for.add(job.name)
-        async with self._dropping:
-            pass
-        return await self._mending.stage(job.name, plan, rank, units, described.record)
-
-    def offered(self, job: Job) -> None:
-        """A rank has gone on to a step: what was staged goes, once no rank may be reading it."""
-        if job.name in self._staged_for and not job.restoring and not job.joining:
-            self._pipeline.spawn(self._drop_staged(job))
-
-    async def _drop_staged(self, job: Job) -> None:
-        staging = self._pipeline.staging
-        async with self._dropping:
-            if staging is not None and not job.restoring and not job.joining:
-                self._staged_for.discard(job.name)
-                await asyncio.to_thread(staging.drop, job.name)
-
     def _local(
-        self, job: Job, rank: int, level: str, plan: SnapshotPlan, layout: bytes
+        self, job: Job, rank: int, level: str, plan: SnapshotPlan, described: Described
     ) -> ShardLocation:
         if level == "nvme":
             nvme = self._pipeline.nvme
             assert nvme is not None
             with nvme.open_shard(job.name, plan.snapshot, rank) as stored:
-                return _location(rank, level, str(stored.path), 0, stored.record, layout)
+                described = replace(described, record_envelope=stored.record)
+                return _location(rank, level, str(stored.path), 0, described)
         held = job.snapshots.get(plan.snapshot)
         if held is None or rank not in held.sealed:
             raise FormatInvalid(f"rank {rank} of {plan.snapshot}", "it is not in memory any more")
         shard = held.sealed[rank]
         arena = self._pipeline.arena_file(job.name, rank, shard.place.generation)
         offset = shard.place.slot * arena.slot_bytes
-        return _location(rank, level, str(arena.path), offset, shard.envelope, layout)
+        described = replace(described, record_envelope=shard.envelope)
+        return _location(rank, level, str(arena.path), offset, described)
 
 
-def _location(
-    rank: int, level: str, path: str, offset: int, record: bytes, layout: bytes
-) -> ShardLocation:
+def _location(rank: int, level: str, path: str, offset: int, described: Described) -> ShardLocation:
+    record = described.record_envelope
     return ShardLocation(
         rank=rank,
         level=level,
@@ -223,5 +274,11 @@ def _location(
         offset=offset,
         image_bytes=open_record(record, f"record of rank {rank}").image_bytes,
         record=record,
-        layout=layout,
+        layout=described.layout_envelope,
     )
+
+
+def _elsewhere(plan: SnapshotPlan, source: Source, described: Described) -> ShardLocation:
+    """A shard of which nothing is here yet; with the slowest level that it is taken from."""
+    levels = [source.level] if isinstance(source, Held) else plan.levels
+    return _location(source.rank, levels[-1], "", 0, described)

@@ -18,6 +18,7 @@ from everstep.agent.actions import Place
 from everstep.agent.answering import among, caller_of, digests_of
 from everstep.agent.cluster import Cluster
 from everstep.agent.config import MAX_SLOTS, Config
+from everstep.agent.needs import check_restoring, needs_of
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Recovery, Wanted
 from everstep.agent.reservation import MAX_CAPTURES, reserve_arena
@@ -33,7 +34,7 @@ from everstep.proto.errors import (
     StaleIncarnation,
 )
 from everstep.proto.failpoint import failpoint
-from everstep.proto.ids import checked_name
+from everstep.proto.ids import SnapshotId, checked_name
 from everstep.proto.wire_errors import METADATA_KEY, encode, status_of
 from everstep.snapshot.record import open_record, record_digest
 
@@ -194,6 +195,7 @@ class Service(AgentServicer):
         if self._cluster is not None:
             reply = await self._cluster.agree(request)
             return wire.DeclareReply(agreed=reply.agreed, unknown=reply.unknown)
+        job = self._state.jobs[caller.job]
         candidates = tuple(request.candidates)
         if request.joining:
             names = self._state.jobs[caller.job].agreed
@@ -289,6 +291,20 @@ class Service(AgentServicer):
         if self._cluster is not None:
             return await self._cluster.restore(job, caller.rank, wanted, live=request.live)
         if request.live:
+    @_answered
+    async def Gather(self, request: wire.GatherRequest, context: Any) -> wire.GatherReply:
+        """Have units of shards on this node, for a rank that was told what to restore."""
+        caller = caller_of(request.session)
+        self._state.check(caller)
+        job = self._state.jobs[caller.job]
+        snapshot = SnapshotId(request.incarnation, request.step)
+        check_restoring(job, caller.rank, snapshot)
+        needs = needs_of(request)
+        gathering = self._recovery if self._cluster is None else self._cluster
+        found = await gathering.gather(job, caller.rank, snapshot, needs)
+        self._state.check(caller)
+        return wire.GatherReply(shards=found)
+
             return await self._recovery.join(job, caller.rank, wanted)
         return await self._recovery.decide(job, wanted)
 

@@ -106,6 +106,33 @@ def grow_file(directory: Directory, name: str, total_bytes: int, keep_free_bytes
             raise _refused(directory, added_bytes, error) from error
 
 
+def allocate_ranges(
+    directory: Directory,
+    descriptor: int,
+    ranges: Sequence[tuple[int, int]],
+    keep_free_bytes: int,
+) -> None:
+    """Allocate more ranges of a sparse file that `reserve_ranges` made.
+
+    Args:
+        directory: Where it lies, on a tmpfs.
+        descriptor: The file, open for writing.
+        ranges: Offset and length; within its length.
+        keep_free_bytes: Memory that must remain available.
+
+    Raises:
+        OutOfSpace: As `reserve_file`, but ranges that were allocated by then stay so.
+    """
+    needed_bytes = sum(length for _, length in ranges)
+    with _reserving:
+        try:
+            _check_room(directory, needed_bytes, keep_free_bytes)
+            for offset, allocated_bytes in ranges:
+                os.posix_fallocate(descriptor, offset, allocated_bytes)
+        except OSError as error:
+            raise _refused(directory, needed_bytes, error) from error
+
+
 def _extend(descriptor: int, held_bytes: int, total_bytes: int) -> None:
     try:
         failpoint("storage.grow.before_allocate")

@@ -22,7 +22,7 @@ from everstep.storage.directory import Directory, storage_error
 from everstep.storage.identity import unit_count
 from everstep.storage.jobs import STAGED, Jobs
 from everstep.storage.mapping import writable_range
-from everstep.storage.reservation import reserve_ranges
+from everstep.storage.reservation import allocate_ranges, reserve_ranges
 
 MAX_IMAGE_BYTES = 1 << 44
 """No shard is larger; a larger one is damage, not a reason to make a file."""
@@ -106,12 +106,7 @@ class Staging:
             FormatInvalid: If there are no such units or no such shard. Nothing was made.
             OutOfSpace: If tmpfs or memory do not hold the units. Nothing was made.
         """
-        where = f"{ShardId(snapshot, rank)} of job {checked_name('job', job)}, to be staged"
-        if not (0 <= rank < MAX_RANKS and 0 <= image_bytes <= MAX_IMAGE_BYTES):
-            raise FormatInvalid(where, f"rank {rank} with {image_bytes} bytes is not possible")
-        units = _merged(unit_ranges)
-        if units and not (0 <= units[0].start and units[-1].stop <= unit_count(image_bytes)):
-            raise FormatInvalid(where, f"units {units} are not all in its {image_bytes} bytes")
+        units = _checked_units(job, snapshot, rank, image_bytes, unit_ranges)
         ranges = [_byte_range(one, image_bytes) for one in units]
         name = staged_name(snapshot, rank)
         with self._folder(job) as folder:
@@ -121,6 +116,47 @@ class Staging:
             except OSError as error:
                 raise storage_error(str(folder.path / name), image_bytes, error) from error
             return StagedFile(folder.path / name, image_bytes, tuple(units), descriptor)
+
+    def extend(
+        self,
+        job: str,
+        snapshot: SnapshotId,
+        rank: int,
+        image_bytes: int,
+        unit_ranges: Iterable[range],
+    ) -> StagedFile:
+        """Open a shard's file for more units; those that are there stay, for whoever reads them.
+
+        Args:
+            job: The job.
+            snapshot: The snapshot.
+            rank: The rank whose shard it is.
+            image_bytes: The length of its image.
+            unit_ranges: The units that are needed and not there yet; as for `create`.
+
+        Raises:
+            FormatInvalid: As `create`, and if there is no such file.
+            OutOfSpace: If tmpfs or memory do not hold the units. The file is as it was, but may
+                have taken some of the memory.
+        """
+        units = _checked_units(job, snapshot, rank, image_bytes, unit_ranges)
+        ranges = [_byte_range(one, image_bytes) for one in units]
+        name = staged_name(snapshot, rank)
+        with self._folder(job) as folder:
+            where = folder.path / name
+            try:
+                descriptor = folder.open_file(name, os.O_RDWR)
+            except OSError as error:
+                raise FormatInvalid(str(where), f"it is gone: {error}") from error
+            staged = StagedFile(where, image_bytes, tuple(units), descriptor)
+            try:
+                if os.fstat(descriptor).st_size != image_bytes:
+                    raise FormatInvalid(str(where), f"it is not of {image_bytes} bytes")
+                allocate_ranges(folder, descriptor, ranges, self._keep_free_bytes)
+            except BaseException:
+                staged.close()
+                raise
+            return staged
 
     def drop(self, job: str) -> None:
         """Remove everything staged for a job. Mappings stay valid until unmapped."""
@@ -153,6 +189,18 @@ class Staging:
                 raise storage_error(str(directory.path / STAGED), 4096, error) from error
             with folder:
                 yield folder
+
+
+def _checked_units(
+    job: str, snapshot: SnapshotId, rank: int, image_bytes: int, unit_ranges: Iterable[range]
+) -> list[range]:
+    where = f"{ShardId(snapshot, rank)} of job {checked_name('job', job)}, to be staged"
+    if not (0 <= rank < MAX_RANKS and 0 <= image_bytes <= MAX_IMAGE_BYTES):
+        raise FormatInvalid(where, f"rank {rank} with {image_bytes} bytes is not possible")
+    units = _merged(unit_ranges)
+    if units and not (0 <= units[0].start and units[-1].stop <= unit_count(image_bytes)):
+        raise FormatInvalid(where, f"units {units} are not all in its {image_bytes} bytes")
+    return units
 
 
 def staged_name(snapshot: SnapshotId, rank: int) -> str:

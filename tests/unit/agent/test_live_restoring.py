@@ -37,7 +37,7 @@ class Story(LiveRestoring):
 
     def __init__(self, node: SmallNode, *decisions: int | None) -> None:
         unused: Any = None
-        super().__init__(node.pipeline, "n1", unused, unused, unused)
+        super().__init__(node.pipeline, "n1", unused, unused, unused, unused)
         self.decisions = list(decisions)
         self.problems: dict[int, EverstepError] = {}
         self.job: Job | None = None
