@@ -180,7 +180,6 @@ class Cluster:
         restoring = self.live_restoring if live else self.restoring
         return await restoring.restore(job, rank, wanted)
 
-    def offered(self, job: Job) -> None:
     async def gather(
         self, job: Job, rank: int, snapshot: SnapshotId, needs: Needs
     ) -> list[agent_pb2.ShardLocation]:
@@ -193,6 +192,7 @@ class Cluster:
         restoring = self.live_restoring if rank in job.joining else self.restoring
         return await restoring.gather(job, snapshot, needs)
 
+    def offered(self, job: Job) -> None:
         """A rank of this node has offered a step."""
         self.bringing.offered(job)
 

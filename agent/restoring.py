@@ -27,7 +27,7 @@ from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Wanted
 from everstep.agent.sources import Held, SnapshotPlan, Source, parsed
 from everstep.proto.agent_pb2 import RestoreReply, ShardLocation
-from everstep.proto.errors import DeadlineExceeded, FormatInvalid, StaleIncarnation
+from everstep.proto.errors import DeadlineExceeded, FormatInvalid, Refused, StaleIncarnation
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import SnapshotId
 from everstep.proto.peer_pb2 import DecideReply, DecideRequest

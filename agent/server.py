@@ -18,7 +18,6 @@ from everstep.agent.actions import Place
 from everstep.agent.answering import among, caller_of, digests_of
 from everstep.agent.cluster import Cluster
 from everstep.agent.config import MAX_SLOTS, Config
-from everstep.agent.needs import check_restoring, needs_of
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Recovery, Wanted
 from everstep.agent.reservation import MAX_CAPTURES, reserve_arena
@@ -195,7 +194,6 @@ class Service(AgentServicer):
         if self._cluster is not None:
             reply = await self._cluster.agree(request)
             return wire.DeclareReply(agreed=reply.agreed, unknown=reply.unknown)
-        job = self._state.jobs[caller.job]
         candidates = tuple(request.candidates)
         if request.joining:
             names = self._state.jobs[caller.job].agreed
@@ -291,6 +289,9 @@ class Service(AgentServicer):
         if self._cluster is not None:
             return await self._cluster.restore(job, caller.rank, wanted, live=request.live)
         if request.live:
+            return await self._recovery.join(job, caller.rank, wanted)
+        return await self._recovery.decide(job, wanted)
+
     @_answered
     async def Gather(self, request: wire.GatherRequest, context: Any) -> wire.GatherReply:
         """Have units of shards on this node, for a rank that was told what to restore."""
@@ -304,9 +305,6 @@ class Service(AgentServicer):
         found = await gathering.gather(job, caller.rank, snapshot, needs)
         self._state.check(caller)
         return wire.GatherReply(shards=found)
-
-            return await self._recovery.join(job, caller.rank, wanted)
-        return await self._recovery.decide(job, wanted)
 
     @_answered
     async def Persist(self, request: wire.PersistRequest, context: Any) -> wire.PersistReply:
