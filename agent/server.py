@@ -18,6 +18,7 @@ from everstep.agent.actions import Place
 from everstep.agent.answering import among, caller_of, digests_of
 from everstep.agent.cluster import Cluster
 from everstep.agent.config import MAX_SLOTS, Config
+from everstep.agent.needs import check_restoring, needs_of
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Recovery, Wanted
 from everstep.agent.reservation import MAX_CAPTURES, reserve_arena
