@@ -401,6 +401,21 @@ class Client:
         self.restored_from = restored.levels
         return restored.step
 
+    def peek(self, name: str, to: int | None = None) -> tuple[int, object] | None:
+        """Look at what `restore` would bring back, without touching anything.
+
+        For programs that must know where they are before there is a model to restore into.
+
+        Args:
+            name: An attached object that holds plain values, and no tensors larger than 64 KiB.
+            to: This step instead of the newest.
+
+        Returns:
+            The step, and the object's state, or None in its place if the snapshot has no such
+            object; None if this job has no snapshot at all.
+        """
+        return self._restoring.peek(name, to=to)
+
     def rewind(self, to: int | None = None) -> int | None:
         """Go back to a snapshot that is still in memory, without a restart.
 

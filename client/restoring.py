@@ -133,6 +133,22 @@ class Restoring:
         replicated = tuple(leaf.name for leaf in own.leaves if leaf.replicated)
         return Restored(int(reply.step), used, rejected, replicated)
 
+    def peek(self, name: str, *, to: int | None) -> tuple[int, object] | None:
+        """See `everstep.client.client.Client.peek`."""
+        request = wire.RestoreRequest()
+        if to is not None:
+            request.to_step = to
+        reply = self._ask(request)
+        if not reply.found:
+            return None
+        found = next(shard for shard in reply.shards if shard.rank == self._rank)
+        try:
+            own = _shard(reply, found)
+        except _CopyDamaged as damaged:
+            raise FormatInvalid("the copy to be restored", str(damaged)) from damaged
+        saved = loading.Saved.of(own.layout, own.record)
+        return int(reply.step), saved.tree(name, {}) if name in saved.classes else None
+
     def _ask(self, request: wire.RestoreRequest) -> wire.RestoreReply:
         deadline = time.monotonic() + self._limits.restore_s
         while True:
