@@ -18,6 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from everstep.client import Client, Limits, Snapshot, Stats, connect
+    from everstep.client.adapters.huggingface import HuggingFaceCallback as HuggingFaceCallback
+
+_ADAPTERS = {
+    "HuggingFaceCallback": "huggingface",
+}
+"""Each imports its host, so they are not in `__all__`: a star would import them."""
 
 __all__ = ["Client", "Limits", "Snapshot", "Stats", "__version__", "connect", "errors"]
 
@@ -36,4 +42,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("everstep.proto.errors")
     if name in __all__:
         return getattr(importlib.import_module("everstep.client"), name)
+    if name in _ADAPTERS:
+        adapter = importlib.import_module(f"everstep.client.adapters.{_ADAPTERS[name]}")
+        return getattr(adapter, name)
     raise AttributeError(f"module 'everstep' has no attribute {name!r}")
