@@ -150,9 +150,25 @@ class Coordination:
             disk = table.flushed[flushed.snapshot]
             if disk.whole or flushed.snapshot in table.durable:
                 yield events.DurableOrdered(name, flushed.snapshot)
+        if fact.incarnation == table.incarnation and not fact.members:
+            yield from self._passed_by(name, table, fact)
         wanted = _flush_wanted(table, fact)
         if wanted is not None:
             yield events.FlushOrdered(name, wanted)
+
+    def _passed_by(self, name: str, table: JobTable, fact: JobFact) -> Iterator[Order]:
+        """What a node hears that runs no rank of the present incarnation, and holds something of an
+        earlier one: what it holds was superseded, or was not."""
+        here = [part.snapshot for part in fact.snapshots]
+        newest = self.newest_committed(name) if here else None
+        if newest is not None and newest.incarnation == table.incarnation and newest not in here:
+            yield events.CommitOrdered(name, newest, table.snapshots[newest].commit_id)
+        disk = {*fact.durable, *(flushed.snapshot for flushed in fact.flushed)}
+        durable = {s for s, known in table.flushed.items() if known.whole} | table.durable.keys()
+        latest = max(durable, default=None)
+        if disk and latest is not None and latest not in disk:
+            if latest.incarnation == table.incarnation:
+                yield events.DurableOrdered(name, latest)
 
     def _verdict(self, name: str, snapshot: SnapshotId) -> Order | None:
         table = self.jobs[name]

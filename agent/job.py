@@ -189,6 +189,9 @@ class Job:
     """What this incarnation goes on from or, until that is decided and as long as nothing newer
     was committed, what the one before it went on from."""
     restore_decided: bool = False
+    committed_elsewhere: SnapshotId | None = None
+    """The newest that this incarnation has committed, as far as this node was told, if it runs none
+    of its ranks."""
     declarations: dict[int, Declaration] = field(default_factory=dict)
     agreed: tuple[str, ...] | None = None
     """The replicated leaves that all ranks agreed on last; None if that is not known."""
@@ -228,6 +231,7 @@ class Job:
         self.restoring.clear()
         self.joining.clear()
         self.restore_decided = False
+        self.committed_elsewhere = None
 
     def resume(self, caller: Caller, launch_id: str) -> None:
         """Go on under the number that a trainer knows, whose agent has lost its memory."""
@@ -303,8 +307,11 @@ class Job:
             return bool(snapshot.copying)  # a slot that is written is nobody else's
         if self.in_round(snapshot.id):
             return True
-        newest = self.newest_committed()
-        return snapshot.stage is Stage.OPEN or (newest is not None and snapshot.id == newest.id)
+        if snapshot.stage is Stage.OPEN:
+            return True
+        newest, elsewhere = self.newest_committed(), self.committed_elsewhere
+        superseded = elsewhere is not None and snapshot.id < elsewhere
+        return newest is not None and snapshot.id == newest.id and not superseded
 
     def protected(self) -> SnapshotId | None:
         """The newest snapshot whose parity is committed."""
@@ -375,7 +382,8 @@ class Job:
         by all.
         """
         at_work = [s for s in self.snapshots.values() if s.stage is Stage.OPEN or s.copying]
-        slots = min(arenas[-1].slot_count for arenas in self.arenas.values())
+        written = [arenas[-1] for rank, arenas in self.arenas.items() if rank in self.members]
+        slots = min((arena.slot_count for arena in written), default=0)
         # Snapshots in a replaced arena take no slot of the present one.
         staying = [
             s for s in self.snapshots.values() if self.must_stay(s) and self.in_present_arenas(s)
@@ -391,11 +399,14 @@ class Job:
         return "busy: " + "; ".join(map(self._why_busy_with, at_work)) if busy else ""
 
     def in_present_arenas(self, snapshot: Snapshot) -> bool:
-        """Whether a snapshot takes a slot of the arenas that are written now."""
+        """Whether a snapshot takes a slot of the arenas that are written now.
+
+        Nobody writes those of ranks that are not in the present incarnation, or not on this node.
+        """
         return any(
             place.generation == self.arenas[rank][-1].generation
             for rank, place in snapshot.granted.items()
-            if rank in self.arenas
+            if rank in self.arenas and rank in self.members
         )
 
     def _why_busy_with(self, snapshot: Snapshot) -> str:
@@ -446,7 +457,8 @@ class Job:
         return max([0, *arenas, *places]) + 1
 
     def idle_generations(self) -> list[tuple[int, int]]:
-        """(rank, generation) of replaced arenas that hold no snapshot any more."""
+        """(rank, generation) of arenas that hold no snapshot any more, and that nobody writes: they
+        were replaced, or their rank is not in the present incarnation, or not on this node."""
         held = {
             (rank, place.generation)
             for snapshot in self.snapshots.values()
@@ -455,7 +467,7 @@ class Job:
         return [
             (rank, arena.generation)
             for rank, arenas in self.arenas.items()
-            for arena in arenas[:-1]
+            for arena in (arenas[:-1] if rank in self.members else arenas)
             if (rank, arena.generation) not in held
         ]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from everstep.agent import actions, events
 from everstep.agent.durability import now_durable, start_flush
 from everstep.agent.job import Job, Member, Round, RoundStage, SealedShard, Snapshot, Stage
+from everstep.agent.rounds import committed_elsewhere, flush_parity
 from everstep.proto.ids import SnapshotId
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ def commit_ordered(state: "State", event: events.CommitOrdered) -> None:
     """See `everstep.agent.events.CommitOrdered`."""
     job = state.jobs.get(event.job)
     snapshot = job.snapshots.get(event.snapshot) if job is not None else None
-    if job is None or snapshot is None:
+    if job is None:
+        return
+    if snapshot is None:
+        committed_elsewhere(state, job, event.snapshot)
         return
     if event.commit_id:
         snapshot.commit_id = event.commit_id
@@ -44,15 +48,21 @@ def drop_ordered(state: "State", event: events.DropOrdered) -> None:
 def durable_ordered(state: "State", event: events.DurableOrdered) -> None:
     """See `everstep.agent.events.DurableOrdered`."""
     job = state.jobs.get(event.job)
-    if job is None or event.snapshot not in job.flushed:
+    if job is None or event.snapshot in job.durable:
         return
-    world, ranks = job.flushed.pop(event.snapshot)
+    known = job.flushed.pop(event.snapshot, None)
+    if known is None and (job.members or event.snapshot.incarnation != job.incarnation):
+        return
+    # Of what the job has flushed without a rank on this node, there is nothing here but parity.
+    world, ranks = known or (job.world, ())
     job.durable_ranks[event.snapshot] = ranks
     now_durable(state, job, event.snapshot, world)
     for old in [s for s in job.flushed if job.preference(s) < job.preference(event.snapshot)]:
         # Some node never got it to disk, and now there is something newer that all have.
         del job.flushed[old]
         state.act(actions.DeleteDurable(job.name, old, "not whole, and superseded"))
+    if known is None:
+        flush_parity(state, job)
 
 
 def flush_ordered(state: "State", event: events.FlushOrdered) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from everstep.agent import actions, events
 from everstep.agent.job import Job, Round, RoundStage, Stage
 from everstep.agent.plans import ParityPlan
+from everstep.proto.ids import SnapshotId
 
 if TYPE_CHECKING:
     from everstep.agent.state import State
@@ -96,6 +97,15 @@ def _commit(state: "State", job: Job, known: Round) -> None:
         _forget(state, job, older)
     state.act(actions.NotifyCommitted(job.name, known.plan.snapshot, "parity"))
     flush_parity(state, job)
+    committed_elsewhere(state, job, known.plan.snapshot)
+
+
+def committed_elsewhere(state: "State", job: Job, snapshot: SnapshotId) -> None:
+    """The job may have gone on with no rank on this node: then nobody overwrites what is here."""
+    if job.members or snapshot.incarnation != job.incarnation:
+        return
+    job.committed_elsewhere = max(snapshot, job.committed_elsewhere or snapshot)
+    state.tidy(job, snapshot)
 
 
 def _useless(job: Job, older: Round, committed: Round) -> bool:

@@ -314,18 +314,20 @@ class State:
             if old.id < snapshot.id:
                 self.drop(job, old, f"{snapshot.id} was committed before it")
         self.act(actions.NotifyCommitted(job.name, snapshot.id, "memory"))
-        self._tidy(job, snapshot)
+        self.tidy(job, snapshot.id)
         if flush_due(self, job, snapshot.id):
             start_flush(self, job, snapshot)
 
-    def _tidy(self, job: Job, committed: Snapshot) -> None:
-        """Forget what the new commit has made useless, and arenas that hold nothing else."""
+    def tidy(self, job: Job, committed: SnapshotId) -> None:
+        """Forget what a new commit has made useless, and arenas that hold nothing else."""
+        # Of an earlier incarnation, heard of late: nothing is known to be newer than what is here.
+        settled = committed.incarnation == job.incarnation
         for old in job.evictable():
-            dropped = old.stage is Stage.DROPPED and old.id < committed.id
-            if dropped or not job.in_present_arenas(old):
+            dropped = old.stage is Stage.DROPPED and old.id < committed
+            if dropped or (settled and not job.in_present_arenas(old)):
                 self.forget(job, old)
-        for rank, generation in job.idle_generations():
-            job.arenas[rank] = [a for a in job.arenas[rank] if a.generation != generation]
+        for rank, generation in job.idle_generations() if settled else ():
+            job.remove_arena(rank, generation)
             self.act(actions.ReleaseArena(job.name, rank, generation))
 
     def _abandon(self, event: events.Abandon) -> None:

@@ -73,6 +73,12 @@ class SnapshotTable:
             self.open_at.add(node_id)
             return
         self.parts[node_id] = fact
+        if fact.world != self.world and not self.committed_at and not self.given_up:
+            # All memory of a number was out of reach when it was taken again.
+            self.given_up = (
+                f"two launches have it, of {self.world} and of {fact.world} ranks: their numbers "
+                "are the same"
+            )
         for shard in fact.shards:
             self.ranks[shard.rank] += 1
             record = _fingerprint(shard)

@@ -99,6 +99,7 @@ def test_enough_happens_among_many() -> None:
         "one way",
         "partition",
         "replacement",
+        "resized",
         "restored",
         "stale report",
         "stopped",

@@ -78,6 +78,8 @@ class Simulation:
         captures = (1, 1, 2)[seed % 3]  # not by chance: seeds keep their meaning
         slots += captures - 1
         self.training = Training(self, ranks, slots, chance.choice((1, 1, 2)), captures)
+        if seed % 4 in (1, 2):
+            self.training.resizing = random.Random(seed)
         self.fault_rate_s = chance.choice((0.5, 1.0, 2.0, 4.0))
         self.faults, self.weights = self._choose_faults()
         self.stormy = True
@@ -298,6 +300,25 @@ class Simulation:
             insist(self.clock.now_s < end_s, f"nothing new is protected: {self.why()}")
             self._replace_lost()
             self.advance(1.0)
+        while self._left_behind():
+            insist(self.clock.now_s < 2 * end_s, f"{self._left_behind()} stay: {self.why()}")
+            self.advance(1.0)
+
+    def _left_behind(self) -> list[str]:
+        """Arenas of ranks that are not there, or not there any more."""
+        launch = self.training.launch
+        assert launch is not None
+        if sum(not host.lost for host in self.hosts.values()) == 1:
+            return []  # there is no parity that could take the place of an earlier one
+        return [
+            f"{host.node_id}: rank {rank}"
+            for host in self.hosts.values()
+            if host.agent is not None and host.agent.node.members.joined
+            # Who was given the same number before: see `Ledger._two_of_one_name`.
+            if host.agent.job is None or host.agent.job.launch_id in ("", launch.launch_id)
+            for rank, _ in host.memory.arenas
+            if not any(t.host is host and t.rank == rank for t in launch.trainers)
+        ]
 
     def _protected_since(self) -> bool:
         launch = self.training.launch

@@ -58,6 +58,8 @@ class Launch:
     stage: str = "joining"
     stage_s: float = 0.0
     restored: SnapshotId | None = None
+    as_saved: bool = False
+    """Whether as many ranks saved what it has restored."""
     digests: dict[int, bytes] = field(default_factory=dict)
     step: int = 0
     untold: list[str] = field(default_factory=list)

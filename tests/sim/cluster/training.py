@@ -5,6 +5,8 @@ together, seal them, end together. What the coordinator's join and recovery do i
 design has it: one number for a launch, and the newest snapshot that the planner finds.
 """
 
+import random
+
 from everstep.agent import events
 from everstep.agent.actions import Place
 from everstep.agent.inventory import NodeInventory
@@ -49,6 +51,8 @@ class Training:
         self.step_s = 0.7
         self.sealed = 0
         self.candidates: list[Host] = []
+        self.resizing: random.Random | None = None
+        """Chooses the sizes of launches, if they change."""
 
     @property
     def now_s(self) -> float:
@@ -92,6 +96,8 @@ class Training:
         if not self.candidates:
             return
         self.launches += 1
+        if self.resizing is not None and self.resizing.random() < 0.5:
+            self.ranks = self.resizing.randint(1, 2 * len(self.candidates))
         count = self.world.chance.randint(1, min(self.ranks, len(self.candidates)))
         if self.world.chance.random() < 0.7:
             count = min(self.ranks, len(self.candidates))
@@ -255,6 +261,9 @@ class Training:
             self.world.seen["decoded"] += 1
         if self.world.trace:
             self.world.trace(f"  restore {launch.incarnation} from {launch.restored} by {asked}")
+        if chosen is not None and chosen.world != launch.world:
+            self.world.seen["resized"] += 1
+        launch.as_saved = chosen is not None and chosen.world == launch.world
         launch.digests = {token.rank: token.digest for token in tokens}
         launch.step = launch.restored.step if launch.restored is not None else 0
         launch.untold = sorted(asked | {t.host.node_id for t in launch.trainers})
@@ -281,9 +290,9 @@ class Training:
             if agent is None:
                 self.kill(trainer)
                 return
-            if restored is None or agent.host.memory.sound(
-                trainer.rank, launch.digests[trainer.rank]
-            ):
+            if restored is None or not launch.as_saved:
+                continue  # units are gathered for a launch of another size, and held nowhere
+            if agent.host.memory.sound(trainer.rank, launch.digests[trainer.rank]):
                 continue
             if not self._install(launch, trainer, agent, restored):
                 self.kill(trainer)

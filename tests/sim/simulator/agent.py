@@ -25,7 +25,6 @@ from everstep.proto.errors import (
     OutOfSpace,
     Refused,
     StaleIncarnation,
-    StateMismatch,
 )
 from everstep.proto.ids import SnapshotId
 from everstep.storage.retention import Rule, expired
@@ -283,9 +282,6 @@ class Agent:
         for snapshot in found:
             held = job.snapshots.get(snapshot)
             world = held.world if held is not None else job.durable.get(snapshot, job.world)
-            if world != job.world:
-                decision = StateMismatch("another world")
-                break
             pinned = self.submit(events.Pin(JOB, snapshot))
             shards = yield from self._locate(job, snapshot, world)
             if pinned:

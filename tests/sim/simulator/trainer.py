@@ -23,7 +23,6 @@ from everstep.proto.errors import (
     Refused,
     Retryable,
     StaleIncarnation,
-    StateMismatch,
 )
 from everstep.proto.ids import SnapshotId
 
@@ -282,8 +281,8 @@ class Process:
             except Retryable:
                 continue
             except EverstepError as error:
-                # Another world, or all is rotten: some users start from scratch.
-                if isinstance(error, Refused) and not isinstance(error, StateMismatch):
+                # All is rotten: some users start from scratch.
+                if isinstance(error, Refused):
                     raise Ended from None
                 if self.around.chance.random() < self.around.habits.gives_up_restore:
                     raise Ended from None
