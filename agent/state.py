@@ -162,7 +162,8 @@ class State:
             raise StaleIncarnation(caller.job, decided, job.incarnation)
         if holder is not None and other and event.holder_alive:
             raise RankClaimed(caller.job, caller.rank, holder.pid)
-        if decided > job.incarnation:
+        # Of another world, it is a number that was taken again when its memory was out of reach.
+        if decided > job.incarnation or job.world != caller.world:
             self.begin_incarnation(job, caller.world, event.launch_id, decided)
 
     def _rejoin(self, job: Job, event: events.Attach) -> None:

@@ -84,7 +84,7 @@ def test_enough_happens_among_many() -> None:
     seen: Counter[str] = Counter()
     levels: Counter[str] = Counter()
     ended: Counter[bool] = Counter()
-    for seed in range(1000, 1030):
+    for seed in range(1000, 1045):
         simulation = simulate(seed, Profile())
         seen += simulation.seen
         levels.update(simulation.ledger.told_levels)
