@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from everstep.client import Client, Limits, Snapshot, Stats, connect
+    from everstep.client.adapters.accelerate import AccelerateCheckpointer as AccelerateCheckpointer
     from everstep.client.adapters.huggingface import HuggingFaceCallback as HuggingFaceCallback
+    from everstep.client.adapters.lightning import LightningCallback as LightningCallback
 
 _ADAPTERS = {
+    "AccelerateCheckpointer": "accelerate",
     "HuggingFaceCallback": "huggingface",
+    "LightningCallback": "lightning",
 }
 """Each imports its host, so they are not in `__all__`: a star would import them."""
 

@@ -30,6 +30,8 @@ def _agent() -> Iterator[None]:
     places = default_places({"EVERSTEP_HOME": str(home)}, os.getuid())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EVERSTEP_HOME", str(home))
+        (home / "everstep.toml").write_text("[agent]\nmax_jobs = 512\n")
+        patch.setenv("EVERSTEP_CONFIG", str(home / "everstep.toml"))
         yield
     for process in psutil.process_iter(["cmdline"]):
         if str(places.socket) in (process.info["cmdline"] or ()):
