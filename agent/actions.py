@@ -73,6 +73,7 @@ class NotifyDropped:
     snapshot: SnapshotId
     reason: str
     drifted: tuple[int, ...] = ()
+    """Keys of leaves: see `everstep.snapshot.samples`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +99,6 @@ class DeleteDurable:
     job: str
     snapshot: SnapshotId
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicasAgreed:
-    """All ranks declared: these candidates are equal everywhere."""
-
-    job: str
-    round: int
-    agreed: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +141,6 @@ Action = (
     | Flush
     | VerifyAdopted
     | DeleteDurable
-    | ReplicasAgreed
     | Encode
     | StopEncoding
     | DeleteParity

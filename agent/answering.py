@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from typing import Any
 
 from everstep.agent import events, messages
+from everstep.agent.agreeing import Agreeing, participants_of
 from everstep.agent.assembly import Assembly, RankHeld
 from everstep.agent.config import Config
 from everstep.agent.events import Caller
@@ -22,7 +23,6 @@ from everstep.proto import peer_pb2 as wire
 from everstep.proto.agent_pb2 import Session
 from everstep.proto.errors import (
     CoordinatorUnknown,
-    DeadlineExceeded,
     EverstepError,
     FormatInvalid,
     Refused,
@@ -78,7 +78,7 @@ class Answering:
         self._node = peers.node
         self._perform = perform
         self._assembly = Assembly(peers.node.coordination)
-        self._agreements: dict[tuple[str, int, int], asyncio.Future[tuple[int, ...]]] = {}
+        self._agreeing = Agreeing()
         self.handlers: dict[str, Handler] = {"Join": self._join, "Agree": self._agree}
         """By method; other rooms add theirs."""
         self.refused: dict[str, int] = {}
@@ -224,25 +224,18 @@ class Answering:
         self.coordinates()
         candidates = tuple(request.candidates)
         digests = digests_of(candidates, request.candidate_digests)
+        group = participants_of(request.participants, caller)
         if request.joining:
-            names = self._assembly.agreed(caller)
+            names = self._assembly.agreed(caller, group)
             return wire.AgreeReply(agreed=among(candidates, names), unknown=names is None)
-        key = (caller.job, caller.incarnation, request.round)
-        for old in [k for k in self._agreements if k[0] == caller.job and k[1:] < key[1:]]:
-            self._agreements.pop(old).cancel()
-        future = self._agreements.setdefault(key, asyncio.get_running_loop().create_future())
-        agreed = self._assembly.declare(caller, request.round, candidates, digests)
-        if agreed is not None and not future.done():
-            future.set_result(agreed)
-        timeout_s = self._config.limits.declare_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                return wire.AgreeReply(agreed=await asyncio.shield(future))
-        except TimeoutError:
-            late = self._assembly.undeclared(caller.job, request.round)
-            named = tuple(f"rank {rank}" for rank in late)
-            what = f"comparing replicas of {caller.job}"
-            raise DeadlineExceeded(what, timeout_s, named) from None
+        event = events.Declare(caller, request.round, candidates, digests, group)
+        agreed = await self._agreeing.agree(
+            event,
+            lambda: self._assembly.declare(event),
+            self._config.limits.declare_timeout_s,
+            lambda: self._assembly.undeclared(event),
+        )
+        return wire.AgreeReply(agreed=agreed)
 
 
 class PeerService(PeersServicer):

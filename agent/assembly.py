@@ -12,9 +12,9 @@ clock.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from everstep.agent.agreements import Agreements, Participants
 from everstep.agent.coordination import Coordination
-from everstep.agent.events import Caller
-from everstep.agent.job import Declaration
+from everstep.agent.events import Caller, Declare
 from everstep.agent.joining import other_world
 from everstep.agent.tables import JobTable
 from everstep.proto.errors import Refused, StaleIncarnation
@@ -59,8 +59,7 @@ class _Launch:
     world: int
     launch_id: str
     members: dict[int, Holder] = field(default_factory=dict)
-    declarations: dict[int, Declaration] = field(default_factory=dict)
-    agreed: tuple[str, ...] | None = None
+    agreements: Agreements = field(default_factory=Agreements)
     joined: dict[int, str] = field(default_factory=dict)
     """By rank, the process that has taken it over live."""
 
@@ -164,53 +163,36 @@ class Assembly:
         launch = self._launches[caller.job]
         return launch.joined.get(caller.rank) == caller.process_id
 
-    def agreed(self, caller: Caller) -> tuple[str, ...] | None:
-        """The replicated leaves that all ranks agreed on last, if this term knows.
+    def agreed(self, caller: Caller, group: Participants = ()) -> tuple[str, ...] | None:
+        """The replicated leaves that a group's ranks agreed on last, if this term knows.
 
         Raises:
             StaleIncarnation: If the caller's incarnation is over.
         """
-        launch = self._present(caller, "")
-        if caller.incarnation != launch.incarnation:
-            raise StaleIncarnation(caller.job, caller.incarnation, launch.incarnation)
-        return launch.agreed
+        return self._launch_of(caller).agreements.names(group)
 
-    def declare(
-        self,
-        caller: Caller,
-        number: int,
-        candidates: tuple[str, ...],
-        digests: tuple[bytes, ...],
-    ) -> tuple[int, ...] | None:
-        """A rank names its replicated leaves; return the agreed ones once all ranks have.
+    def declare(self, event: Declare) -> tuple[int, ...] | None:
+        """A rank names its replicated leaves; see `everstep.agent.agreements`.
 
         Raises:
             StaleIncarnation: If its incarnation is over.
         """
+        launch = self._launch_of(event.caller)
+        self._launches[event.caller.job] = launch
+        return launch.agreements.declare(event, launch.world)
+
+    def undeclared(self, event: Declare) -> tuple[int, ...]:
+        """The ranks that have not declared yet in a round, of those that must."""
+        launch = self._launches.get(event.caller.job)
+        if launch is None:
+            return ()
+        return launch.agreements.undeclared(event.participants, event.round, launch.world)
+
+    def _launch_of(self, caller: Caller) -> _Launch:
         launch = self._present(caller, "")
         if caller.incarnation != launch.incarnation:
             raise StaleIncarnation(caller.job, caller.incarnation, launch.incarnation)
-        self._launches[caller.job] = launch
-        if any(known > number for known in launch.declarations):
-            return None
-        for old in [known for known in launch.declarations if known < number]:
-            del launch.declarations[old]
-        declaration = launch.declarations.setdefault(number, Declaration())
-        declaration.candidates[caller.rank] = candidates
-        declaration.digests[caller.rank] = digests
-        if len(declaration.candidates) < launch.world:
-            return None
-        agreed = declaration.agreed()
-        launch.agreed = tuple(candidates[index] for index in agreed)
-        return agreed
-
-    def undeclared(self, job: str, number: int) -> tuple[int, ...]:
-        """The ranks that have not declared yet, of those that must."""
-        launch = self._launches.get(job)
-        if launch is None:
-            return ()
-        known = launch.declarations.get(number, Declaration())
-        return tuple(rank for rank in range(launch.world) if rank not in known.candidates)
+        return launch
 
     def _present(self, caller: Caller, launch_id: str) -> _Launch:
         """The job's incarnation as decided here or, if that is newer, as the nodes report it."""

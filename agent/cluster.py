@@ -58,6 +58,8 @@ from everstep.storage.staging import Staging
 
 log = logging.getLogger("everstep.agent")
 _AGAIN_S = 0.1
+_ANSWER_S = 5.0
+"""For an answer to travel, beside what it waits for."""
 
 
 class Cluster:
@@ -151,10 +153,10 @@ class Cluster:
         return reply
 
     async def agree(self, declared: agent_pb2.DeclareRequest) -> peer_pb2.AgreeReply:
-        """Which replicated leaves are equal on all ranks of all nodes.
+        """Which replicated leaves are equal on all ranks of a group, on whatever nodes.
 
         Raises:
-            EverstepError: If not all ranks declare in time, or there is no coordinator.
+            EverstepError: If not all of them declare in time, or there is no coordinator.
         """
         request = peer_pb2.AgreeRequest(
             session=declared.session,
@@ -162,9 +164,11 @@ class Cluster:
             candidates=declared.candidates,
             candidate_digests=declared.candidate_digests,
             joining=declared.joining,
+            participants=declared.participants,
         )
+        # The coordinator waits as long for the ranks, and then it names those that are late.
         reply: peer_pb2.AgreeReply = await self.ask_coordinator(
-            "Agree", request, self.config.limits.declare_timeout_s
+            "Agree", request, self.config.limits.declare_timeout_s + _ANSWER_S
         )
         return reply
 

@@ -100,12 +100,15 @@ class ArenaGone:
 
 @dataclass(frozen=True, slots=True)
 class Declare:
-    """A rank names the leaves that it believes replicated, with their digests."""
+    """A rank names the leaves that it believes replicated, with their digests. Replied to as
+    `everstep.agent.agreements.Agreements.declare` says."""
 
     caller: Caller
     round: int
     candidates: tuple[str, ...]
     digests: tuple[bytes, ...]
+    participants: tuple[int, ...] = ()
+    """The ranks that hold the replicas, ascending, the caller one of them; none for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +295,7 @@ class DropOrdered:
     snapshot: SnapshotId
     reason: str
     drifted: tuple[int, ...] = ()
+    """Keys of leaves: see `everstep.snapshot.samples`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class SnapshotFact:
     shards: tuple[ShardFact, ...] = ()
     reason: str = ""
     drifted: tuple[int, ...] = ()
+    """Keys of leaves: see `everstep.snapshot.samples`."""
 
 
 @dataclass(frozen=True, slots=True)

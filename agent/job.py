@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from everstep.agent.actions import Place
+from everstep.agent.agreements import Agreements
 from everstep.agent.events import (
     AdoptedShard,
     ArenaReserved,
     Caller,
-    Declare,
     Seal,
 )
 from everstep.agent.plans import ParityPlan
 from everstep.proto.ids import SnapshotId
+from everstep.snapshot.samples import drifted
 
 REMEMBERED_REFUSALS = 64
 
@@ -87,15 +88,7 @@ class Snapshot:
 
     def drifted_replicas(self) -> tuple[int, ...] | None:
         """Which replicated leaves differ between ranks; None if even their plans do."""
-        samples = [shard.replica_samples for shard in self.sealed.values()]
-        first = samples[0]
-        if any(len(other) != len(first) or other[:8] != first[:8] for other in samples):
-            return None
-        return tuple(
-            index
-            for index, at in enumerate(range(8, len(first), 8))
-            if any(other[at : at + 8] != first[at : at + 8] for other in samples)
-        )
+        return drifted(shard.replica_samples for shard in self.sealed.values())
 
 
 @dataclass(slots=True)
@@ -142,22 +135,6 @@ class Round:
 
 
 @dataclass(slots=True)
-class Declaration:
-    """What the ranks have said about their replicated leaves in one round."""
-
-    candidates: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    digests: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
-
-    def agreed(self) -> tuple[int, ...]:
-        """Indices of the candidates that are byte for byte equal on all ranks."""
-        lists = set(self.candidates.values())
-        if len(lists) != 1:
-            return ()
-        columns = zip(*self.digests.values(), strict=True)
-        return tuple(index for index, column in enumerate(columns) if len(set(column)) == 1)
-
-
-@dataclass(slots=True)
 class Job:
     """Everything about one job."""
 
@@ -192,9 +169,8 @@ class Job:
     committed_elsewhere: SnapshotId | None = None
     """The newest that this incarnation has committed, as far as this node was told, if it runs none
     of its ranks."""
-    declarations: dict[int, Declaration] = field(default_factory=dict)
-    agreed: tuple[str, ...] | None = None
-    """The replicated leaves that all ranks agreed on last; None if that is not known."""
+    agreements: Agreements = field(default_factory=Agreements)
+    """On replicated leaves, in this incarnation."""
     flushing: SnapshotId | None = None
     flush_wanted: bool = False
     flushed: dict[SnapshotId, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
@@ -226,8 +202,7 @@ class Job:
         self.members.clear()
         self.resumed = False
         self.refused.clear()
-        self.declarations.clear()
-        self.agreed = None
+        self.agreements.clear()
         self.restoring.clear()
         self.joining.clear()
         self.restore_decided = False
@@ -250,21 +225,6 @@ class Job:
             return False
         holder = self.members.get(caller.rank)
         return self.resumed if holder is None else holder.process_id == caller.process_id
-
-    def declare(self, event: Declare) -> tuple[int, ...] | None:
-        """Take note of a rank's replicas; return the agreed ones once all ranks have spoken."""
-        if any(known > event.round for known in self.declarations):
-            return None  # it comes late: the ranks are past this round
-        if event.round not in self.declarations:
-            self.declarations.clear()
-        declaration = self.declarations.setdefault(event.round, Declaration())
-        declaration.candidates[event.caller.rank] = event.candidates
-        declaration.digests[event.caller.rank] = event.digests
-        if len(declaration.candidates) < self.world:
-            return None
-        agreed = declaration.agreed()
-        self.agreed = tuple(event.candidates[index] for index in agreed)
-        return agreed
 
     def count(self, name: str) -> None:
         """Add one to a counter that `everstep status` shows."""

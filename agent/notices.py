@@ -1,4 +1,4 @@
-"""What trainers are told without asking: commits, drops, agreed replicas.
+"""What trainers are told without asking: commits and drops.
 
 Owns one bounded queue for each open session. Promises that a session hears of events in order;
 a session that does not read loses its oldest notices, never the agent its memory: a trainer
@@ -18,7 +18,6 @@ class Notices:
 
     def __init__(self) -> None:
         self._queues: dict[str, dict[int, asyncio.Queue[Notice]]] = {}
-        self._rounds: dict[tuple[str, int], asyncio.Future[tuple[int, ...]]] = {}
 
     def subscribe(self, job: str, rank: int) -> asyncio.Queue[Notice]:
         """Start a session's queue; an older one of the same rank hears nothing any more."""
@@ -47,22 +46,6 @@ class Notices:
             incarnation=snapshot.incarnation, step=snapshot.step, reason=reason, drifted=drifted
         )
         self._send(job, Notice(dropped=body))
-
-    def agreement(self, job: str, round_: int) -> asyncio.Future[tuple[int, ...]]:
-        """What `agreed` will be told for this round; every rank waits for the same future."""
-        for stale in [key for key in self._rounds if key[0] == job and key[1] != round_]:
-            self._rounds.pop(stale).cancel()
-        future = self._rounds.get((job, round_))
-        if future is None:
-            future = asyncio.get_running_loop().create_future()
-            self._rounds[job, round_] = future
-        return future
-
-    def agreed(self, job: str, round_: int, indices: tuple[int, ...]) -> None:
-        """All ranks have declared; see `everstep.agent.actions.ReplicasAgreed`."""
-        future = self.agreement(job, round_)
-        if not future.done():
-            future.set_result(indices)
 
     def _send(self, job: str, notice: Notice) -> None:
         for queue in self._queues.get(job, {}).values():

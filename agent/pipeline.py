@@ -69,7 +69,6 @@ class Pipeline:
             actions.Flush: lambda action: self.spawn(self._flush(action)),
             actions.VerifyAdopted: lambda action: self.spawn(self._verify_adopted(action)),
             actions.DeleteDurable: lambda action: self.spawn(self._delete_durable(action)),
-            actions.ReplicasAgreed: self._replicas_agreed,
         }
 
     def submit(self, event: events.Event) -> Any:
@@ -183,9 +182,6 @@ class Pipeline:
     def _notify_dropped(self, action: actions.NotifyDropped) -> None:
         log.warning("job %s: %s was dropped: %s", action.job, action.snapshot, action.reason)
         self.notices.dropped(action.job, action.snapshot, action.reason, action.drifted)
-
-    def _replicas_agreed(self, action: actions.ReplicasAgreed) -> None:
-        self.notices.agreed(action.job, action.round, action.agreed)
 
     async def _flush(self, action: actions.Flush) -> None:
         job = self.state.jobs[action.job]

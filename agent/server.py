@@ -6,7 +6,6 @@ as itself (see `proto/wire_errors.py`), and that nothing received is used before
 Decides nothing and touches no level itself.
 """
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from everstep.agent import events, reports
 from everstep.agent.actions import Place
+from everstep.agent.agreeing import Agreeing, participants_of
 from everstep.agent.answering import among, caller_of, digests_of
 from everstep.agent.cluster import Cluster
 from everstep.agent.config import MAX_SLOTS, Config
@@ -27,7 +27,6 @@ from everstep.proto import agent_pb2 as wire
 from everstep.proto import processes
 from everstep.proto.agent_pb2_grpc import AgentServicer
 from everstep.proto.errors import (
-    DeadlineExceeded,
     EverstepError,
     FormatInvalid,
     Refused,
@@ -88,6 +87,7 @@ class Service(AgentServicer):
         self._cluster = cluster
         self._state = pipeline.state
         self._recovery = Recovery(pipeline, config.limits.restore_timeout_s)
+        self._agreeing = Agreeing()
         self._version = version
         self._started_s = time.monotonic()
 
@@ -195,23 +195,21 @@ class Service(AgentServicer):
         if self._cluster is not None:
             reply = await self._cluster.agree(request)
             return wire.DeclareReply(agreed=reply.agreed, unknown=reply.unknown)
+        job = self._state.jobs[caller.job]
         candidates = tuple(request.candidates)
+        group = participants_of(request.participants, caller)
         if request.joining:
-            names = self._state.jobs[caller.job].agreed
+            names = job.agreements.names(group)
             return wire.DeclareReply(agreed=among(candidates, names), unknown=names is None)
         digests = digests_of(candidates, request.candidate_digests)
-        future = self._pipeline.notices.agreement(caller.job, request.round)
-        self._pipeline.submit(events.Declare(caller, request.round, candidates, digests))
-        timeout_s = self._config.limits.declare_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                return wire.DeclareReply(agreed=await asyncio.shield(future))
-        except TimeoutError:
-            job = self._state.jobs[caller.job]
-            declared = job.declarations.get(request.round)
-            present = declared.candidates if declared is not None else {}
-            late = tuple(f"rank {r}" for r in range(job.world) if r not in present)
-            raise DeadlineExceeded(f"comparing replicas of {caller.job}", timeout_s, late) from None
+        event = events.Declare(caller, request.round, candidates, digests, group)
+        agreed = await self._agreeing.agree(
+            event,
+            lambda: self._pipeline.submit(event),
+            self._config.limits.declare_timeout_s,
+            lambda: job.agreements.undeclared(group, event.round, job.world),
+        )
+        return wire.DeclareReply(agreed=agreed)
 
     @_answered
     async def Offer(self, request: wire.OfferRequest, context: Any) -> wire.OfferReply:

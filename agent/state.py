@@ -240,11 +240,9 @@ class State:
         """Raise StaleIncarnation unless this process is the rank's in the present incarnation."""
         self._job(caller)
 
-    def _declare(self, event: events.Declare) -> None:
+    def _declare(self, event: events.Declare) -> tuple[int, ...] | None:
         job = self._job(event.caller)
-        agreed = job.declare(event)
-        if agreed is not None:
-            self.act(actions.ReplicasAgreed(job.name, event.round, agreed))
+        return job.agreements.declare(event, job.world)
 
     def _offer(self, event: events.Offer) -> Place | str:
         job = self._job(event.caller)

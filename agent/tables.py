@@ -14,6 +14,7 @@ from everstep.agent.attempts import fingerprint
 from everstep.agent.holdings import FlushedFact, JobFact, RoundFact, ShardFact, SnapshotFact
 from everstep.agent.inventory import DIGEST_BYTES
 from everstep.proto.ids import SnapshotId
+from everstep.snapshot.samples import drifted
 
 Key = TypeVar("Key")
 
@@ -58,6 +59,9 @@ class SnapshotTable:
     """A node that has gone on to a newer step without sealing its part."""
     samples: Counter[bytes] = field(default_factory=Counter)
     """How many shards have which samples of the replicated leaves."""
+    _drifted: tuple[int, ...] | None = ()
+    """What follows from `samples`, unless they have `_changed` since."""
+    _changed: bool = False
     announced: bool = False
     """Whether the nodes that hold it were told what becomes of it."""
     _records: Counter[int] = field(default_factory=Counter)
@@ -86,6 +90,7 @@ class SnapshotTable:
             if self._records[record] == 1:
                 self._sum ^= record
         self.samples.update(shard.replica_samples for shard in fact.shards)
+        self._changed = True
         if fact.stage == "committed":
             self.committed_at.add(node_id)
 
@@ -102,6 +107,7 @@ class SnapshotTable:
         _uncount(self._records, [_fingerprint(shard) for shard in shards])
         _uncount(self.ranks, [shard.rank for shard in shards])
         _uncount(self.samples, [shard.replica_samples for shard in shards])
+        self._changed = True
 
     @property
     def whole(self) -> bool:
@@ -125,16 +131,10 @@ class SnapshotTable:
 
     def drifted_replicas(self) -> tuple[int, ...] | None:
         """Which replicated leaves differ between ranks; None if even their plans do."""
-        if len(self.samples) <= 1:
-            return ()
-        first = next(iter(self.samples))
-        if any(len(other) != len(first) or other[:8] != first[:8] for other in self.samples):
-            return None
-        return tuple(
-            index
-            for index, at in enumerate(range(8, len(first), 8))
-            if any(other[at : at + 8] != first[at : at + 8] for other in self.samples)
-        )
+        if self._changed:
+            # Asked for every node that holds a part of it.
+            self._drifted, self._changed = drifted(self.samples), False
+        return self._drifted
 
     def shards(self) -> dict[int, ShardFact]:
         """One shard for each rank that there is, ascending."""

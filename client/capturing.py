@@ -24,6 +24,7 @@ from everstep.proto.failpoint import failpoint
 from everstep.proto.state_pb2 import Record
 from everstep.snapshot.capture import Capture
 from everstep.snapshot.record import seal_record
+from everstep.snapshot.samples import GROUP_OF_ALL, Group, encode, leaf_of
 
 log = logging.getLogger("everstep")
 _REMEMBERED_HANDLES = 16
@@ -193,7 +194,12 @@ class Capturing:
         """The leaves that differ between ranks, by the layout that the step had: the present one
         may be another already."""
         replicated = self._replicated.get(dropped.step, ())
-        names = [replicated[index] for index in dropped.drifted if index < len(replicated)]
+        leaves = [leaf_of(key) for key in dropped.drifted]
+        names = [
+            replicated[index]
+            for group_id, index in leaves
+            if group_id == GROUP_OF_ALL and index < len(replicated)
+        ]
         self._arranger.replicas_drifted(names)
         return names
 
@@ -229,8 +235,8 @@ class Capturing:
             # The agent drops what is older and open when it commits a newer one.
             await_ends(work.older, self._limits.seal_s)
             failpoint("client.seal.before")
-            samples = work.arrangement.plan_digest + capture.replica_samples()
-            work.record.replica_samples = samples
+            samples = Group(GROUP_OF_ALL, work.arrangement.plan_digest, capture.replica_samples())
+            work.record.replica_samples = encode([samples])
             work.record.unit_digests = bytes(capture.digests)
             self._seal(work)
             failpoint("client.seal.after")

@@ -95,7 +95,7 @@ class Dropped(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ..., drifted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DeclareRequest(_message.Message):
-    __slots__ = ("session", "layout", "layout_id", "candidates", "candidate_digests", "round", "joining", "captures_in_flight")
+    __slots__ = ("session", "layout", "layout_id", "candidates", "candidate_digests", "round", "joining", "captures_in_flight", "participants")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,7 @@ class DeclareRequest(_message.Message):
     ROUND_FIELD_NUMBER: _ClassVar[int]
     JOINING_FIELD_NUMBER: _ClassVar[int]
     CAPTURES_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
     session: Session
     layout: bytes
     layout_id: str
@@ -112,7 +113,8 @@ class DeclareRequest(_message.Message):
     round: int
     joining: bool
     captures_in_flight: int
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layout: _Optional[bytes] = ..., layout_id: _Optional[str] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., round: _Optional[int] = ..., joining: _Optional[bool] = ..., captures_in_flight: _Optional[int] = ...) -> None: ...
+    participants: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., layout: _Optional[bytes] = ..., layout_id: _Optional[str] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., round: _Optional[int] = ..., joining: _Optional[bool] = ..., captures_in_flight: _Optional[int] = ..., participants: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DeclareReply(_message.Message):
     __slots__ = ("agreed", "arena_path", "slot_bytes", "slot_count", "generation", "unknown")

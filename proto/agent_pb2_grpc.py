@@ -108,8 +108,8 @@ class AgentServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Declare(self, request, context):
-        """Announces a layout (once) and reserves the arena for it. With several ranks it waits, bounded,
-        for all of them, and answers which replicated leaves really are equal.
+        """Announces a layout (once) and reserves the arena for it; or waits, bounded, for all ranks that
+        have the same replicated leaves, and answers which of these really are equal.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

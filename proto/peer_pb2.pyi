@@ -325,20 +325,22 @@ class JoinReply(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., launch_id: _Optional[str] = ..., joined: _Optional[bool] = ...) -> None: ...
 
 class AgreeRequest(_message.Message):
-    __slots__ = ("sender", "session", "round", "candidates", "candidate_digests", "joining")
+    __slots__ = ("sender", "session", "round", "candidates", "candidate_digests", "joining", "participants")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     JOINING_FIELD_NUMBER: _ClassVar[int]
+    PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     session: _agent_pb2.Session
     round: int
     candidates: _containers.RepeatedScalarFieldContainer[str]
     candidate_digests: bytes
     joining: bool
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ..., round: _Optional[int] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., joining: _Optional[bool] = ...) -> None: ...
+    participants: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., session: _Optional[_Union[_agent_pb2.Session, _Mapping]] = ..., round: _Optional[int] = ..., candidates: _Optional[_Iterable[str]] = ..., candidate_digests: _Optional[bytes] = ..., joining: _Optional[bool] = ..., participants: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AgreeReply(_message.Message):
     __slots__ = ("agreed", "unknown")

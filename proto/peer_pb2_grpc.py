@@ -133,7 +133,7 @@ class PeersServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Agree(self, request, context):
-        """A rank declares its replicated leaves; answered when all ranks have.
+        """A rank declares its replicated leaves; answered when all ranks that have them did.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

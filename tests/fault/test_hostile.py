@@ -346,6 +346,9 @@ def test_layouts(bystander: Bystander) -> None:
         declare(seal("layout", b"\xff" * 100)),
         wire.DeclareRequest(session=own, candidates=["a", "b"], candidate_digests=b"12", round=1),
         wire.DeclareRequest(session=own, candidate_digests=bytes(16), round=1),
+        wire.DeclareRequest(session=own, round=1, participants=[own.rank, 1 << 31]),
+        wire.DeclareRequest(session=own, round=1, participants=[own.rank, own.rank]),
+        wire.DeclareRequest(session=own, round=1, joining=True, participants=[own.rank + 1]),
     ):
         with pytest.raises(FormatInvalid):
             node.ask("Declare", request)

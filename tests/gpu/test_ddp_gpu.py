@@ -84,7 +84,7 @@ def check_halves(agent: AgentProcess) -> None:
         assert abs(held_bytes - whole_bytes / 2) <= 64 * 1024
         own = {leaf.name for leaf in layout.leaves if not leaf.replicated}
         assert {"model/1.running_mean", "own/residual"} <= own
-        assert len(one.record.replica_samples) == 8 * (1 + len(replicated))
+        assert len(one.record.replica_samples) == 8 * (2 + len(replicated))
 
 
 def test_a_replica_that_drifts_is_noticed(launch: Launch) -> None:

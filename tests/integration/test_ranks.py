@@ -123,8 +123,8 @@ def check_replicas_are_stored_once(agent: AgentProcess) -> None:
         assert abs(held_bytes - whole_bytes / 2) <= 64 * 1024
         own = {leaf.name for leaf in layout.leaves if not leaf.replicated}
         assert {"model/1.running_mean", "own/residual"} <= own
-        # One digest for each replicated leaf and one for their names.
-        assert len(one.record.replica_samples) == 8 * (1 + len(replicated))
+        # One digest for each replicated leaf and one for their names, after the group and its size.
+        assert len(one.record.replica_samples) == 8 * (2 + len(replicated))
 
 
 @pytest.mark.long

@@ -83,9 +83,9 @@ def test_enough_happens() -> None:
     assert commits > 200
     seen = {line.split()[-1] for line in lines}
     kinds = {kind.__name__ for kind in (*get_args(events.Event), *get_args(actions.Action))}
-    # Which replicas are equal is decided apart from all else: see test_state.py; what a rank that
-    # joins live reads, too: see test_state_joining.py.
-    apart = {"Declare", "ReplicasAgreed"}
+    # Which replicas are equal is decided apart from all else: see test_agreements.py; what a rank
+    # that joins live reads, too: see test_state_joining.py.
+    apart = {"Declare"}
     # An agent that stands alone has no coordinator and no parity: see test_cluster.py.
     among_many = {
         "CommitOrdered",

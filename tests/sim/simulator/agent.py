@@ -110,7 +110,6 @@ class Agent:
             actions.Flush: lambda action: self.tasks.append(self._flush(action)),
             actions.VerifyAdopted: lambda action: self.tasks.append(self._verify(action)),
             actions.DeleteDurable: lambda action: self.tasks.append(self._delete(action)),
-            actions.ReplicasAgreed: lambda action: None,
         }
 
     @property

@@ -228,7 +228,7 @@ class Promises:
             len(job.snapshots) <= self.most_slots + 1,
             f"{len(job.snapshots)} snapshots, never more than {self.most_slots} slots",
         )
-        insist(len(job.declarations) <= 1, "declarations pile up")
+        insist(len(job.agreements) <= 1, "declarations pile up")
         insist(len(job.members) <= job.world, "more members than ranks")
 
     def _whole(self, snapshot: SnapshotId) -> bool:

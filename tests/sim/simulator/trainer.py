@@ -25,6 +25,7 @@ from everstep.proto.errors import (
     StaleIncarnation,
 )
 from everstep.proto.ids import SnapshotId
+from everstep.snapshot.samples import GROUP_OF_ALL, Group, encode
 
 from .agent import Decision
 from .files import JOB, ArenaModel, Body, MemoryFiles, Token
@@ -390,7 +391,8 @@ class Process:
 
     def _seal(self, snapshot: SnapshotId, place: Place, units: int) -> Thread:
         drift = self.around.chance.random() < self.around.habits.drifts
-        samples = b"planplan" + b"1" * 8 + (b"%08d" % self.rank if drift else b"2" * 8)
+        own = b"%08d" % self.rank if drift else b"2" * 8
+        samples = encode([Group(GROUP_OF_ALL, b"planplan", b"1" * 8 + own)])
         body = Body(
             snapshot.incarnation, snapshot.step, self.rank, self.world, "L", units, samples, 1.0
         )

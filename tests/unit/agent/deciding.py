@@ -9,10 +9,18 @@ from everstep.agent.actions import Place
 from everstep.agent.job import Job, Stage
 from everstep.agent.state import Rules, State
 from everstep.proto.ids import SnapshotId
+from everstep.snapshot.samples import GROUP_OF_ALL, Group, encode
 from everstep.storage.retention import Rule, expired
 
 JOB = "job"
-AGREED = b"planplan" + b"1" * 8 + b"2" * 8
+
+
+def samples_of(leaves: bytes, plan: bytes = b"planplan", group_id: int = GROUP_OF_ALL) -> bytes:
+    """What a shard says of its replicated leaves."""
+    return encode([Group(group_id, plan, leaves)])
+
+
+AGREED = samples_of(b"1" * 8 + b"2" * 8)
 QUIET = Rules(nvme_interval_steps=None, flush_on_exit=False)
 A = TypeVar("A")
 

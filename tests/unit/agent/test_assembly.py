@@ -268,15 +268,41 @@ def test_a_live_join(case: Case) -> None:
 
 def declare(world: World, rank: int, process: str, number: int, digests: str) -> object:
     caller = events.Caller(JOB, rank, 3, process, world.given[process])
-    return world.assembly.declare(caller, number, LEAVES, tuple(d.encode() for d in digests))
+    return world.assembly.declare(declaration(caller, number, digests))
+
+
+def declaration(
+    caller: events.Caller, number: int, digests: str, *participants: int
+) -> events.Declare:
+    return events.Declare(
+        caller, number, LEAVES, tuple(d.encode() for d in digests), tuple(participants)
+    )
 
 
 def test_replicas_are_agreed_on_once_all_ranks_have_declared() -> None:
     world = World().running()
     assert declare(world, 0, "first-n1", 1, "xyz") is None
     assert declare(world, 1, "first-n2", 1, "xqz") is None
-    assert world.assembly.undeclared(JOB, 1) == (2,)
+    last = events.Caller(JOB, 2, 3, "first-n3", world.given["first-n3"])
+    assert world.assembly.undeclared(declaration(last, 1, "xyz")) == (2,)
+    assert world.assembly.undeclared(replace(declaration(last, 1, "xyz"), participants=(0, 2))) == (
+        0,
+        2,
+    )
     assert declare(world, 2, "first-n3", 1, "xyz") == (0, 2)
+
+
+def test_a_group_agrees_without_the_other_ranks() -> None:
+    world = World().running()
+    first, _, third = (
+        events.Caller(JOB, rank, 3, f"first-n{rank + 1}", world.given[f"first-n{rank + 1}"])
+        for rank in range(3)
+    )
+    assert world.assembly.declare(declaration(first, 1, "xyz", 0, 2)) is None
+    assert world.assembly.undeclared(declaration(first, 1, "xyz", 0, 2)) == (2,)
+    assert world.assembly.declare(declaration(third, 1, "xyq", 0, 2)) == (0, 1)
+    assert world.assembly.agreed(first, (0, 2)) == ("a", "b")
+    assert world.assembly.agreed(first) is None
 
 
 def test_one_that_joins_hears_what_the_others_have_agreed_on() -> None:

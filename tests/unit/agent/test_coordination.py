@@ -1,7 +1,11 @@
 """What the coordinator makes of the members' reports: commits and drops."""
 
+import time
+
 from everstep.agent import events
-from everstep.agent.holdings import FlushedFact, RoundFact
+from everstep.agent.holdings import FlushedFact, RoundFact, ShardFact, SnapshotFact
+from everstep.proto.ids import UNIT_BYTES
+from everstep.snapshot.samples import Group, encode
 
 from .coordinating import S1, S2, Office, fact, part
 
@@ -132,3 +136,45 @@ def test_a_late_report_changes_nothing() -> None:
     office._sequence = -5
     office.reports("n1")
     assert office.orders("n1") == before != []
+
+
+def replicas(rank: int, group_id: int, samples: bytes, plan: bytes = b"planplan") -> SnapshotFact:
+    """The part of a node with one rank that is in one group."""
+    held = encode([Group(group_id, plan, samples)])
+    shard = ShardFact(rank, "layout", UNIT_BYTES, bytes(8) + rank.to_bytes(8, "big"), held)
+    return SnapshotFact(S1, 4, "sealed", (shard,))
+
+
+def test_replicas_are_compared_within_their_groups() -> None:
+    """Ranks 0 and 2 are a group, 1 and 3 another one."""
+    office = Office(4)
+    for rank in range(4):
+        part_of = replicas(rank, 7 + rank % 2, b"12345678" * (1 + rank % 2))
+        office.reports(f"n{rank + 1}", fact([rank], [part_of], world=4))
+    (order,) = office.orders("n1")
+    assert isinstance(order, events.CommitOrdered)
+
+    drifted = replicas(3, 8, b"12345678" + b"abcdefgh")
+    office.reports("n4", fact([3], [drifted], world=4))
+    (order,) = office.orders("n1")
+    assert isinstance(order, events.DropOrdered)
+    assert (order.drifted, "drifted apart" in order.reason) == ((8 << 32 | 1,), True)
+
+    office.reports("n4", fact([3], [replicas(3, 8, b"12345678", b"otherpla")], world=4))
+    (order,) = office.orders("n1")
+    assert isinstance(order, events.DropOrdered)
+    assert (order.drifted, "disagree" in order.reason) == ((), True)
+
+
+def test_many_groups_cost_little_for_each_node() -> None:
+    """64 nodes, no two of which say the same: they are compared once, not once a node."""
+    office = Office(64)
+    for rank in range(64):
+        known = replicas(rank, 1 + rank, rank.to_bytes(8, "big") * 5000)
+        whole = SnapshotFact(S1, 64, "sealed", known.shards)
+        office.reports(f"n{rank + 1}", fact([rank], [whole], world=64))
+    begin = time.process_time()
+    for rank in range(64):
+        (order,) = office.orders(f"n{rank + 1}")
+        assert isinstance(order, events.CommitOrdered)
+    assert time.process_time() - begin < 0.2

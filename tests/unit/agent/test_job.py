@@ -4,8 +4,10 @@ import pytest
 
 from everstep.agent.actions import Place
 from everstep.agent.events import ArenaReserved
-from everstep.agent.job import Declaration, Job, SealedShard, Snapshot, Stage
+from everstep.agent.job import Job, Member, SealedShard, Snapshot, Stage
 from everstep.proto.ids import SnapshotId
+
+from .deciding import samples_of
 
 
 def snapshot(
@@ -24,13 +26,14 @@ def snapshot(
 
 def job(*snapshots: Snapshot, slots: int = 3, incarnation: int = 1) -> Job:
     found = Job("job", 1, incarnation)
+    found.members[0] = Member("p", 7, 1.0)
     found.add_arena(ArenaReserved("job", 0, 1, 10, slots))
     found.snapshots = {one.id: one for one in snapshots}
     return found
 
 
 def samples(*replicas: bytes, plan: bytes = b"planplan") -> SealedShard:
-    return SealedShard(Place(1, 0), "layout", 10, plan + b"".join(replicas), 1.0, b"")
+    return SealedShard(Place(1, 0), "layout", 10, samples_of(b"".join(replicas), plan), 1.0, b"")
 
 
 def test_replicas_are_compared_one_by_one() -> None:
@@ -139,6 +142,8 @@ def test_only_the_present_arena_is_written() -> None:
     assert found.idle_generations() == []
     found.snapshots.clear()
     assert found.idle_generations() == [(0, 1)]
+    found.members.clear()
+    assert found.idle_generations() == [(0, 1), (0, 2)], "nobody writes either"
 
 
 def test_arenas_are_told_of_in_any_order_and_twice() -> None:
@@ -170,6 +175,7 @@ def test_why_busy(pins: int, stage: Stage, words: str) -> None:
 def test_the_rank_with_the_fewest_slots_decides() -> None:
     found = job(snapshot(1), slots=3)
     found.world = 2
+    found.members[1] = Member("q", 8, 1.0)
     found.add_arena(ArenaReserved("job", 1, 1, 10, 1))
     assert found.why_busy() == "busy: there is no slot beside the newest commit's"
 
@@ -191,12 +197,3 @@ def test_what_nvme_has_or_gets() -> None:
     assert found.last_flushed_step() == 8
     found.flushing = SnapshotId(2, 9)
     assert found.last_flushed_step() == 9
-
-
-def test_equal_candidates_are_agreed() -> None:
-    said = Declaration()
-    said.candidates = {0: ("a", "b"), 1: ("a", "b")}
-    said.digests = {0: (b"1", b"2"), 1: (b"1", b"3")}
-    assert said.agreed() == (0,)
-    said.candidates[1] = ("a", "c")
-    assert said.agreed() == ()

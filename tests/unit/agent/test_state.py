@@ -100,35 +100,6 @@ def test_an_arena_of_a_job_that_was_removed_is_given_back() -> None:
     assert node.took(actions.ReleaseArena) == [actions.ReleaseArena(JOB, 0, 1)]
 
 
-def declare(node: Node, rank: int, round_: int, *digests: bytes, names: str = "ab") -> None:
-    node.handle(events.Declare(node.callers[rank], round_, tuple(names), digests))
-
-
-def test_replicas_that_are_equal_on_all_ranks_are_agreed() -> None:
-    node = Node().launch()
-    declare(node, 0, 5, b"1", b"2")
-    assert not node.took(actions.ReplicasAgreed)
-    declare(node, 1, 5, b"1", b"x")
-    assert node.took(actions.ReplicasAgreed) == [actions.ReplicasAgreed(JOB, 5, (0,))]
-
-
-def test_ranks_that_name_other_leaves_agree_on_none() -> None:
-    node = Node().launch()
-    declare(node, 0, 5, b"1", b"2")
-    declare(node, 1, 5, b"1", b"2", names="ac")
-    assert node.took(actions.ReplicasAgreed) == [actions.ReplicasAgreed(JOB, 5, ())]
-
-
-def test_a_late_declaration_does_not_end_the_round_after_it() -> None:
-    node = Node().launch()
-    declare(node, 0, 6, b"1", b"2")
-    declare(node, 1, 5, b"9", b"9")
-    declare(node, 1, 6, b"1", b"2")
-    assert node.took(actions.ReplicasAgreed) == [actions.ReplicasAgreed(JOB, 6, (0, 1))]
-    declare(node, 0, 7, b"1", b"2")
-    assert set(node.job.declarations) == {7}
-
-
 def test_a_job_in_use_is_not_removed() -> None:
     node = Node(world=1).launch()
     with pytest.raises(Refused, match="attached"):

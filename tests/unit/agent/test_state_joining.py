@@ -170,14 +170,14 @@ def test_a_decision_for_an_ended_incarnation_pins_nothing() -> None:
 
 def test_what_was_agreed_on_is_remembered_for_one_incarnation() -> None:
     node = Node().launch()
-    assert node.job.agreed is None
+    assert node.job.agreements.names(()) is None
     for rank in (0, 1):
         digests = (b"x", b"y%d" % rank, b"z")
         node.handle(events.Declare(node.callers[rank], 1, ("a", "b", "c"), digests))
-    assert node.job.agreed == ("a", "c")
+    assert node.job.agreements.names(()) == ("a", "c")
     node.lose(1)
     join(node, 1)
-    assert node.job.agreed == ("a", "c")
+    assert node.job.agreements.names(()) == ("a", "c")
     node.lose(1)
     node.attach(1, "third")
-    assert node.job.agreed is None
+    assert node.job.agreements.names(()) is None

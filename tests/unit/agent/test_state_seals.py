@@ -10,7 +10,7 @@ from everstep.agent.job import Stage
 from everstep.proto.errors import OutOfSpace
 from everstep.proto.ids import SnapshotId
 
-from .deciding import AGREED, JOB, QUIET, Node
+from .deciding import AGREED, JOB, QUIET, Node, samples_of
 
 
 def test_a_snapshot_is_committed_when_all_ranks_sealed_it() -> None:
@@ -84,10 +84,10 @@ def test_drifted_replicas_are_dropped_and_named() -> None:
     node = Node(world=3).launch()
     for rank in range(3):
         node.offer(rank, 1)
-    plan, one, two, other = b"planplan", b"1" * 8, b"2" * 8, b"x" * 8
-    node.seal(0, 1, samples=plan + one + one + two)
-    node.seal(1, 1, samples=plan + one + one + other)
-    node.seal(2, 1, samples=plan + other + one + two)
+    one, two, other = b"1" * 8, b"2" * 8, b"x" * 8
+    node.seal(0, 1, samples=samples_of(one + one + two))
+    node.seal(1, 1, samples=samples_of(one + one + other))
+    node.seal(2, 1, samples=samples_of(other + one + two))
     assert not node.took(actions.NotifyCommitted)
     (dropped,) = node.took(actions.NotifyDropped)
     assert dropped.drifted == (0, 2)
@@ -95,7 +95,24 @@ def test_drifted_replicas_are_dropped_and_named() -> None:
     assert {a.rank for a in node.took(actions.DropRecord)} == {0, 1, 2}
 
 
-@pytest.mark.parametrize("samples", [b"otherpla" + AGREED[8:], AGREED[:-8], b""])
+def test_groups_drift_apart_from_each_other() -> None:
+    """Ranks 0 and 2 have the same leaves, and ranks 1 and 3."""
+    node = Node(world=4).launch()
+    for step in (1, 2):
+        for rank in range(4):
+            node.offer(rank, step)
+        for rank in range(4):
+            drift = b"x" * 8 if (rank, step) == (3, 2) else b"2" * 8
+            leaves = b"%08d" % (rank % 2) + drift
+            node.seal(rank, step, samples=samples_of(leaves, group_id=5 + rank % 2))
+    assert node.committed() == [1]
+    (dropped,) = node.took(actions.NotifyDropped)
+    assert dropped.drifted == (6 << 32 | 1,)
+
+
+@pytest.mark.parametrize(
+    "samples", [samples_of(AGREED[16:], b"otherpla"), samples_of(AGREED[16:-8]), AGREED[:-8], b""]
+)
 def test_plans_that_disagree_are_dropped(samples: bytes) -> None:
     node = Node().launch()
     node.offer(0, 1)
