@@ -23,7 +23,7 @@ from everstep.client.attachment import Collected
 from everstep.client.channel import Channel
 from everstep.kernels.cuda_runtime import CudaRuntime
 from everstep.proto import agent_pb2 as wire
-from everstep.proto.errors import RankClaimed
+from everstep.proto.errors import NotCapturable, RankClaimed
 from everstep.snapshot.capture import (
     CapturePlan,
     dtype_name,
@@ -34,6 +34,8 @@ from everstep.snapshot.device import CudaDevices, DeviceOptions
 from everstep.snapshot.layout import Layout, LeafSpec, Part, encode, pack
 from everstep.snapshot.pinning import PinnedArena
 from everstep.snapshot.replicas import share
+from everstep.snapshot.samples import Group, group_id_of
+from everstep.snapshot.samples import encode as encode_samples
 from everstep.snapshot.slot_digests import SlotDigests
 
 log = logging.getLogger("everstep")
@@ -127,13 +129,43 @@ class Arrangement:
     identity: tuple[object, ...]
     form: object
     """Of the state it was last found to fit: see `Collected`. None: look at everything."""
-    replicated: tuple[str, ...]
-    plan_digest: bytes
+    groups: tuple["ReplicaGroup", ...] = ()
+    """Those that this rank is in."""
 
     @property
     def layout(self) -> Layout:
         """Of this rank's shard."""
         return self.plan.layout
+
+    def replica_samples(self, samples: bytes) -> bytes:
+        """The record's form of what a capture has sampled of the replicated leaves."""
+        at = {name: 8 * index for index, name in enumerate(self.plan.replicated)}
+        return encode_samples(
+            [
+                Group(g.group_id, g.digest, b"".join(samples[at[n] : at[n] + 8] for n in g.names))
+                for g in self.groups
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaGroup:
+    """The leaves that a group of ranks holds alike.
+
+    Attributes:
+        ranks: Ascending; none: all of the world.
+        names: Of the leaves, in the layout's order.
+        digest: Equal on ranks that agree on the leaves and their order.
+    """
+
+    ranks: tuple[int, ...]
+    names: tuple[str, ...]
+    digest: bytes
+
+    @property
+    def group_id(self) -> int:
+        """See `snapshot/samples.py`."""
+        return group_id_of(self.ranks)
 
 
 class Arranger:
@@ -234,6 +266,8 @@ class Arranger:
         now = (
             tuple(name for name, _ in collected.tensors),
             tuple(collected.aliases.items()),
+            tuple(collected.blocks.items()),
+            tuple(collected.groups.items()),
             guarded,
             identity(tensors),
         )
@@ -242,74 +276,98 @@ class Arranger:
             return current
         # A new arena may take long to reserve; an agent that does not answer at all may not.
         self._channel.call("Status", wire.StatusRequest(job=session.job), self._probe_s)
-        replicated = self._agree(session, collected, step)
-        layout = self._layout(session, parts, collected, replicated)
+        groups = self._agree(session, collected, step)
+        layout = self._layout(session, parts, collected, groups)
         same = current is not None and current.layout.layout_id == layout.layout_id
         if current is not None and same and not self._begun_anew:
             arena = current.arena
         else:
             arena = self._reserve(session, layout)
         self._begun_anew = False
-        self._current = self._arranged(layout, arena, collected, guarded, now)
+        self._current = self._arranged(layout, arena, collected, guarded, now, groups)
         return self._current
 
-    def _agree(self, session: wire.Session, collected: Collected, step: int) -> tuple[str, ...]:
-        """Which of the leaves that should be replicas are, byte for byte."""
-        candidates = [
-            (name, tensor)
-            for name, tensor in collected.tensors
-            if name in collected.replicated and name not in self._divergent
-        ]
-        if session.world == 1 or not candidates:
-            return ()
-        form = tuple((name, tensor.dtype, tensor.shape) for name, tensor in candidates)
+    def _agree(
+        self, session: wire.Session, collected: Collected, step: int
+    ) -> tuple[ReplicaGroup, ...]:
+        """Which of the leaves that should be replicas are, byte for byte: group by group."""
+        everybody = tuple(range(session.world))
+        candidates: dict[tuple[int, ...], list[tuple[str, torch.Tensor]]] = {}
+        for name, tensor in collected.tensors:
+            ranks = collected.groups.get(name)
+            if ranks is None or name in self._divergent:
+                continue
+            if ranks and (session.rank not in ranks or ranks[-1] >= session.world):
+                raise _other_ranks(name, ranks, session)
+            if session.world > 1:
+                candidates.setdefault(() if ranks == everybody else ranks, []).append(
+                    (name, tensor)
+                )
+        found = []
+        joining, had = self._joining, self._had
+        for ranks, leaves in sorted(candidates.items()):
+            names = self._agreed_by(session, ranks, leaves, step, joining, had)
+            blocks = [collected.blocks.get(name) for name in names]
+            said = "\n".join(f"{name} {block}" for name, block in zip(names, blocks, strict=True))
+            digest = blake2b(said.encode(), digest_size=8).digest()
+            found.append(ReplicaGroup(ranks, names, digest))
+        if candidates:
+            self._joining = False
+        return tuple(found)
+
+    def _agreed_by(
+        self,
+        session: wire.Session,
+        ranks: tuple[int, ...],
+        leaves: Sequence[tuple[str, torch.Tensor]],
+        step: int,
+        joining: bool,
+        had: frozenset[str] | None,
+    ) -> tuple[str, ...]:
+        """What all ranks of a group agree on; of one that joins them, what they agreed on without
+        it. That its replicas are theirs shows when all have sealed, as at every step."""
+        form = (ranks, *((name, tensor.dtype, tensor.shape) for name, tensor in leaves))
         known = self._agreed.get(form)
-        if known is None:
-            digests = b"".join(_whole_digest(tensor) for _, tensor in candidates)
-            request = wire.DeclareRequest(
-                session=session,
-                candidates=[name for name, _ in candidates],
-                candidate_digests=digests,
-                round=step,
-            )
-            known = self._agreed[form] = self._declared(request)
-        return known
-
-    def _declared(self, request: wire.DeclareRequest) -> tuple[str, ...]:
-        """What all ranks agree on; of one that joins them, what they agreed on without it.
-
-        That its replicas are theirs shows when all have sealed, as at every step.
-        """
-        request.joining = self._joining
+        if known is not None:
+            return known
+        request = wire.DeclareRequest(
+            session=session,
+            candidates=[name for name, _ in leaves],
+            candidate_digests=b"".join(_whole_digest(tensor) for _, tensor in leaves),
+            round=step,
+            participants=ranks,
+            joining=joining,
+        )
         reply = self._channel.call("Declare", request, self._timeout_s)
-        if reply.unknown and self._had is None:
+        if reply.unknown and had is None:
             request.joining = False
             reply = self._channel.call("Declare", request, self._timeout_s)
-        self._joining, had = False, self._had
         if reply.unknown and had is not None:
-            return tuple(name for name in request.candidates if name in had)
-        return tuple(request.candidates[index] for index in reply.agreed)
+            known = tuple(name for name in request.candidates if name in had)
+        else:
+            known = tuple(request.candidates[index] for index in reply.agreed)
+        self._agreed[form] = known
+        return known
 
     def _layout(
         self,
         session: wire.Session,
         parts: Sequence[Part],
         collected: Collected,
-        replicated: tuple[str, ...],
+        groups: Sequence[ReplicaGroup],
     ) -> Layout:
-        sizes = {
-            name: (tensor.numel() * tensor.element_size(), tensor.element_size())
-            for name, tensor in collected.tensors
-        }
-        shares = share([(n, *sizes[n]) for n in replicated], session.rank, session.world)
+        sizes = {name: (tensor.nbytes, tensor.itemsize) for name, tensor in collected.tensors}
+        shares: dict[str, tuple[int, int]] = {}
+        for group in groups:
+            ranks = group.ranks or range(session.world)
+            leaves = [(name, *sizes[name]) for name in group.names]
+            shares |= share(leaves, ranks.index(session.rank), len(ranks))
         specs = []
         for name, tensor in collected.tensors:
             start, stop = shares.get(name, (0, sizes[name][0]))
-            specs.append(
-                LeafSpec(
-                    name, dtype_name(tensor.dtype), tuple(tensor.shape), start, stop, name in shares
-                )
-            )
+            dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
+            block = collected.blocks.get(name)
+            specs.append(LeafSpec(name, dtype, shape, start, stop, name in shares, block))
         return pack(parts, specs, collected.aliases, collected.containers)
 
     def _reserve(self, session: wire.Session, layout: Layout) -> ArenaMapping:
@@ -340,10 +398,9 @@ class Arranger:
         collected: Collected,
         guarded: frozenset[str],
         now: tuple[object, ...],
+        groups: tuple[ReplicaGroup, ...],
     ) -> Arrangement:
         by_name = dict(collected.tensors)
-        replicated = tuple(leaf.name for leaf in layout.leaves if leaf.replicated)
-        digest = blake2b("\n".join(replicated).encode(), digest_size=8).digest()
         on_cuda = [tensor for tensor in by_name.values() if tensor.device.type == "cuda"]
         pinned = None
         if on_cuda:
@@ -358,7 +415,15 @@ class Arranger:
             devices=self._devices,
             contents=arena.contents if self._options.incremental else None,
         )
-        return Arrangement(plan, arena, now, collected.form, replicated, digest)
+        return Arrangement(plan, arena, now, collected.form, groups)
+
+
+def _other_ranks(name: str, ranks: tuple[int, ...], session: wire.Session) -> NotCapturable:
+    detail = (
+        f"its mesh has ranks {ranks[0]} to {ranks[-1]}, and this is rank {session.rank} of "
+        f"{session.world} to Everstep; give connect() the rank and world of torch.distributed"
+    )
+    return NotCapturable(name, "DTensor", detail)
 
 
 def _lock_holder(descriptor: int) -> int:

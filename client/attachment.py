@@ -9,17 +9,19 @@ device either, unless a user's own `state_dict` does. The way back is `client/lo
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from everstep.client import scaling
+from everstep.client.sharing import Ranks, guarded_memory, leaves_of, shared_memory
 from everstep.proto.errors import NotCapturable, Refused
 from everstep.snapshot import values
 from everstep.snapshot.capture import check_capturable, dtype_name, value_bytes
-from everstep.snapshot.layout import Part
+from everstep.snapshot.layout import Block, Part
+from everstep.snapshot.placement import local_of
 from everstep.snapshot.tree import Flat, flatten
 
 INLINE_BYTES = 64 * 1024
@@ -36,6 +38,17 @@ class Attachment:
     target: Any
     guarded: bool = False
     """Attached as changed only inside `Client.updating`."""
+    replicated: bool = False
+    """Attached as equal on all ranks."""
+    partial: bool = False
+    """An optimizer that has the state of some of the parameters, other ranks that of others."""
+    outer: Any = None
+    """What was attached, if the target is inside of it and it has options of its own."""
+
+    @property
+    def kind(self) -> str:
+        """Of its part."""
+        return self.part.kind
 
 
 @dataclass(slots=True)
@@ -47,7 +60,10 @@ class Collected:
     containers: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     guarded: set[str] = field(default_factory=set)
-    replicated: set[str] = field(default_factory=set)
+    groups: dict[str, Ranks] = field(default_factory=dict)
+    """Of leaves that should be equal on several ranks: which ranks."""
+    blocks: dict[str, Block] = field(default_factory=dict)
+    """Of leaves that are a part of a tensor that is spread over ranks: which part."""
     form: object = field(default_factory=object)
     """The same object only as long as everything but the values is the same, and every tensor is
     where it was, in the same shape. See `client/recollecting.py`."""
@@ -61,11 +77,18 @@ class Surroundings:
     """Of the parameters, by their id()."""
     guarded: dict[int, int]
     """Where the memory lies that only hooked optimizers change, and how many bytes it has."""
-    replicated: set[int]
-    """Where the memory lies that DistributedDataParallel keeps equal on all ranks."""
+    shared: dict[int, Ranks]
+    """Where the memory lies that a group of ranks should hold alike."""
 
 
-def attachment(name: str, target: Any, *, per_rank: bool, guarded: bool) -> Attachment:
+def attachment(
+    name: str,
+    target: Any,
+    *,
+    per_rank: bool = False,
+    guarded: bool = False,
+    replicated: bool = False,
+) -> Attachment:
     """Describe an object by what it offers.
 
     Raises:
@@ -74,7 +97,7 @@ def attachment(name: str, target: Any, *, per_rank: bool, guarded: bool) -> Atta
     """
     if not name.isidentifier() or name == "rng":
         raise Refused(f"{name!r} cannot name an attached object: use an identifier, not 'rng'.")
-    target = unwrapped(target)
+    outer, target = target, unwrapped(target)
     if isinstance(target, torch.nn.Module):
         kind = "module"
     elif isinstance(target, torch.optim.Optimizer):
@@ -87,11 +110,18 @@ def attachment(name: str, target: Any, *, per_rank: bool, guarded: bool) -> Atta
         hint = "attach modules, optimizers, objects with state_dict/load_state_dict, dicts or lists"
         raise NotCapturable(name, type(target).__qualname__, hint)
     class_name = f"{type(target).__module__}.{type(target).__qualname__}"
-    return Attachment(Part(name, kind, class_name, per_rank), target, guarded)
+    part = Part(name, kind, class_name, per_rank)
+    if kind == "optimizer" and outer is not target:
+        return Attachment(part, target, guarded, replicated, partial=True, outer=outer)
+    return Attachment(part, target, guarded, replicated)
 
 
 def unwrapped(target: Any) -> Any:
-    """The module behind DistributedDataParallel and torch.compile, so that names stay its own."""
+    """The module behind DistributedDataParallel and torch.compile, so that names stay its own; and
+    the optimizer inside of ZeroRedundancyOptimizer, which has this rank's share of the state."""
+    if type(target).__name__ == "ZeroRedundancyOptimizer":
+        inner = getattr(target, "optim", None)
+        return inner if isinstance(inner, torch.optim.Optimizer) else target
     while isinstance(target, torch.nn.Module):
         inner = getattr(target, "_orig_mod", None)
         if inner is None and isinstance(target, torch.nn.parallel.DistributedDataParallel):
@@ -264,8 +294,8 @@ def surroundings(
     """For `combined`; the arguments are those of `collect`."""
     return Surroundings(
         parameter_names(attachments),
-        _guarded_pointers(attachments, frozen_guarded),
-        _replicated_pointers(attachments, ddp),
+        guarded_memory(attachments, frozen_guarded),
+        shared_memory(attachments, ddp),
     )
 
 
@@ -287,18 +317,23 @@ def combined(
         collected.values += encoded_values(flat)
         for name, tensor in flat.tensors:
             assert isinstance(tensor, torch.Tensor)
-            check_capturable(name, tensor)
-            pointer = tensor.data_ptr()
-            if tensor.numel():
+            local = local_of(tensor)
+            check_capturable(name, local)
+            if local.numel():
                 first = first_names.setdefault(place(tensor), name)
                 if first is not name:
                     collected.aliases[name] = first
                     continue
-            collected.tensors.append((name, tensor))
-            if around.guarded.get(pointer, -1) >= tensor.nbytes or attached.guarded:
-                collected.guarded.add(name)
-            if pointer in around.replicated and not attached.part.per_rank:
-                collected.replicated.add(name)
+            guarded = around.guarded.get(local.data_ptr(), -1) >= local.nbytes or attached.guarded
+            group = None if attached.part.per_rank else around.shared.get(local.data_ptr())
+            for leaf in leaves_of(name, tensor):
+                collected.tensors.append((leaf.name, leaf.tensor))
+                if guarded:
+                    collected.guarded.add(leaf.name)
+                if group is not None:
+                    collected.groups[leaf.name] = group
+                if leaf.block is not None:
+                    collected.blocks[leaf.name] = leaf.block
     return collected
 
 
@@ -313,6 +348,7 @@ def encoded_values(flat: Flat) -> list[tuple[str, str]]:
 
 def place(tensor: torch.Tensor) -> tuple[object, ...]:
     """Equal for two tensors exactly if they are one under two names."""
+    tensor = local_of(tensor)
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
 
 
@@ -331,56 +367,3 @@ def encoded(value: object, path: str, depth: int = 0) -> str:
             for key, item in items:
                 encoded(item, f"{path}/{key}", depth + 1)
         raise
-
-
-def _guarded_pointers(attachments: Mapping[str, Attachment], frozen: bool) -> dict[int, int]:
-    """Where the memory lies that only hooked optimizers change, and how many bytes it has."""
-    extents: dict[int, int] = {}
-    for attached in attachments.values():
-        found: Iterable[torch.Tensor] = ()
-        if attached.part.kind == "optimizer":
-            found = _optimizer_tensors(attached.target)
-        elif frozen and attached.part.kind == "module":
-            # An EMA copy is frozen, too, and changes: that shows as any change between snapshot and
-            # update does, and from then on it is not guarded.
-            found = (p for p in attached.target.parameters() if not p.requires_grad)
-        for tensor in found:
-            # A larger tensor that begins at the same place is not theirs alone.
-            pointer = tensor.data_ptr()
-            extents[pointer] = max(tensor.nbytes, extents.get(pointer, 0))
-    return extents
-
-
-def _replicated_pointers(attachments: Mapping[str, Attachment], ddp: frozenset[str]) -> set[int]:
-    """Where the memory lies that DistributedDataParallel keeps equal on all ranks: parameters,
-    and the optimizer state that follows from them. Buffers are not: ranks update them alone."""
-    parameters = {
-        id(parameter): parameter
-        for name in ddp
-        for parameter in attachments[name].target.parameters()
-    }
-    pointers = {parameter.data_ptr() for parameter in parameters.values()}
-    for attached in attachments.values():
-        if attached.part.kind == "optimizer":
-            for parameter, state in attached.target.state.items():
-                if id(parameter) in parameters:
-                    pointers |= {tensor.data_ptr() for tensor in _tensors_in(state)}
-    return pointers - {0}
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
-    for state in optimizer.state.values():
-        yield from _tensors_in(state)
-
-
-def _tensors_in(thing: object) -> Iterator[torch.Tensor]:
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif isinstance(thing, Mapping):
-        for value in thing.values():
-            yield from _tensors_in(value)
-    elif isinstance(thing, list | tuple):
-        for value in thing:
-            yield from _tensors_in(value)

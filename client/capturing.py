@@ -24,7 +24,7 @@ from everstep.proto.failpoint import failpoint
 from everstep.proto.state_pb2 import Record
 from everstep.snapshot.capture import Capture
 from everstep.snapshot.record import seal_record
-from everstep.snapshot.samples import GROUP_OF_ALL, Group, encode, leaf_of
+from everstep.snapshot.samples import leaf_of
 
 log = logging.getLogger("everstep")
 _REMEMBERED_HANDLES = 16
@@ -55,8 +55,8 @@ class Capturing:
         self._works = Works()
         self._counting = threading.Lock()
         self._handles: dict[int, Snapshot] = {}
-        self._replicated: dict[int, tuple[str, ...]] = {}
-        """By step, as the handles: the replicated leaves of its layout."""
+        self._replicated: dict[int, dict[int, tuple[str, ...]]] = {}
+        """By step, as the handles, and group: the replicated leaves of its layout."""
         self._warned: set[str] = set()
         self._closed = False
         self._workers: ThreadPoolExecutor | None = None
@@ -108,7 +108,7 @@ class Capturing:
 
     def _remember(self, handle: Snapshot, arrangement: Arrangement) -> None:
         self._handles[handle.step] = handle
-        self._replicated[handle.step] = arrangement.replicated
+        self._replicated[handle.step] = {g.group_id: g.names for g in arrangement.groups}
         while len(self._handles) > _REMEMBERED_HANDLES:
             oldest = next(iter(self._handles))
             del self._handles[oldest]
@@ -193,13 +193,9 @@ class Capturing:
     def _drifted(self, dropped: wire.Dropped) -> list[str]:
         """The leaves that differ between ranks, by the layout that the step had: the present one
         may be another already."""
-        replicated = self._replicated.get(dropped.step, ())
-        leaves = [leaf_of(key) for key in dropped.drifted]
-        names = [
-            replicated[index]
-            for group_id, index in leaves
-            if group_id == GROUP_OF_ALL and index < len(replicated)
-        ]
+        groups = self._replicated.get(dropped.step, {})
+        found = [(groups.get(group, ()), index) for group, index in map(leaf_of, dropped.drifted)]
+        names = [leaves[index] for leaves, index in found if index < len(leaves)]
         self._arranger.replicas_drifted(names)
         return names
 
@@ -235,8 +231,8 @@ class Capturing:
             # The agent drops what is older and open when it commits a newer one.
             await_ends(work.older, self._limits.seal_s)
             failpoint("client.seal.before")
-            samples = Group(GROUP_OF_ALL, work.arrangement.plan_digest, capture.replica_samples())
-            work.record.replica_samples = encode([samples])
+            samples = work.arrangement.replica_samples(capture.replica_samples())
+            work.record.replica_samples = samples
             work.record.unit_digests = bytes(capture.digests)
             self._seal(work)
             failpoint("client.seal.after")

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -33,6 +33,7 @@ from everstep.client.limits import Limits, Stats
 from everstep.client.recollecting import Recollecting
 from everstep.client.restoring import RNG_PATH, Restoring
 from everstep.client.session import Session
+from everstep.client.terms import Rename, Terms
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import (
     ArenaLost,
@@ -63,6 +64,8 @@ class Client:
         stats: Counters and stall times.
         rejected: After `restore`: copies that were not used, as text, with the reasons.
         restored_from: After `restore`: the levels of the copies that were, each once.
+        restored_notes: After `restore`: what another number of ranks has changed, in words.
+        restored_bytes: After `restore`: how many bytes were copied into tensors.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class Client:
         self.stats = Stats()
         self.rejected: tuple[str, ...] = ()
         self.restored_from: tuple[str, ...] = ()
+        self.restored_notes: tuple[str, ...] = ()
+        self.restored_bytes = 0
         self._on_busy = on_busy
         self._captures_in_flight = captures_in_flight
         self._incremental = options is not None and options.incremental
@@ -145,13 +150,19 @@ class Client:
         *,
         per_rank: Mapping[str, Any] | None = None,
         guarded: Mapping[str, Any] | None = None,
+        replicated: Mapping[str, Any] | None = None,
         **objects: Any,
     ) -> None:
         """Name what belongs to the training state.
 
+        Tensors that are spread over ranks (DTensor: FSDP2, tensor parallel, HSDP, any mesh) are
+        stored as the parts that they are; what DistributedDataParallel keeps equal is stored once.
+
         Args:
             per_rank: Objects by name whose state differs between ranks, and is kept for each.
             guarded: Objects by name that change only inside ``with client.updating():``.
+            replicated: Objects by name whose tensors are equal on all ranks, without
+                DistributedDataParallel: stored once, as far as they are.
             **objects: Everything else by name: modules, optimizers, anything with ``state_dict``
                 and ``load_state_dict``, nested dicts and lists of tensors and plain values.
 
@@ -159,25 +170,25 @@ class Client:
             NotCapturable: If an object has no state that could be stored.
             Refused: If a name is taken.
         """
-        groups = (
-            (objects, False, False),
-            (per_rank or {}, True, False),
-            (guarded or {}, False, True),
+        groups: tuple[tuple[Mapping[str, Any], dict[str, bool]], ...] = (
+            (objects, {}),
+            (per_rank or {}, {"per_rank": True}),
+            (guarded or {}, {"guarded": True}),
+            (replicated or {}, {"replicated": True}),
         )
-        for group, differs, is_guarded in groups:
+        for group, how in groups:
             for name, target in group.items():
                 if name in self._attachments:
                     raise Refused(f"{name!r} is attached already.")
-                self._attachments[name] = attachment(
-                    name, target, per_rank=differs, guarded=is_guarded
-                )
-                self._watch(name, target, differs)
+                self._attachments[name] = attachment(name, target, **how)
+                self._watch(name, target, "per_rank" in how)
 
     def _watch(self, name: str, target: Any, per_rank: bool) -> None:
         inner = getattr(target, "_orig_mod", target)
         parallel = torch.nn.parallel.DistributedDataParallel
         if isinstance(inner, parallel) and self.launch.world > 1 and not per_rank:
             self._ddp.add(name)
+        target = self._attachments[name].target
         if isinstance(target, torch.optim.Optimizer):
             # Weak, so that an optimizer does not keep a client alive that was let go of.
             fence = weakref.WeakMethod(self._fence)
@@ -355,6 +366,12 @@ class Client:
         weights_only: bool = False,
         force: bool = False,
         levels: tuple[str, ...] = (),
+        only: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        rename: Rename | None = None,
+        cast: bool = False,
+        partial: bool = False,
+        on_resize: Mapping[str, str] | None = None,
     ) -> int | None:
         """Load the newest committed snapshot into everything attached, in place.
 
@@ -364,18 +381,34 @@ class Client:
         A rank that `joined` live takes the newest step that the running incarnation has committed,
         once, and nobody else restores. If nothing is committed yet it begins as all its ranks did.
 
+        The launch may have another number of ranks than the one that saved, and another mesh: each
+        rank takes the bytes that its shards want from whoever has them. State that every rank has
+        for itself is not merged: `on_resize` says what becomes of it. Random generators of ranks
+        that were there before go on, those of new ranks are seeded anew. See docs/resharding.md.
+
         Args:
             to: This step instead of the newest.
             weights_only: Load modules only; leave optimizers, random generators and the rest.
             force: Accept an optimizer of another class.
             levels: Take copies from these levels only ("memory", "nvme").
+            only: Parts ("model"), or patterns of modules' leaves ("model/encoder.*"): nothing else
+                is loaded.
+            exclude: The same: these stay as they are.
+            rename: For a model whose leaves have other names now: from each old prefix to the new
+                one ("model/encoder." to "model/trunk."), or a function of the name. Optimizer state
+                follows its parameters.
+            cast: Accept modules' tensors and trees of another dtype, and convert the values.
+            partial: Accept that nothing attached here takes some of the leaves: others do.
+            on_resize: For state that differs from rank to rank, where there are other ranks now:
+                from a part or a pattern of leaves to "keep", "rank0", "sum", "drop" or "refuse",
+                which is the default (`everstep.client.resizing`).
 
         Returns:
             The step, or None if this job has no snapshot at all.
 
         Raises:
-            StateMismatch: If what is attached does not fit; lists missing, unexpected and
-                reshaped leaves. Nothing was loaded.
+            StateMismatch: If what is attached does not fit; lists missing, unexpected,
+                reshaped and divergent leaves, and what contradicts itself. Nothing was loaded.
             NothingRecoverable: If there are snapshots but none is whole. Nothing was loaded.
             Refused: If this process has captured snapshots already: that is what `rewind` is for;
                 or if it joined live and has restored already.
@@ -391,14 +424,24 @@ class Client:
                 "this rank joined a running job and has restored already; by now the others may "
                 "have committed another step. Nothing was loaded. Connect anew to join again."
             )
-        restored = self._restoring.restore(
-            self._attachments, to=to, weights_only=weights_only, force=force, levels=levels
+        terms = Terms(
+            weights_only=weights_only,
+            force=force,
+            partial=partial,
+            cast=cast,
+            only=tuple(only),
+            exclude=tuple(exclude),
+            rename=rename or {},
+            on_resize=dict(on_resize or {}),
         )
+        restored = self._restoring.restore(self._attachments, terms, to=to, levels=levels)
         if self.joined:
             self._restored = restored.step is not None
             self._arranger.join(restored.replicated if self._restored else None)
         self.rejected = restored.rejected
         self.restored_from = restored.levels
+        self.restored_notes = restored.notes
+        self.restored_bytes = restored.moved_bytes
         return restored.step
 
     def peek(self, name: str, to: int | None = None) -> tuple[int, object] | None:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from everstep.client.attachment import decode_torch_value
-from everstep.client.loading import Saved
+from everstep.client.saved import Saved
 from everstep.proto.agent_pb2 import RestoreReply
 from everstep.proto.errors import EverstepError, OutOfSpace, Refused, WriteFailed
 from everstep.snapshot import values
@@ -100,7 +100,9 @@ def rebuilt(
         Damaged: If a shard's bytes are not what was captured.
     """
     own = shards[rank]
-    saved = Saved.of(own.layout, own.record)
+    layouts = {holder: shard.layout for holder, shard in shards.items()}
+    records = {holder: shard.record for holder, shard in shards.items()}
+    saved = Saved.of(layouts, records, rank)
     chosen = [part for part in own.layout.parts if not parts or part.name in parts]
     names = {part.name for part in chosen}
     tensors = _tensors(shards, rank, saved, names)

@@ -20,6 +20,7 @@ import torch
 
 from everstep.client.attachment import encoded, optimizer_tree
 from everstep.snapshot import tree
+from everstep.snapshot.placement import is_distributed, local_of
 from everstep.snapshot.tree import Flat
 
 _SCALARS = frozenset({type(None), bool, int, float, str})
@@ -67,39 +68,45 @@ class Sources:
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor], *, gradients: bool) -> None:
-        self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
+        self._given = list({id(tensor): tensor for tensor in tensors}.values())
+        self._spread = any(map(is_distributed, self._given))
         self._gradients = gradients
         self._shapes: list[torch.Size] = []
         self._strides: list[tuple[int, ...]] = []
         self._seen: tuple[list[object], ...] = ()
         self._nowhere: list[torch.Tensor] = []
         try:
-            self._nowhere = [tensor for tensor in self._tensors if not tensor.data_ptr()]
-            self._seen = self._look()
-            self._shapes = list(map(torch.Tensor.size, self._tensors))
-            self._strides = list(map(torch.Tensor.stride, self._tensors))
+            tensors = self._tensors()
+            self._nowhere = [tensor for tensor in tensors if not tensor.data_ptr()]
+            self._seen = self._look(tensors)
+            self._shapes = list(map(torch.Tensor.size, tensors))
+            self._strides = list(map(torch.Tensor.stride, tensors))
         except RuntimeError:  # a tensor without an address
             self._seen = ()
 
     def unchanged(self) -> bool:
         """Whether all is where it was, as it was; `p.data = other` leaves no other trace."""
         try:
+            tensors = self._tensors()
             # Compared one by one: many new tuples at once would wake the garbage collector.
             return (
-                self._look() == self._seen
-                and all(map(operator.eq, map(torch.Tensor.size, self._tensors), self._shapes))
-                and all(map(operator.eq, map(torch.Tensor.stride, self._tensors), self._strides))
+                self._look(tensors) == self._seen
+                and all(map(operator.eq, map(torch.Tensor.size, tensors), self._shapes))
+                and all(map(operator.eq, map(torch.Tensor.stride, tensors), self._strides))
             )
         except RuntimeError:
             return False
 
-    def _look(self) -> tuple[list[object], ...]:
+    def _tensors(self) -> list[torch.Tensor]:
+        """This rank's memory: of distributed tensors it may be another one than before."""
+        return list(map(local_of, self._given)) if self._spread else self._given
+
+    def _look(self, tensors: list[torch.Tensor]) -> tuple[list[object], ...]:
         """All but shapes; the layout is strided, for others have no address.
 
         Of a device the number is enough, and cheaper, as no two of them use the same addresses;
         but that of an empty tensor is 0 on all.
         """
-        tensors = self._tensors
         return (
             list(map(torch.Tensor.data_ptr, tensors)),
             list(map(type, tensors)),

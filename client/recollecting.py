@@ -25,7 +25,9 @@ from everstep.client.attachment import (
     surroundings,
 )
 from everstep.client.forms import Form, ModuleForm, OptimizerForm, Sources
+from everstep.client.sharing import leaves_of
 from everstep.snapshot.capture import check_capturable
+from everstep.snapshot.placement import local_of
 from everstep.snapshot.tree import Flat
 
 
@@ -90,7 +92,8 @@ class Known:
             before.containers,
             before.aliases,
             before.guarded,
-            before.replicated,
+            before.groups,
+            before.blocks,
             before.form,
         )
 
@@ -169,8 +172,8 @@ def outline(flat: Flat) -> object:
     places = []
     for name, tensor in flat.tensors:
         assert isinstance(tensor, torch.Tensor)
-        check_capturable(name, tensor)
-        places.append((name, place(tensor)))
+        check_capturable(name, local_of(tensor))
+        places.append((name, place(tensor), tuple(tensor.shape)))
     return places, list(flat.containers.items())
 
 
@@ -189,12 +192,16 @@ def _replaced(
     tensors: list[tuple[str, torch.Tensor]], flats: Iterable[Flat]
 ) -> list[tuple[str, torch.Tensor]]:
     """The same leaves, with the tensors that were read just now."""
-    now = {name: tensor for flat in flats for name, tensor in flat.tensors}
+    now = {
+        leaf.name: leaf.tensor
+        for flat in flats
+        for name, tensor in flat.tensors
+        if isinstance(tensor, torch.Tensor)
+        for leaf in leaves_of(name, tensor)
+    }
     if not now:
         return tensors
     replaced = []
     for name, tensor in tensors:
-        newer = now.get(name, tensor)
-        assert isinstance(newer, torch.Tensor)
-        replaced.append((name, newer))
+        replaced.append((name, now.get(name, tensor)))
     return replaced

@@ -8,9 +8,9 @@ its digest and everything attached was seen to fit. Chooses nothing: the agent d
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,7 +18,10 @@ from everstep.client import loading, rng
 from everstep.client.attachment import Attachment, decode_torch_value
 from everstep.client.channel import Channel
 from everstep.client.limits import Limits
+from everstep.client.resizing import derived_seed
+from everstep.client.saved import Saved
 from everstep.client.session import Session
+from everstep.client.terms import Terms
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import (
     Damaged,
@@ -28,11 +31,12 @@ from everstep.proto.errors import (
     ShardCorrupt,
     StaleIncarnation,
 )
+from everstep.proto.state_pb2 import Record
 from everstep.snapshot import values
 from everstep.snapshot.device_fill import Pinned
-from everstep.snapshot.layout import Layout, decode
+from everstep.snapshot.layout import decode
 from everstep.snapshot.record import open_record
-from everstep.snapshot.restore import Restoration, Shard
+from everstep.snapshot.restore import Need, Restoration, Shard
 
 log = logging.getLogger("everstep")
 RNG_PATH = "rng"
@@ -49,12 +53,16 @@ class Restored:
         levels: Of the copies that were used, each once.
         rejected: The copies that were not, as text, with the reasons.
         replicated: The leaves that were replicated in it.
+        notes: What other ranks than those that saved it have changed, in words.
+        moved_bytes: How many bytes were copied into tensors.
     """
 
     step: int | None
     levels: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
     replicated: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    moved_bytes: int = 0
 
 
 class _CopyDamaged(Exception):
@@ -93,10 +101,9 @@ class Restoring:
     def restore(
         self,
         attachments: Mapping[str, Attachment],
+        terms: Terms,
         *,
         to: int | None,
-        weights_only: bool,
-        force: bool,
         levels: tuple[str, ...],
     ) -> Restored:
         """See `everstep.client.client.Client.restore`."""
@@ -110,7 +117,7 @@ class Restoring:
             if not reply.found:
                 return Restored(None)
             try:
-                own = self._load(reply, attachments, weights_only=weights_only, force=force)
+                restored = self._load(reply, attachments, terms)
                 break
             except _CopyDamaged as found:
                 if request.live and tries_left:
@@ -129,9 +136,9 @@ class Restoring:
         for line in rejected:
             log.warning("a damaged copy was not used: %s", line)
         log.info("rank %d restored step %d", self._rank, reply.step)
-        used = tuple(sorted({shard.level for shard in reply.shards}))
-        replicated = tuple(leaf.name for leaf in own.leaves if leaf.replicated)
-        return Restored(int(reply.step), used, rejected, replicated)
+        for note in restored.notes:
+            log.info("step %d in %d ranks: %s", reply.step, self._world, note)
+        return replace(restored, rejected=rejected)
 
     def peek(self, name: str, *, to: int | None) -> tuple[int, object] | None:
         """See `everstep.client.client.Client.peek`."""
@@ -141,12 +148,11 @@ class Restoring:
         reply = self._ask(request)
         if not reply.found:
             return None
-        found = next(shard for shard in reply.shards if shard.rank == self._rank)
         try:
-            own = _shard(reply, found)
+            shards = {found.rank: _shard(reply, found) for found in reply.shards}
         except _CopyDamaged as damaged:
             raise FormatInvalid("the copy to be restored", str(damaged)) from damaged
-        saved = loading.Saved.of(own.layout, own.record)
+        saved = _saved(shards, self._rank, self._world)
         return int(reply.step), saved.tree(name, {}) if name in saved.classes else None
 
     def _ask(self, request: wire.RestoreRequest) -> wire.RestoreReply:
@@ -170,27 +176,26 @@ class Restoring:
                     raise
                 self._session.await_return(deadline)
 
+    @property
+    def _world(self) -> int:
+        return int(self._session.identity.world)
+
     def _load(
-        self,
-        reply: wire.RestoreReply,
-        attachments: Mapping[str, Attachment],
-        *,
-        weights_only: bool,
-        force: bool,
-    ) -> Layout:
+        self, reply: wire.RestoreReply, attachments: Mapping[str, Attachment], terms: Terms
+    ) -> Restored:
         shards = {found.rank: _shard(reply, found) for found in reply.shards}
-        own = shards[self._rank]
-        saved = loading.Saved.of(own.layout, own.record)
-        plan = loading.check(attachments, saved, weights_only=weights_only, force=force)
-        parts = {name for name in attachments if not weights_only or _is_module(attachments[name])}
-        names = [name for name in saved.forms if name.partition("/")[0] in parts]
+        saved = _saved(shards, self._rank, self._world)
+        plan = loading.check(attachments, saved, terms, self._rank, self._world)
         with (
             torch.no_grad(),
             ThreadPoolExecutor(_threads(), "everstep-restore") as executor,
-            Restoration(shards, self._rank, executor, pinned=self._pinned) as restoration,
+            Restoration(
+                shards, self._rank, executor, pinned=self._pinned, holdings=saved.holdings
+            ) as restoration,
         ):
             try:
-                restoration.verify(names, plan.devices)
+                self._gather(reply, restoration, plan.needs)
+                restoration.verify(plan.needs)
             except (Damaged, OSError) as error:
                 raise _CopyDamaged(_rejection(reply, shards, error)) from error
             if restoration.problem:
@@ -198,15 +203,54 @@ class Restoring:
             restoration.plan(plan.prepare())
             restoration.run()
             plan.finish()
-        if not weights_only:
-            states = values.decode(saved.values[RNG_PATH], hook=decode_torch_value)
-            for left in rng.restore(states):
-                log.warning("not restored: %s", left)
-        return own.layout
+        notes = list(plan.resizing.notes)
+        if not terms.weights_only and terms.takes(RNG_PATH):
+            notes += self._restore_generators(saved, shards[saved.rank].record)
+        own = shards.get(self._rank)
+        return Restored(
+            int(reply.step),
+            tuple(sorted({shards[rank].level or "peers" for rank in restoration.read_from})),
+            replicated=tuple(x.name for x in own.layout.leaves if x.replicated) if own else (),
+            notes=tuple(notes),
+            moved_bytes=restoration.moved_bytes,
+        )
+
+    def _gather(
+        self, reply: wire.RestoreReply, restoration: Restoration, needs: Sequence[Need]
+    ) -> None:
+        """Have those units brought to this host that are on others, and are needed."""
+        absent = restoration.absent(needs)
+        if not absent:
+            return
+        request = wire.GatherRequest(
+            session=self._session.identity, incarnation=reply.incarnation, step=reply.step
+        )
+        for rank, units in absent.items():
+            spans = [wire.UnitSpan(first=u.start, count=len(u)) for u in units]
+            request.needs.append(wire.Need(rank=rank, units=spans))
+        gathered: wire.GatherReply = self._channel.call("Gather", request, self._limits.restore_s)
+        for found in gathered.shards:
+            restoration.locate(found.rank, found.path, found.offset, found.level)
+
+    def _restore_generators(self, saved: Saved, record: Record) -> list[str]:
+        """Those of a rank that is new are seeded from the snapshot, its own from its own state."""
+        states = values.decode(saved.values[RNG_PATH], hook=decode_torch_value)
+        notes: list[str] = []
+        if saved.rank != self._rank:
+            about = {"job": record.job, "incarnation": record.incarnation, "step": record.step}
+            seed = derived_seed(about, self._rank)
+            rng.derive(seed, states)
+            return [f"rank {self._rank} is new: its random generators were seeded with {seed}"]
+        for left in rng.restore(states):
+            log.warning("not restored: %s", left)
+            notes.append(f"not restored: {left}")
+        return notes
 
 
-def _is_module(attached: Attachment) -> bool:
-    return attached.part.kind == "module"
+def _saved(shards: Mapping[int, Shard], rank: int, world: int) -> Saved:
+    layouts = {holder: shard.layout for holder, shard in shards.items()}
+    records = {holder: shard.record for holder, shard in shards.items()}
+    return Saved.of(layouts, records, rank, world)
 
 
 def _shard(reply: wire.RestoreReply, found: wire.ShardLocation) -> Shard:
@@ -230,7 +274,8 @@ def _rejection(
 ) -> wire.RejectedCopy:
     """Which copy an error speaks of: its message names the file."""
     place = error.where if isinstance(error, ShardCorrupt | FormatInvalid) else str(error)
-    culprit = next((s for s in shards.values() if s.path in place), next(iter(shards.values())))
+    named = (s for s in shards.values() if s.path and s.path in place)
+    culprit = next(named, next(iter(shards.values())))
     return _copy(reply, culprit.rank, culprit.level, str(error))
 
 

@@ -66,5 +66,20 @@ def restore(states: dict[str, Any]) -> list[str]:
     return left
 
 
+def derive(seed: int, states: dict[str, Any]) -> None:
+    """Set all generators of a rank that has no state of its own.
+
+    Args:
+        seed: For all of them; each makes a stream of its own of it.
+        states: What `capture` returned on another rank: says which generators there are.
+    """
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in states:
+        import numpy
+
+        numpy.random.seed(seed & 0xFFFFFFFF)
+
+
 def _bytes_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -63,7 +63,7 @@ EVERSTEP_EXPORT uint64_t everstep_restore_units(const everstep_piece* pieces,
                                                 const uint8_t* expected, uint8_t* bad, int isa);
 
 // Writes a 64-bit fingerprint of each source: of its first and last 8 bytes and of `samples`
-// windows of 8 bytes, at positions that depend on the seed and the source's index. A source of
+// windows of 8 bytes, at positions that depend on the seed and the source's bytes. A source of
 // at most max(16, 8 * samples) bytes is hashed whole.
 EVERSTEP_EXPORT void everstep_sample(const uint8_t* const* sources, const uint64_t* bytes,
                                      uint64_t count, uint32_t samples, uint64_t seed,

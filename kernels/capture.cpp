@@ -191,7 +191,7 @@ void everstep_sample(const uint8_t* const* sources, const uint64_t* bytes, uint6
                      uint32_t samples, uint64_t seed, uint64_t* fingerprints) {
     for (uint64_t index = 0; index < count; ++index)
         fingerprints[index] =
-            fingerprint(sources[index], bytes[index], samples, mix(seed + 1) ^ mix(~index));
+            fingerprint(sources[index], bytes[index], samples, mix(seed + 1) ^ mix(~bytes[index]));
 }
 
 }  // extern "C"

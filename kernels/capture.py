@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 import xxhash
+from numpy.typing import NDArray
 
 from everstep.kernels.digest import flagged, units_in
 from everstep.kernels.native import DIGEST_BYTES, Bytes, Isa, library
@@ -28,8 +29,8 @@ class Pieces:
 
     Args:
         pieces: One (address, offset in the image, bytes) each, sorted by offset and not
-            overlapping. Address 0 means, like a gap, that the image's own bytes stay as they
-            are, or are not copied out.
+            overlapping; or an array of such rows. Address 0 means, like a gap, that the image's
+            own bytes stay as they are, or are not copied out.
 
     Raises:
         ValueError: If they are unsorted, overlap or are negative.
@@ -41,8 +42,11 @@ class Pieces:
 
     __slots__ = ("_table", "address", "end")
 
-    def __init__(self, pieces: Iterable[tuple[int, int, int]]) -> None:
-        rows = [piece for piece in pieces if piece[2]]
+    def __init__(self, pieces: Iterable[tuple[int, int, int]] | NDArray[numpy.int64]) -> None:
+        if isinstance(pieces, numpy.ndarray):
+            if self._take(pieces[pieces[:, 2] != 0]):
+                return
+        rows = [(int(piece[0]), int(piece[1]), int(piece[2])) for piece in pieces if piece[2]]
         end = 0
         for address, offset, size in rows:
             if address < 0 or size < 0 or offset < end:
@@ -54,6 +58,16 @@ class Pieces:
         self._table = numpy.array(rows, dtype=numpy.uint64).reshape(len(rows), 3)
         self.address = int(self._table.ctypes.data)
         self.end = end
+
+    def _take(self, rows: NDArray[numpy.int64]) -> bool:
+        """Take rows as they are if they are in order; a million of them at once."""
+        ends = rows[:, 1] + rows[:, 2]
+        if (rows < 0).any() or (rows[1:, 1] < ends[:-1]).any():
+            return False
+        self._table = numpy.ascontiguousarray(rows, dtype=numpy.uint64)
+        self.address = int(self._table.ctypes.data)
+        self.end = int(ends[-1]) if len(ends) else 0
+        return True
 
     def __len__(self) -> int:
         return len(self._table)
@@ -207,15 +221,16 @@ class Sampler:
 
         Args:
             samples: How many words of 8 bytes to look at in each source.
-            seed: Chooses the words, together with the source's index.
+            seed: Chooses the words, together with the source's size: not with its place among the
+                others, which may be another one on another rank.
             isa: "reference" for the Python reference; the native code knows no other choice.
         """
         seed &= _WORD
         if isa == "reference":
             sources = zip(self._addresses.tolist(), self._sizes.tolist(), strict=True)
             return b"".join(
-                _reference_fingerprint(address, size, samples, _stream(seed, index))
-                for index, (address, size) in enumerate(sources)
+                _reference_fingerprint(address, size, samples, _stream(seed, size))
+                for address, size in sources
             )
         result = numpy.empty(len(self), dtype="<u8")
         library.everstep_sample(
@@ -284,8 +299,8 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _stream(seed: int, index: int) -> int:
-    return _mix((seed + 1) & _WORD) ^ _mix(~index & _WORD)
+def _stream(seed: int, size: int) -> int:
+    return _mix((seed + 1) & _WORD) ^ _mix(~size & _WORD)
 
 
 def _reference_fingerprint(address: int, size: int, samples: int, stream: int) -> bytes:

@@ -82,7 +82,7 @@ def sample_source(sources, fingerprints, stream, SAMPLES: tl.constexpr, PLACES: 
     address, size = tl.load(sources + index * 2), tl.load(sources + index * 2 + 1)
     place = tl.arange(0, PLACES).to(tl.int64)
     number = place.to(tl.uint64)
-    start = stream.to(tl.uint64) ^ _mix((-1 - index).to(tl.uint64))
+    start = stream.to(tl.uint64) ^ _mix((-1 - size).to(tl.uint64))
     if (size <= 16) | (size <= 8 * SAMPLES):
         position = place * 8
         words = (size + 7) // 8

@@ -61,7 +61,7 @@ def sample(sources: "torch.Tensor", samples: int, seed: int, fingerprints: "torc
         samples: How many words to look at in each besides its first and last; at most
             `MAX_SAMPLES`. Another number compiles anew. A source of up to ``8 * samples`` bytes,
             and any of up to 16, is looked at whole.
-        seed: Chooses the words, together with the source's index.
+        seed: Chooses the words, together with the source's size.
         fingerprints: int64 [n], takes the result; on the same device, or in pinned host memory.
 
     Raises:
@@ -121,8 +121,8 @@ def reference_sample(sources: Iterable[tuple[int, int]], samples: int, seed: int
     """
     return [
         _reference_fingerprint(ctypes.string_at(address, size) if size else b"", samples, stream)
-        for index, (address, size) in enumerate(sources)
-        for stream in [_stream(seed) ^ _mix(~index & _WORD)]
+        for address, size in sources
+        for stream in [_stream(seed) ^ _mix(~size & _WORD)]
     ]
 
 

@@ -352,6 +352,8 @@ class StateMismatch(Refused):
         missing: Leaves that are attached but not in the snapshot.
         unexpected: Leaves of the snapshot that nothing attached takes.
         reshaped: Leaves whose dtype or shape differ, each as "name: saved -> attached".
+        divergent: State that differs from rank to rank, where the ranks are not those that saved it.
+        contradictory: What the ranks' shards say against each other.
     """
 
     def __init__(
@@ -360,15 +362,21 @@ class StateMismatch(Refused):
         missing: tuple[str, ...] = (),
         unexpected: tuple[str, ...] = (),
         reshaped: tuple[str, ...] = (),
+        divergent: tuple[str, ...] = (),
+        contradictory: tuple[str, ...] = (),
     ) -> None:
         self.missing = missing
         self.unexpected = unexpected
         self.reshaped = reshaped
+        self.divergent = divergent
+        self.contradictory = contradictory
         lines = [summary]
         for title, names in (
             ("missing from the snapshot", missing),
             ("in the snapshot but not attached", unexpected),
             ("of another dtype or shape (saved -> attached)", reshaped),
+            ("with a state of its own on each rank (see restore's on_resize)", divergent),
+            ("said differently by different ranks of the snapshot", contradictory),
         ):
             if names:
                 shown = "".join(f"\n    {name}" for name in names[:20])

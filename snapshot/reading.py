@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
 from everstep.kernels.capture import Pieces, restore_units
 from everstep.kernels.digest import verify_units
@@ -37,6 +38,7 @@ _MADV_POPULATE_READ = 22
 _SECTOR_BYTES = 4096
 Range = tuple[int, int]
 """Offsets in the image, from and to."""
+Table = NDArray[numpy.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class ShardReader:
     ) -> None:
         self._source.close()
 
-    def verify(self, ranges: Iterable[Range]) -> None:
+    def verify(self, ranges: Iterable[Range] | Table) -> None:
         """Return only if every unit with a byte of these ranges matches its digest.
 
         Raises:
@@ -97,7 +99,7 @@ class ShardReader:
         """
         self._restore(_NOTHING, _spans(ranges))
 
-    def copy(self, pieces: Sequence[tuple[int, int, int]]) -> None:
+    def copy(self, pieces: Sequence[tuple[int, int, int]] | Table) -> None:
         """Copy out, each unit checked once more right before.
 
         Args:
@@ -106,9 +108,10 @@ class ShardReader:
         Raises:
             ShardCorrupt: With the units that differ. Some destinations may be filled then.
         """
-        ordered = sorted(pieces, key=lambda piece: piece[1])
-        ranges = ((offset, offset + size) for _, offset, size in ordered)
-        self._restore(Pieces(ordered), _spans(ranges))
+        table = _table(pieces, 3)
+        for rows in _apart(table[numpy.argsort(table[:, 1], kind="stable")]):
+            ranges = numpy.stack([rows[:, 1], rows[:, 1] + rows[:, 2]], axis=1)
+            self._restore(Pieces(rows), _spans(ranges))
 
     def size(self, first: int, count: int) -> int:
         """How many bytes these units have: the last one of an image may not be whole."""
@@ -156,7 +159,7 @@ class ShardReader:
             raise self.corrupt(bad)
 
 
-def units_read(ranges: Iterable[Range], image_bytes: int) -> list[range]:
+def units_read(ranges: Iterable[Range] | Table, image_bytes: int) -> list[range]:
     """All units that `ShardReader` looks at for these ranges, and more: whole blocks, ascending."""
     units = unit_count(image_bytes)
     blocks = {span.start // _BLOCK_UNITS for span in _spans(ranges)}
@@ -166,23 +169,58 @@ def units_read(ranges: Iterable[Range], image_bytes: int) -> list[range]:
     ]
 
 
+def units_of(ranges: Iterable[Range] | Table, image_bytes: int) -> list[range]:
+    """All units that `ShardReader` looks at for these ranges, and no others, ascending."""
+    found: list[range] = []
+    for span in _spans(ranges):
+        assert span.stop <= unit_count(image_bytes)
+        if found and found[-1].stop == span.start:
+            span = range(found.pop().start, span.stop)
+        found.append(span)
+    return found
+
+
 _NOTHING = Pieces(())
 
 
-def _spans(ranges: Iterable[Range]) -> list[range]:
+def _table(rows: Iterable[Sequence[int]] | Table, columns: int) -> Table:
+    if isinstance(rows, numpy.ndarray):
+        return rows
+    return numpy.array(list(rows), dtype=numpy.int64).reshape(-1, columns)
+
+
+def _apart(rows: Table) -> Iterator[Table]:
+    """Rows ascending by offset, in groups in which none overlaps another: mostly one."""
+    rows = rows[rows[:, 2] > 0]
+    while len(rows):
+        ends = rows[:, 1] + rows[:, 2]
+        if (ends[:-1] <= rows[1:, 1]).all():
+            yield rows
+            return
+        end, chosen = 0, numpy.zeros(len(rows), dtype=bool)
+        for index, (offset, stop) in enumerate(
+            zip(rows[:, 1].tolist(), ends.tolist(), strict=True)
+        ):
+            if offset >= end:
+                chosen[index], end = True, stop
+        yield rows[chosen]
+        rows = rows[~chosen]
+
+
+def _spans(ranges: Iterable[Range] | Table) -> list[range]:
     """The units that hold a byte of these ranges, ascending, none of them across two blocks."""
-    spans: list[range] = []
-    for start, stop in sorted((start, stop) for start, stop in ranges if start < stop):
-        first, last = start // UNIT_BYTES, (stop - 1) // UNIT_BYTES + 1
-        if spans:
-            first = max(first, spans[-1].stop)
-        while first < last:
-            border = (first // _BLOCK_UNITS + 1) * _BLOCK_UNITS
-            if spans and spans[-1].stop == first and first % _BLOCK_UNITS:
-                first = spans.pop().start
-            spans.append(range(first, min(last, border)))
-            first = border
-    return spans
+    table = _table(ranges, 2)
+    table = table[table[:, 0] < table[:, 1]]
+    if not len(table):
+        return []
+    first, last = table[:, 0] // UNIT_BYTES, (table[:, 1] - 1) // UNIT_BYTES + 1
+    length = int(last.max()) + 1
+    change = numpy.bincount(first, minlength=length) - numpy.bincount(last, minlength=length)
+    units = numpy.flatnonzero(numpy.cumsum(change))
+    breaks = numpy.flatnonzero((numpy.diff(units) != 1) | (units[1:] % _BLOCK_UNITS == 0)) + 1
+    begins = [0, *breaks.tolist()]
+    ends = [*breaks.tolist(), len(units)]
+    return [range(int(units[a]), int(units[b - 1]) + 1) for a, b in zip(begins, ends, strict=True)]
 
 
 class _Mapped:

@@ -133,6 +133,16 @@ class Tensor:
         return self.first.global_shape
 
     @property
+    def elements(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether some rank has a part of it only."""
+        return any(leaf.block is not None for leaf in self.leaves[min(self.leaves)])
+
+    @property
     def is_divergent(self) -> bool:
         """Whether ranks have states of their own of it, which must not be merged."""
         if self._divergent is None:
@@ -176,6 +186,10 @@ class Tensor:
             FormatInvalid: If some of its bytes are held by nobody; they are named.
         """
         itemsize = element_bytes(self.dtype)
+        for leaf in self.leaves.get(own_rank, ()):
+            size = leaf.held_bytes
+            if size == leaf.whole_bytes and box_of(leaf) == wanted:
+                return {own_rank: numpy.array([[0, leaf.offset, size]])} if size else {}
         found: dict[int, list[Rows]] = defaultdict(list)
         covered = 0
         missing: list[str] = []

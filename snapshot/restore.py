@@ -1,19 +1,20 @@
 """Filling live tensors from the shards of one snapshot.
 
 Owns the way from located copies to the tensors that want their bytes: which rank's shard gives
-which range, what travels through `snapshot/device_fill.py`, and the tensors that no flat copy can
-fill. Promises that `verify` has seen every byte that `run` will use, that a byte reaches a tensor
-only after the digest of its unit matched, and that every wanted byte is written or an error is
-raised. Does not choose the copy (the agent does), and does not know modules or optimizers (the
-client does).
+which range (the arithmetic is in `snapshot/reshard.py`), what travels through
+`snapshot/device_fill.py`, and the tensors that no flat copy can fill. Promises that `verify` has
+seen every byte that `run` will use, that a byte reaches a tensor only after the digest of its unit
+matched, and that every wanted byte is written or an error is raised. Does not choose the copy (the
+agent does), and does not know modules or optimizers (the client does).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
+import numpy
 import torch
 
 from everstep.proto.errors import StateMismatch
@@ -21,35 +22,65 @@ from everstep.proto.failpoint import failpoint
 from everstep.snapshot.accelerator import Accelerator
 from everstep.snapshot.capture import dtype_name
 from everstep.snapshot.device_fill import DeviceFill, Pinned
-from everstep.snapshot.layout import Leaf
-from everstep.snapshot.reading import Range, Shard, ShardReader
-from everstep.snapshot.replicas import gather
+from everstep.snapshot.reading import Shard, ShardReader, units_of
+from everstep.snapshot.reshard import Box, Holdings, Rows, Tensor
 from everstep.snapshot.restore_cuda import accelerator
 from everstep.snapshot.ring_pump import Row
 
-__all__ = ["Restoration", "Shard", "Wanted"]
+__all__ = ["Need", "Restoration", "Shard", "Wanted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What will be wanted of a tensor, before there is a tensor that takes it.
+
+    Attributes:
+        name: The tensor's, or another name of it.
+        box: Which part; None: all of it.
+        device: Where it will be wanted, if that is known, and not the CPU.
+        rank: Whose, where ranks differ; None: this rank's.
+    """
+
+    name: str
+    box: Box | None = None
+    device: torch.device | None = None
+    rank: int | None = None
 
 
 @dataclass(slots=True)
 class Wanted:
-    """A leaf that somebody wants, and the tensor that takes it."""
+    """A part of a tensor that somebody wants, and the memory that takes it.
+
+    Attributes:
+        name: The saved tensor's, or another name of it.
+        tensor: As large as the part.
+        box: Which part; None: all of it.
+        rank: Whose, where ranks differ; None: this rank's.
+        cast: Whether `tensor` may have another dtype: values are converted as they are copied.
+    """
 
     name: str
     tensor: torch.Tensor
+    box: Box | None = None
+    rank: int | None = None
+    cast: bool = False
 
 
 class Restoration:
-    """Copies wanted leaves out of the shards of one snapshot. Use as a context manager.
+    """Copies what is wanted out of the shards of one snapshot. Use as a context manager.
 
     Args:
-        shards: All ranks' shards of the snapshot, by rank.
-        rank: Whose private leaves are wanted.
+        shards: All ranks' shards of the snapshot, by rank. Where the path is empty, the bytes are
+            not on this host: see `absent` and `locate`.
+        rank: Who restores. It may be of another world than the shards: then it has none.
         executor: Spreads the work, which runs without the GIL, over its threads.
         pinned: Tells what lies in pinned memory of this process already.
         accelerators: Gives the way to a device, or None if bytes go there through torch.
+        holdings: What the shards hold, if that is known already.
 
     Attributes:
         problem: Why bytes could not travel to a device at once, if the device was the reason.
+        moved_bytes: How many bytes `run` has copied.
     """
 
     def __init__(
@@ -60,23 +91,22 @@ class Restoration:
         *,
         pinned: Pinned | None = None,
         accelerators: Callable[[torch.device], Accelerator | None] = accelerator,
+        holdings: Holdings | None = None,
     ) -> None:
         self.problem = ""
+        self.moved_bytes = 0
         self._pinned = pinned
         self._accelerators = accelerators
-        self._shards = shards
+        self._shards = dict(shards)
         self._rank = rank
         self._executor = executor
-        self._leaves = {
-            holder: {leaf.name: leaf for leaf in shard.layout.leaves}
-            for holder, shard in shards.items()
-        }
-        self._pieces: dict[int, list[Row]] = {}
+        self._holdings = holdings or Holdings({r: shard.layout for r, shard in shards.items()})
+        self._pieces: dict[int, list[Rows]] = {}
         self._sent: dict[torch.device, dict[int, list[Row]]] = {}
         self._fills: dict[torch.device, DeviceFill | None] = {}
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._planned: dict[str, torch.Tensor] = {}
+        self._planned: dict[tuple[str, Box, int], torch.Tensor] = {}
         self._readers: dict[int, ShardReader] = {}
         self._stack = ExitStack()
 
@@ -91,41 +121,61 @@ class Restoration:
     ) -> None:
         self._stack.close()
 
-    def verify(
-        self, names: Iterable[str], devices: Mapping[str, torch.device] | None = None
-    ) -> None:
-        """Check every unit that holds a byte of these leaves; touch no tensor.
+    def absent(self, needs: Iterable[Need]) -> dict[int, list[range]]:
+        """The units that must be brought to this host first, of shards that have no path here.
 
-        Args:
-            names: Of the leaves.
-            devices: Where those leaves will be wanted that are not wanted on the CPU, as far as
-                that is known. They travel there now, once, if there is room.
+        Raises:
+            FormatInvalid: If the shards do not hold every byte.
+        """
+        wanted: dict[int, list[Rows]] = {}
+        for tensor, need, box in self._asked(needs):
+            for holder, rows in tensor.rows(box, self._own(need.rank)).items():
+                if not self._shards[holder].path:
+                    wanted.setdefault(holder, []).append(rows)
+        return {
+            holder: units_of(_ranges(parts), self._shards[holder].record.image_bytes)
+            for holder, parts in wanted.items()
+        }
+
+    def locate(self, rank: int, path: str, offset: int, level: str) -> None:
+        """Say where a shard is whose units were brought here."""
+        self._shards[rank] = replace(self._shards[rank], path=path, offset=offset, level=level)
+
+    def verify(self, needs: Iterable[Need]) -> None:
+        """Check every unit that holds a needed byte; touch no tensor.
+
+        What is wanted on a device travels there now, once, if there is room.
 
         Raises:
             ShardCorrupt: If a unit does not match its digest.
             FormatInvalid: If a file is too short, or the shards do not hold every byte.
         """
-        on_host: dict[int, list[Range]] = {}
-        on_device: dict[DeviceFill, dict[int, list[Range]]] = {}
-        for leaf, device in self._bound_for(names, devices or {}).values():
-            fill = None if device is None else self._fill_for(device)
+        on_host: dict[int, list[Rows]] = {}
+        on_device: dict[DeviceFill, dict[int, list[Rows]]] = {}
+        for tensor, need, box in self._asked(needs):
+            fill = None if need.device is None else self._fill_for(need.device)
             ranges = on_host if fill is None else on_device.setdefault(fill, {})
-            for holder, offset, _, size in self._sources(leaf):
-                ranges.setdefault(holder, []).append((offset, offset + size))
+            for holder, rows in tensor.rows(box, self._own(need.rank)).items():
+                ranges.setdefault(holder, []).append(rows)
         for fill, ranges in on_device.items():
-            if not fill.stage(ranges):
+            if not fill.stage({holder: _ranges(rows).tolist() for holder, rows in ranges.items()}):
                 self.problem = self.problem or fill.problem
-                for holder, wanted in ranges.items():
-                    on_host.setdefault(holder, []).extend(wanted)
-        for holder, wanted in on_host.items():
-            unchecked = [part for part in wanted if not self._is_staged(holder, part)]
-            self._reader(holder).verify(unchecked)
+                for holder, found in ranges.items():
+                    on_host.setdefault(holder, []).extend(found)
+        for holder, found in on_host.items():
+            ranges_ = _ranges(found)
+            if self._fills:
+                ranges_ = numpy.array(
+                    [part for part in ranges_.tolist() if not self._is_staged(holder, part)],
+                    dtype=numpy.int64,
+                ).reshape(-1, 2)
+            self._reader(holder).verify(ranges_)
 
     def plan(self, wanted: Sequence[Wanted]) -> None:
-        """Say which tensor takes which leaf.
+        """Say which tensor takes what.
 
         Raises:
-            StateMismatch: If dtype or shape of a tensor are not those of its leaf.
+            StateMismatch: If dtype or shape of a tensor are not those of the part.
             FormatInvalid: If the shards do not hold every byte.
         """
         for item in wanted:
@@ -140,15 +190,27 @@ class Restoration:
             DeviceFailure: If a device fails. The same goes for it.
         """
         for holder, pieces in self._pieces.items():
-            self._reader(holder).copy(pieces)
+            rows = numpy.concatenate(pieces)
+            self.moved_bytes += int(rows[:, 2].sum())
+            self._reader(holder).copy(rows)
         for device, wanted in self._sent.items():
             fill = self._fills[device]
             assert fill is not None
+            self.moved_bytes += sum(size for rows in wanted.values() for _, _, size in rows)
             _send(fill, wanted)
         failpoint("client.restore.copied")
         with torch.no_grad():
             for tensor, staged in [*self._staged, *self._copies]:
                 _fill(tensor, staged)
+
+    @property
+    def read_from(self) -> set[int]:
+        """The ranks whose shards were read."""
+        sent = (holder for wanted in self._sent.values() for holder in wanted)
+        return {*self._pieces, *self._readers, *sent}
+
+    def _own(self, rank: int | None) -> int:
+        return self._rank if rank is None else rank
 
     def _reader(self, holder: int) -> ShardReader:
         if holder not in self._readers:
@@ -166,68 +228,64 @@ class Restoration:
             self._fills[device] = fill
         return self._fills[device]
 
-    def _is_staged(self, holder: int, part: Range) -> bool:
+    def _is_staged(self, holder: int, part: Sequence[int]) -> bool:
         """Whether the units of a range were checked on a device, for what lies beside it."""
         fills = filter(None, self._fills.values())
         return any(fill.staged_rows(0, holder, part[0], part[1] - part[0]) for fill in fills)
 
-    def _bound_for(
-        self, names: Iterable[str], devices: Mapping[str, torch.device]
-    ) -> dict[str, tuple[Leaf, torch.device | None]]:
-        """Each leaf once, with the first device where one of its names is wanted."""
-        bound: dict[str, tuple[Leaf, torch.device | None]] = {}
-        for name in names:
-            leaf = self._leaf(name)
-            if leaf is not None and bound.get(leaf.name, (leaf, None))[1] is None:
-                bound[leaf.name] = leaf, devices.get(name)
-        return bound
-
-    def _leaf(self, name: str) -> Leaf | None:
-        aliases = self._shards[self._rank].layout.aliases
-        return self._leaves[self._rank].get(aliases.get(name, name))
+    def _asked(self, needs: Iterable[Need]) -> list[tuple[Tensor, Need, Box]]:
+        """Each part of a tensor once, with the first device where it is wanted."""
+        asked: dict[tuple[str, Box, int], tuple[Tensor, Need, Box]] = {}
+        for need in needs:
+            tensor = self._holdings.find(need.name)
+            if tensor is None or not tensor.elements:
+                continue
+            box = need.box or Box.whole(tensor.shape)
+            key = (tensor.name, box, self._own(need.rank))
+            if key not in asked or asked[key][1].device is None:
+                asked[key] = tensor, need, box
+        return list(asked.values())
 
     def _plan_one(self, item: Wanted) -> None:
-        leaf = self._leaf(item.name)
-        if leaf is None:
+        saved = self._holdings.find(item.name)
+        if saved is None:
             raise StateMismatch("a leaf is not in the snapshot.", missing=(item.name,))
+        box = item.box or Box.whole(saved.shape)
         tensor = item.tensor
-        if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (leaf.dtype, leaf.shape):
-            saved = f"{leaf.dtype}{list(leaf.shape)}"
+        same_type = dtype_name(tensor.dtype) == saved.dtype
+        if not (same_type or item.cast) or tuple(tensor.shape) != box.shape:
             attached = f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
-            change = f"{item.name}: {saved} -> {attached}"
+            change = f"{item.name}: {saved.dtype}{list(box.shape)} -> {attached}"
             raise StateMismatch("a leaf has another form.", reshaped=(change,))
-        first = self._planned.get(leaf.name)
+        key = (saved.name, box, self._own(item.rank))
+        first = self._planned.get(key)
         if first is not None:
             if first.data_ptr() != tensor.data_ptr() or first.stride() != tensor.stride():
                 self._copies.append((tensor, first))
             return
-        self._planned[leaf.name] = target = tensor
+        self._planned[key] = target = tensor
         fill = self._fill_for(tensor.device)
         reached = fill is not None or tensor.device.type == "cpu"
-        if not reached or not _is_flat(tensor):
+        if not reached or not same_type or not _is_flat(tensor):
             where = tensor.device if reached else None
-            target = torch.empty(tensor.shape, dtype=tensor.dtype, device=where)
+            dtype = tensor.dtype if same_type else getattr(torch, saved.dtype)
+            target = torch.empty(tensor.shape, dtype=dtype, device=where)
             self._staged.append((tensor, target))
-        pieces = self._pieces if fill is None else self._sent.setdefault(tensor.device, {})
-        for holder, offset, start, size in self._sources(leaf):
-            pieces.setdefault(holder, []).append((target.data_ptr() + start, offset, size))
-
-    def _sources(self, leaf: Leaf) -> Iterator[tuple[int, int, int, int]]:
-        """(rank, offset in its image, offset in the leaf, bytes) of what makes up a leaf."""
-        if not leaf.whole_bytes:
+        if not saved.elements:
             return
-        holders = {
-            holder: [(leaves[leaf.name].start, leaves[leaf.name].stop)]
-            for holder, leaves in self._leaves.items()
-            if leaf.name in leaves
-            and leaves[leaf.name].held_bytes
-            and (holder == self._rank or (leaf.replicated and leaves[leaf.name].replicated))
-        }
-        for holder, start, stop in gather(
-            leaf.name, leaf.whole_bytes, holders, own_rank=self._rank
-        ):
-            held = self._leaves[holder][leaf.name]
-            yield holder, held.offset + start - held.start, start, stop - start
+        begin = numpy.array([target.data_ptr(), 0, 0])
+        for holder, rows in saved.rows(box, self._own(item.rank)).items():
+            if fill is None:
+                self._pieces.setdefault(holder, []).append(rows + begin)
+            else:
+                sent = self._sent.setdefault(tensor.device, {}).setdefault(holder, [])
+                sent += map(tuple, (rows + begin).tolist())
+
+
+def _ranges(parts: Sequence[Rows]) -> Rows:
+    """(from, to) in the image, of runs."""
+    rows = numpy.concatenate(parts)
+    return numpy.stack([rows[:, 1], rows[:, 1] + rows[:, 2]], axis=1)
 
 
 def _send(fill: DeviceFill, wanted: Mapping[int, Sequence[Row]]) -> None:

@@ -32,6 +32,7 @@ CONFINED = {
         "snapshot/device.py",
         "snapshot/device_part.py",
         "snapshot/device_capture.py",
+        "snapshot/placement.py",
         "kernels/*_triton.py",
     ),
     "torchdata": ("client/*",),

@@ -19,7 +19,9 @@ from torch import nn, optim
 
 from everstep.client import rng
 from everstep.client.attachment import attachment, collect
-from everstep.client.loading import Saved, check
+from everstep.client.loading import check
+from everstep.client.saved import Saved
+from everstep.client.terms import Terms
 from everstep.kernels import xxh3_triton
 from everstep.kernels.cuda_runtime import CudaRuntime
 from everstep.proto.errors import ShardCorrupt
@@ -151,18 +153,18 @@ def write(trainer: Trainer, path: Path, level: str) -> Written:
         values=[Value(path=name, json=json) for name, json in collected.values],
     )
     shard = Shard(0, str(path), OFFSET, layout, record, level)
-    return Written(shard, layout, Saved.of(layout, record))
+    return Written(shard, layout, Saved.of({0: layout}, {0: record}, 0))
 
 
 def load(trainer: Trainer, written: Written, pinned: Pinned | None = None) -> str:
     """As `client/restoring.py` does; returns the problem, if any."""
-    plan = check(trainer.parts(), written.saved, weights_only=False, force=False)
+    plan = check(trainer.parts(), written.saved, Terms(), 0, 1)
     with (
         torch.no_grad(),
         ThreadPoolExecutor(8) as executor,
         Restoration({0: written.shard}, 0, executor, pinned=pinned) as restoration,
     ):
-        restoration.verify(list(written.saved.forms), plan.devices)
+        restoration.verify(plan.needs)
         restoration.plan(plan.prepare())
         restoration.run()
         plan.finish()

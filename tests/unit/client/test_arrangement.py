@@ -104,7 +104,7 @@ def test_a_form_that_fitted_is_looked_at_again_only_after_a_doubt(
     plan: Any = None
     arranger, session = Arranger(channel, 1.0, 1.0), wire.Session()
     known, equal = Collected(), Collected()
-    current = Arrangement(plan, mapping, ((), (), frozenset(), ()), None, (), b"")
+    current = Arrangement(plan, mapping, ((), (), (), (), frozenset(), ()), None)
     arranger._current = current
     for collected in (known, known, equal, known):
         assert arranger.arrange(session, [], collected, 1) is current

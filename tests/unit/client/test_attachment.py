@@ -240,15 +240,16 @@ def test_replicated_is_what_ddp_keeps_equal() -> None:
     optimizer.step()
     own = {"w": torch.ones(3)}
     parts = attached(model=model, optimizer=optimizer, own=own, per_rank=("own",))
-    assert collect(parts).replicated == set()
-    replicated = collect(parts, frozenset({"model"})).replicated
+    assert collect(parts).groups == {}
+    groups = collect(parts, frozenset({"model"})).groups
     parameters = [name for name, _ in model.named_parameters()]
-    assert replicated == {
+    assert set(groups.values()) == {()}
+    assert set(groups) == {
         *(f"model/{name}" for name in parameters),
         *(f"optimizer/state/model.{name}/momentum_buffer" for name in parameters),
     }
     per_rank = attached(model=model, optimizer=optimizer, per_rank=("model", "optimizer"))
-    assert collect(per_rank, frozenset({"model"})).replicated == set()
+    assert collect(per_rank, frozenset({"model"})).groups == {}
 
 
 def test_small_tensors_of_stateful_objects_are_values() -> None:

@@ -9,7 +9,9 @@ from torch import nn, optim
 
 from everstep.client import scaling
 from everstep.client.attachment import attachment, collect
-from everstep.client.loading import Form, Loading, Saved, _merge, check
+from everstep.client.loading import Loading, _merge, check
+from everstep.client.saved import Form, Saved
+from everstep.client.terms import Terms
 from everstep.proto.errors import StateMismatch
 from everstep.proto.state_pb2 import Record, Value
 from everstep.snapshot.capture import dtype_name, value_bytes
@@ -37,11 +39,10 @@ class Snapshot:
             [part.part for part in parts.values()], specs, collected.aliases, collected.containers
         )
         record = Record(values=[Value(path=path, json=json) for path, json in collected.values])
-        self.saved = Saved.of(layout, record)
+        self.saved = Saved.of({0: layout}, {0: record}, 0)
 
     def plan(self, objects: Objects, **options: bool) -> Loading:
-        chosen = {"weights_only": False, "force": False, **options}
-        return check(attached(objects), self.saved, **chosen)
+        return check(attached(objects), self.saved, Terms(**options), 0, 1)
 
     def load(self, objects: Objects, **options: bool) -> None:
         """As the client does, but for the reading."""
@@ -183,10 +184,11 @@ def test_moments_are_made_where_their_parameters_are() -> None:
     plan = check(
         attached({"optimizer": fresh, "model": elsewhere, "tree": {"x": torch.ones(1)}}),
         snapshot.saved,
-        weights_only=False,
-        force=False,
+        Terms(),
+        0,
+        1,
     )
-    found = {name: device.type for name, device in plan.devices.items()}
+    found = {need.name: need.device.type if need.device else "cpu" for need in plan.needs}
     state = "optimizer/state/model"
     assert {name: found[name] for name in found if name.startswith(f"{state}.bias")} == {
         f"{state}.bias/exp_avg": "meta",

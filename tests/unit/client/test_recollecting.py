@@ -105,7 +105,8 @@ def described(collected: Collected) -> object:
         list(collected.containers.items()),
         list(collected.aliases.items()),
         collected.guarded,
-        collected.replicated,
+        collected.groups,
+        collected.blocks,
     )
 
 

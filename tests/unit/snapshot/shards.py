@@ -1,6 +1,6 @@
 """Shards of a few tensors, as files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,8 +11,13 @@ from everstep.snapshot.capture import Capture, CapturePlan, dtype_name, value_by
 from everstep.snapshot.layout import LeafSpec, Part, pack
 from everstep.snapshot.reading import Shard
 from everstep.snapshot.replicas import share
+from everstep.snapshot.restore import Need
 
 Tensors = dict[str, torch.Tensor]
+
+
+def needs(names: Iterable[str], devices: Mapping[str, torch.device] | None = None) -> list[Need]:
+    return [Need(name, device=(devices or {}).get(name)) for name in names]
 
 
 def bits(tensor: torch.Tensor) -> bytes:

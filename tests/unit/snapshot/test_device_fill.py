@@ -18,7 +18,7 @@ from everstep.snapshot.restore import Restoration, Wanted
 from everstep.snapshot.stretches import Stretch
 
 from .fake_accelerator import FakeAccelerator
-from .shards import Folder, Tensors, bits, flip, some
+from .shards import Folder, Tensors, bits, flip, needs, some
 
 CPU = torch.device("cpu")
 KINDS = {
@@ -55,7 +55,7 @@ def restore(
             shards, rank, executor, pinned=pinned, accelerators=lambda _: device
         ) as restoration,
     ):
-        restoration.verify(wanted, devices)
+        restoration.verify(needs(wanted, devices))
         assert all(not tensor.any() for tensor in wanted.values())
         restoration.plan([Wanted(name, tensor) for name, tensor in wanted.items()])
         restoration.run()
@@ -86,7 +86,7 @@ def test_without_threads(folder: Folder, device: FakeAccelerator) -> None:
     live = zeros(tensors)
     shard = folder.shard(tensors)
     with Restoration({0: shard}, 0, accelerators=lambda _: device) as restoration:
-        restoration.verify(live, dict.fromkeys(live, CPU))
+        restoration.verify(needs(live, dict.fromkeys(live, CPU)))
         restoration.plan([Wanted(name, tensor) for name, tensor in live.items()])
         restoration.run()
     assert same(live, tensors)
@@ -163,7 +163,7 @@ def test_what_is_overwritten_after_the_check(folder: Folder, device: FakeAcceler
     live = zeros(tensors)
     shard = folder.shard(tensors)
     with Restoration({0: shard}, 0, accelerators=lambda _: device) as restoration:
-        restoration.verify(["t/x"], {"t/x": CPU})
+        restoration.verify(needs(["t/x"], {"t/x": CPU}))
         damage(shard, "t/x", live["t/x"].nbytes - 1)
         restoration.plan([Wanted("t/x", live["t/x"])])
         if device._room > UNIT_BYTES:
@@ -204,7 +204,7 @@ def test_what_changes_on_the_way_is_not_blamed_on_the_shard(folder: Folder) -> N
     device.disturb = True
     tensors = {"t/x": torch.randn(20 * UNIT_BYTES // 4)}
     with Restoration({0: folder.shard(tensors)}, 0, accelerators=lambda _: device) as restoration:
-        restoration.verify(["t/x"], {"t/x": CPU})
+        restoration.verify(needs(["t/x"], {"t/x": CPU}))
         assert "otherwise than they are in memory" in restoration.problem
         device.disturb = False
         live = zeros(tensors)
@@ -219,7 +219,7 @@ def test_a_device_that_fails_while_staging(folder: Folder) -> None:
     tensors = some()
     live = zeros(tensors)
     with Restoration({0: folder.shard(tensors)}, 0, accelerators=lambda _: device) as restoration:
-        restoration.verify(live, dict.fromkeys(live, CPU))
+        restoration.verify(needs(live, dict.fromkeys(live, CPU)))
         assert restoration.problem == "refused"
         device.copies_left = 1 << 30
         restoration.plan([Wanted(name, tensor) for name, tensor in live.items()])
@@ -394,7 +394,7 @@ def test_a_device_that_fails_among_pinned_copies(folder: Folder, small: None) ->
     with Restoration(
         {0: shard}, 0, pinned=arena.pinned, accelerators=lambda _: device
     ) as restoration:
-        restoration.verify(live, dict.fromkeys(live, CPU))
+        restoration.verify(needs(live, dict.fromkeys(live, CPU)))
         assert restoration.problem == "refused"
         assert not device.staging
         device.copies_left = 1 << 30

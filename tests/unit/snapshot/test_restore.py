@@ -12,7 +12,7 @@ from everstep.proto.ids import UNIT_BYTES
 from everstep.snapshot.reading import Shard
 from everstep.snapshot.restore import Restoration, Wanted
 
-from .shards import Folder, Tensors, bits, flip, some
+from .shards import Folder, Tensors, bits, flip, needs, some
 
 
 @pytest.fixture(params=["memory", "nvme"])
@@ -22,7 +22,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 
 def restore(shards: Mapping[int, Shard], wanted: Tensors, rank: int = 0) -> None:
     with ThreadPoolExecutor(2) as executor, Restoration(shards, rank, executor) as restoration:
-        restoration.verify(wanted)
+        restoration.verify(needs(wanted))
         restoration.plan([Wanted(name, tensor) for name, tensor in wanted.items()])
         restoration.run()
 
@@ -116,7 +116,7 @@ def test_a_bit_that_flips_after_the_check_reaches_no_tensor(folder: Folder) -> N
     live = torch.zeros_like(tensors["t/x"])
     shard = folder.shard(tensors)
     with Restoration({0: shard}, 0) as restoration:
-        restoration.verify(["t/x"])
+        restoration.verify(needs(["t/x"]))
         (leaf,) = shard.layout.leaves
         flip(shard, leaf.offset + leaf.held_bytes - 1)
         restoration.plan([Wanted("t/x", live)])

@@ -1,0 +1,165 @@
+"""Where the local part of a distributed tensor lies in the whole.
+
+Owns the reading of DTensor: its local memory, the boxes of the global tensor that this is, and the
+ranks that hold the same. Promises that nothing is communicated, and that every mesh and placement
+is understood or refused by name: uneven, empty and padded shards, several mesh dimensions on one
+dimension of the tensor, and strided shards (FSDP over tensor parallelism), which may be several
+boxes. Does not import `torch.distributed` unless somebody has made a distributed tensor.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from everstep.proto.errors import NotCapturable
+from everstep.snapshot.reshard import Box
+
+_MODULE = "torch.distributed.tensor"
+Intervals = list[tuple[int, int]]
+"""(from, to) each, ascending: of one dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """A box of a global tensor, and its memory here."""
+
+    tensor: torch.Tensor
+    box: Box
+
+
+def is_distributed(tensor: object) -> bool:
+    """Whether it is a DTensor."""
+    module = sys.modules.get(_MODULE)
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory that this rank has of a tensor: all of it, unless it is distributed."""
+    if type(tensor) is torch.Tensor or not is_distributed(tensor):
+        return tensor
+    local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    return local
+
+
+def portions(name: str, tensor: torch.Tensor) -> list[Portion]:
+    """The boxes that this rank holds of a tensor; one, for all but strided shards.
+
+    Raises:
+        NotCapturable: If mesh, placements and local shape contradict each other, or values are not
+            reduced yet.
+    """
+    local = local_of(tensor)
+    if local is tensor:
+        return [Portion(tensor, Box.whole(tensor.shape))]
+    along = _intervals(name, tensor)
+    found = []
+    starts = [itertools.accumulate((b - a for a, b in cut), initial=0) for cut in along]
+    places = [list(zip(cut, start, strict=False)) for cut, start in zip(along, starts, strict=True)]
+    for pieces in itertools.product(*places):
+        part = local
+        for dimension, ((begin, end), at) in enumerate(pieces):
+            if end - begin != local.shape[dimension]:
+                part = part.narrow(dimension, at, end - begin)
+        box = Box(tuple(c[0] for c, _ in pieces), tuple(c[1] - c[0] for c, _ in pieces))
+        found.append(Portion(part, box))
+    return found
+
+
+def group_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The ranks that hold the same as this one, ascending; none if it is not distributed."""
+    if not is_distributed(tensor):
+        return ()
+    mesh, placements = _spec(tensor)
+    ranks = mesh.mesh
+    for dimension, placement in reversed(list(enumerate(placements))):
+        if not placement.is_replicate():
+            ranks = ranks.select(dimension, mesh.get_coordinate()[dimension])
+    return tuple(sorted(ranks.flatten().tolist()))
+
+
+def mesh_ranks(tensor: torch.Tensor) -> tuple[int, ...]:
+    """All ranks that a distributed tensor is spread over, ascending."""
+    mesh, _ = _spec(tensor)
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
+
+
+def like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A tensor placed as another one, with local memory of its own."""
+    mesh, placements = _spec(tensor)
+    made: torch.Tensor = sys.modules[_MODULE].DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+    return made
+
+
+def _spec(tensor: Any) -> tuple[Any, Sequence[Any]]:
+    return tensor.device_mesh, tensor.placements
+
+
+def _intervals(name: str, tensor: torch.Tensor) -> list[Intervals]:
+    """By dimension, which indices of the global tensor this rank has."""
+    mesh, placements = _spec(tensor)
+    coordinate = mesh.get_coordinate()
+    local = local_of(tensor)
+    if coordinate is None:  # not of this mesh: it holds nothing
+        return [[(0, 0)] for _ in tensor.shape]
+    if len(placements) != mesh.ndim:
+        raise _mismatch(name, f"{len(placements)} placements on a mesh of {mesh.ndim} dimensions")
+    along: list[Intervals] = [[(0, length)] for length in tensor.shape]
+    for dimension, placement in enumerate(placements):
+        if placement.is_partial():
+            detail = "a partial sum, whose value no rank has; redistribute it first"
+            raise NotCapturable(name, type(tensor).__name__, detail)
+        at = getattr(placement, "dim", None)
+        if at is None or placement.is_replicate():
+            continue
+        if at >= len(along):
+            raise _mismatch(name, f"{placement} of a tensor of {len(along)} dimensions")
+        pieces = getattr(placement, "split_factor", 1)
+        along[at] = _share(along[at], mesh.size(dimension), coordinate[dimension], pieces)
+    shape = tuple(sum(b - a for a, b in cut) for cut in along)
+    if shape != tuple(local.shape):
+        raise _mismatch(name, f"a local shape of {list(local.shape)} where {list(shape)} belongs")
+    return along
+
+
+def _mismatch(name: str, what: str) -> NotCapturable:
+    return NotCapturable(name, "DTensor", f"its mesh does not match its placements: {what}")
+
+
+def _share(held: Intervals, ranks: int, rank: int, pieces: int) -> Intervals:
+    """What one of the ranks gets of the indices: as `torch.chunk` deals, in each of the pieces
+    that were dealt before (strided), which is one unless a later mesh dimension deals first."""
+    length = sum(b - a for a, b in held)
+    found: Intervals = []
+    for begin, end in _dealt(0, length, pieces):
+        chunks = list(_dealt(begin, end, ranks))
+        found += _cut(held, *chunks[rank])
+    kept = [(a, b) for a, b in found if a < b]
+    joined: Intervals = []
+    for a, b in kept:
+        if joined and joined[-1][1] == a:
+            a = joined.pop()[0]
+        joined.append((a, b))
+    return joined or [(held[-1][1], held[-1][1]) if held else (0, 0)]
+
+
+def _dealt(begin: int, end: int, count: int) -> Iterator[tuple[int, int]]:
+    size = -(-(end - begin) // count)
+    for index in range(count):
+        yield min(begin + index * size, end), min(begin + (index + 1) * size, end)
+
+
+def _cut(held: Intervals, begin: int, end: int) -> Intervals:
+    """The indices at positions `begin` to `end` of those held."""
+    found, at = [], 0
+    for a, b in held:
+        first, last = max(begin, at), min(end, at + b - a)
+        if first < last:
+            found.append((a + first - at, a + last - at))
+        at += b - a
+    return found
