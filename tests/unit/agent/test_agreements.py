@@ -106,9 +106,11 @@ def test_the_oldest_of_too_many_groups_is_forgotten(known: Agreements) -> None:
     for group in groups:
         group.says(0, 1)
         assert group.says(group.participants[1], 1) == (0, 1, 2)
-    assert groups[0].says(0, 2) is None, "used again: it is not the oldest any more"
+    for group in groups[1::-1]:
+        assert group.says(0, 2) is None, "used again: it is not the oldest any more"
+    assert [group.names for group in groups] == [NAMES] * GROUPS_A_RANK
     Group(known, 0, 1).says(0, 1)
-    assert [group.names for group in groups[:3]] == [NAMES, None, NAMES]
+    assert [group.names for group in groups[:4]] == [NAMES, NAMES, None, NAMES]
     assert others.names == NAMES, "it has nothing to do with that rank"
     for rank in range(10, 100):
         Group(known, 0, rank).says(0, 1)
