@@ -19,11 +19,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from everstep.client import Client, Limits, Snapshot, Stats, connect
     from everstep.client.adapters.accelerate import AccelerateCheckpointer as AccelerateCheckpointer
+    from everstep.client.adapters.deepspeed import (
+        DeepSpeedCheckpointEngine as DeepSpeedCheckpointEngine,
+    )
     from everstep.client.adapters.huggingface import HuggingFaceCallback as HuggingFaceCallback
     from everstep.client.adapters.lightning import LightningCallback as LightningCallback
 
 _ADAPTERS = {
     "AccelerateCheckpointer": "accelerate",
+    "DeepSpeedCheckpointEngine": "deepspeed",
     "HuggingFaceCallback": "huggingface",
     "LightningCallback": "lightning",
 }
