@@ -23,7 +23,7 @@ from everstep.client.sharing import pointer
 from everstep.client.terms import Terms
 from everstep.proto.errors import Refused, StateMismatch
 from everstep.snapshot.capture import dtype_name
-from everstep.snapshot.placement import is_distributed, portions
+from everstep.snapshot.placement import is_distributed, local_of, portions
 from everstep.snapshot.restore import Need, Wanted
 from everstep.snapshot.tree import join, split
 
@@ -226,7 +226,7 @@ class Problems:
         """What is one tensor now was one at the snapshot, or one of two values would be lost."""
         saved = self.saved
         for name, tensor in live.items():
-            if name not in saved.forms or not tensor.numel():
+            if name not in saved.forms or not local_of(tensor).numel():
                 continue
             first = self.places.setdefault(place(tensor), name)
             if saved.origin(first) != saved.origin(name):
@@ -364,7 +364,7 @@ def _check_tree(
     tensors = {name: form.empty() for name, form in forms.items() if name not in live}
     places: dict[tuple[object, ...], str] = {}
     for name, tensor in live.items():
-        first = places.setdefault(place(tensor), name) if tensor.numel() else name
+        first = places.setdefault(place(tensor), name) if local_of(tensor).numel() else name
         # Two names of one tensor that were two at the snapshot become two again.
         if name in forms:
             tied = saved.origin(first) == saved.origin(name)

@@ -14,6 +14,7 @@ import torch
 
 from everstep.client.attachment import Attachment, grouping, parameters_by_index
 from everstep.client.loading import Loading, Problems, live_tensors
+from everstep.client.resizing import members_of
 from everstep.client.saved import Form
 from everstep.snapshot.placement import is_distributed, like, local_of
 from everstep.snapshot.tree import split
@@ -64,7 +65,8 @@ def _made(
     """Memory for state that the optimizer does not have yet: spread as its parameter is."""
     owner = parameters.get(_owner(name) or "")
     if owner is not None and is_distributed(owner):
-        if form.shape == tuple(owner.shape) and form.shape:
+        # Steps are counted in plain tensors, which a parameter without dimensions looks like.
+        if form.shape == tuple(owner.shape) and split(name)[-1] != "step":
             return like(owner, form.empty_as(local_of(owner)))
         if problems.saved.tensor(name).is_sharded:
             problems.reshaped.append(
@@ -117,7 +119,7 @@ def _check_groups(
     then = [group.get("params") for group in tree["param_groups"]]
     if then == present:
         return
-    by_rank = {tuple(_groups_of(values, part)) for values in saved.values_of(part).values()}
+    by_rank = {members_of(values, part) for values in saved.values_of(part).values()}
     parts_differ = len(by_rank) > 1 or problems.terms.partial or attached.partial
     renamed = bool(problems.terms.rename)
     if (parts_differ or renamed) and len(then) == len(present):
@@ -125,11 +127,6 @@ def _check_groups(
     problems.reshaped.append(
         f"{part}/param_groups: its groups hold other parameters than at the snapshot"
     )
-
-
-def _groups_of(values: Mapping[str, str], part: str) -> list[str]:
-    begin = f"{part}/param_groups"
-    return [json for path, json in values.items() if path.startswith(begin) and "params" in path]
 
 
 def _load(optimizer: torch.optim.Optimizer, tree: dict[str, Any], names: Mapping[int, str]) -> None:

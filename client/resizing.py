@@ -14,12 +14,14 @@ so, and that what was done is told. The rules, for rank r of `world` ranks now:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
-from everstep.client.attachment import Attachment
+from everstep.client.attachment import Attachment, decode_torch_value
 from everstep.client.saved import Saved, differing
 from everstep.client.terms import Terms
-from everstep.proto.errors import StateMismatch
+from everstep.proto.errors import FormatInvalid, StateMismatch
+from everstep.snapshot import values
 
 Reshard = Callable[[list[Any], int, int], Any]
 """`reshard_state_dict(states, rank, world)` of an attached object: from the states that all ranks
@@ -70,7 +72,7 @@ class Resizing:
         if not self.saved.resized:
             return self.saved.values
         by_rank = self.saved.values_of(part)
-        paths = [path for path in differing(by_rank) if not _is_grouping(path, attached)]
+        paths = list(differing({r: _without_members(v, attached) for r, v in by_rank.items()}))
         if not paths:
             return self.saved.values
         rule = self.terms.rule(part)
@@ -107,15 +109,32 @@ class Resizing:
         return reshard(states, self.rank, self.world)
 
 
-def _is_grouping(path: str, attached: Attachment) -> bool:
-    """Whether it says which parameters a group has, which are others on every stage."""
-    is_group = path.startswith(f"{attached.part.name}/param_groups/")
-    return attached.kind == "optimizer" and is_group and path.endswith("/params")
+def members_of(held: Mapping[str, str], part: str) -> tuple[str, ...]:
+    """For each group of an optimizer, which parameters one rank had in it: as a digest."""
+    return tuple(group.get("params", "") for group in _groups(held, part))
+
+
+def _groups(held: Mapping[str, str], part: str) -> list[dict[str, Any]]:
+    json = held.get(f"{part}/param_groups")
+    groups = values.decode(json, hook=decode_torch_value) if json is not None else []
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise FormatInvalid(f"{part}/param_groups", "it is not a list of groups")
+    return groups
+
+
+def _without_members(held: Mapping[str, str], attached: Attachment) -> dict[str, str]:
+    """Values that should be the same on all ranks: stages have other parameters in their groups."""
+    part = attached.part.name
+    if attached.kind != "optimizer" or f"{part}/param_groups" not in held:
+        return dict(held)
+    options = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in _groups(held, part)
+    ]
+    return {**held, f"{part}/param_groups": repr(options)}
 
 
 def derived_seed(record_of: Mapping[str, object], rank: int) -> int:
     """The seed of the generators of a rank that is new: of the snapshot and the rank alone."""
-    from hashlib import blake2b
-
     text = "\n".join([*(f"{key}={value}" for key, value in record_of.items()), f"rank={rank}"])
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
