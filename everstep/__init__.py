@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     )
     from everstep.client.adapters.huggingface import HuggingFaceCallback as HuggingFaceCallback
     from everstep.client.adapters.lightning import LightningCallback as LightningCallback
+    from everstep.client.adapters.torchtitan import (
+        TorchTitanCheckpointManager as TorchTitanCheckpointManager,
+    )
 
 _ADAPTERS = {
     "AccelerateCheckpointer": "accelerate",
     "DeepSpeedCheckpointEngine": "deepspeed",
     "HuggingFaceCallback": "huggingface",
     "LightningCallback": "lightning",
+    "TorchTitanCheckpointManager": "torchtitan",
 }
 """Each imports its host, so they are not in `__all__`: a star would import them."""
 
