@@ -9,8 +9,8 @@ device either, unless a user's own `state_dict` does. The way back is `client/lo
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from everstep.proto.errors import NotCapturable, Refused
 from everstep.snapshot import values
 from everstep.snapshot.capture import check_capturable, dtype_name, value_bytes
 from everstep.snapshot.layout import Block, Part
-from everstep.snapshot.placement import local_of
-from everstep.snapshot.tree import Flat, flatten
+from everstep.snapshot.placement import Extent, Placed, Placement, Spread, local_of
+from everstep.snapshot.tree import Flat, flatten, split
 
 INLINE_BYTES = 64 * 1024
 """Small tensors inside stateful objects (a sampler's generator, say) travel as values: their
@@ -42,6 +42,8 @@ class Attachment:
     """Attached as equal on all ranks."""
     partial: bool = False
     """An optimizer that has the state of some of the parameters, other ranks that of others."""
+    placement: Placement | None = None
+    """Says where plain tensors lie in global ones."""
     outer: Any = None
     """What was attached, if the target is inside of it and it has options of its own."""
 
@@ -88,6 +90,7 @@ def attachment(
     per_rank: bool = False,
     guarded: bool = False,
     replicated: bool = False,
+    placement: Placement | None = None,
 ) -> Attachment:
     """Describe an object by what it offers.
 
@@ -113,7 +116,7 @@ def attachment(
     part = Part(name, kind, class_name, per_rank)
     if kind == "optimizer" and outer is not target:
         return Attachment(part, target, guarded, replicated, partial=True, outer=outer)
-    return Attachment(part, target, guarded, replicated)
+    return Attachment(part, target, guarded, replicated, placement=placement)
 
 
 def unwrapped(target: Any) -> Any:
@@ -182,14 +185,36 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-def parameter_names(attachments: Mapping[str, Attachment]) -> dict[int, str]:
-    """The name of each parameter of the attached modules, by the parameter's id()."""
-    return {
-        id(parameter): f"{name}.{parameter_name}"
-        for name, attached in reversed(list(attachments.items()))
-        if attached.part.kind == "module"
-        for parameter_name, parameter in attached.target.named_parameters()
-    }
+class Names(dict[int, str]):
+    """The names of parameters, by their id().
+
+    Attributes:
+        extents: By name, of those that the user has placed in global tensors.
+        divided: The id() of those that have a part of one only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extents: dict[str, Sequence[Extent]] = {}
+        self.divided: set[int] = set()
+
+
+def parameter_names(attachments: Mapping[str, Attachment]) -> Names:
+    """The name of each parameter of the attached modules: the global tensor's, if it is a part."""
+    names = Names()
+    for part, attached in reversed(list(attachments.items())):
+        if attached.kind != "module":
+            continue
+        for parameter_name, parameter in attached.target.named_parameters():
+            name = f"{part}.{parameter_name}"
+            found = attached.placement and attached.placement(f"{part}/{parameter_name}", parameter)
+            if found:
+                name = ".".join(found[0].tensor.split("/", 1))
+                names.extents[name] = found
+                if tuple(found[0].global_shape) != tuple(parameter.shape):
+                    names.divided.add(id(parameter))
+            names[id(parameter)] = name
+    return names
 
 
 def parameters_by_index(
@@ -257,10 +282,36 @@ def flat_part(attached: Attachment, names: Mapping[int, str]) -> Flat:
     except NotCapturable as error:
         raise NotCapturable(within(part, error.path), error.type_name, error.detail) from None
     return Flat(
-        [(within(part, path), tensor) for path, tensor in flat.tensors],
+        [_placed(attached, names, within(part, path), tensor) for path, tensor in flat.tensors],
         [(within(part, path), value) for path, value in flat.values],
         {within(part, path): container for path, container in flat.containers.items()},
     )
+
+
+def _placed(
+    attached: Attachment, names: Mapping[int, str], name: str, tensor: Any
+) -> tuple[str, Any]:
+    """A tensor under its global name, with its place if the user has said one."""
+    if attached.kind == "optimizer":
+        found = _state_extents(names, name, tensor)
+    else:
+        found = attached.placement(name, tensor) if attached.placement else None
+    if not found:
+        return name, tensor
+    spread = Spread(name, tensor, found)
+    return spread.tensor, spread
+
+
+def _state_extents(
+    names: Mapping[int, str], name: str, tensor: torch.Tensor
+) -> Sequence[Extent] | None:
+    """An optimizer's state of the form of its parameter lies as its parameter does."""
+    extents = names.extents if isinstance(names, Names) else {}
+    path = split(name) if extents else ()
+    found = extents.get(str(path[2])) if len(path) > 3 and path[1] == "state" else None
+    if found is None or tensor.dim() != len(found[0].global_shape) or path[-1] == "step":
+        return None
+    return [replace(extent, tensor=name) for extent in found]
 
 
 def within(part: str, path: str) -> str:
@@ -292,10 +343,11 @@ def surroundings(
     attachments: Mapping[str, Attachment], ddp: frozenset[str], frozen_guarded: bool
 ) -> Surroundings:
     """For `combined`; the arguments are those of `collect`."""
+    names = parameter_names(attachments)
     return Surroundings(
-        parameter_names(attachments),
+        names,
         guarded_memory(attachments, frozen_guarded),
-        shared_memory(attachments, ddp),
+        shared_memory(attachments, ddp, names.divided),
     )
 
 
@@ -316,7 +368,7 @@ def combined(
         collected.containers |= flat.containers
         collected.values += encoded_values(flat)
         for name, tensor in flat.tensors:
-            assert isinstance(tensor, torch.Tensor)
+            assert isinstance(tensor, torch.Tensor | Spread)
             local = local_of(tensor)
             check_capturable(name, local)
             if local.numel():
@@ -346,7 +398,7 @@ def encoded_values(flat: Flat) -> list[tuple[str, str]]:
     return [(path, encoded(value, path)) for path, value in flat.values]
 
 
-def place(tensor: torch.Tensor) -> tuple[object, ...]:
+def place(tensor: Placed) -> tuple[object, ...]:
     """Equal for two tensors exactly if they are one under two names."""
     tensor = local_of(tensor)
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)

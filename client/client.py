@@ -50,6 +50,7 @@ from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import Record, Value
 from everstep.snapshot import values
 from everstep.snapshot.device import DeviceOptions
+from everstep.snapshot.placement import Placement
 
 log = logging.getLogger("everstep")
 _SKIPPED_FOR: dict[type[Exception], str] = {OutOfSpace: "no room", RankClaimed: "claimed"}
@@ -151,6 +152,7 @@ class Client:
         per_rank: Mapping[str, Any] | None = None,
         guarded: Mapping[str, Any] | None = None,
         replicated: Mapping[str, Any] | None = None,
+        placement: Mapping[str, Placement] | None = None,
         **objects: Any,
     ) -> None:
         """Name what belongs to the training state.
@@ -163,6 +165,10 @@ class Client:
             guarded: Objects by name that change only inside ``with client.updating():``.
             replicated: Objects by name whose tensors are equal on all ranks, without
                 DistributedDataParallel: stored once, as far as they are.
+            placement: By the name of a module or tree, a function that says of its plain tensors
+                where they lie in global ones (`everstep.Extent`): experts under a map that may
+                change from step to step, flat partitions, tensor parallelism made by hand. State of
+                optimizers follows its parameters.
             **objects: Everything else by name: modules, optimizers, anything with ``state_dict``
                 and ``load_state_dict``, nested dicts and lists of tensors and plain values.
 
@@ -176,11 +182,15 @@ class Client:
             (guarded or {}, {"guarded": True}),
             (replicated or {}, {"replicated": True}),
         )
+        unknown = [n for n in placement or {} if not any(n in group for group, _ in groups)]
+        if unknown:
+            raise Refused(f"placement of {', '.join(unknown)}, which is not attached with it.")
         for group, how in groups:
             for name, target in group.items():
                 if name in self._attachments:
                     raise Refused(f"{name!r} is attached already.")
-                self._attachments[name] = attachment(name, target, **how)
+                where = (placement or {}).get(name)
+                self._attachments[name] = attachment(name, target, placement=where, **how)
                 self._watch(name, target, "per_rank" in how)
 
     def _watch(self, name: str, target: Any, per_rank: bool) -> None:

@@ -23,7 +23,7 @@ from everstep.client.sharing import pointer
 from everstep.client.terms import Terms
 from everstep.proto.errors import Refused, StateMismatch
 from everstep.snapshot.capture import dtype_name
-from everstep.snapshot.placement import is_distributed, local_of, portions
+from everstep.snapshot.placement import Placed, Spread, is_distributed, local_of, portions
 from everstep.snapshot.restore import Need, Wanted
 from everstep.snapshot.tree import join, split
 
@@ -44,14 +44,14 @@ class Loading:
     needs: list[Need] = field(default_factory=list)
     wanted: list[Wanted] = field(default_factory=list)
     _ranks: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
-    _prepare: list[Callable[[], Mapping[str, torch.Tensor]]] = field(default_factory=list)
+    _prepare: list[Callable[[], Mapping[str, Placed]]] = field(default_factory=list)
     _added: list[Callable[[], object]] = field(default_factory=list)
     _finish: list[Callable[[], None]] = field(default_factory=list)
 
     def will_fill(
         self,
-        tensors: Mapping[str, torch.Tensor],
-        prepare: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+        tensors: Mapping[str, Placed],
+        prepare: Callable[[], Mapping[str, Placed]] | None = None,
     ) -> None:
         """Announce tensors, by name.
 
@@ -202,7 +202,7 @@ class Problems:
     places: dict[tuple[object, ...], str] = field(default_factory=dict)
 
     def compare(
-        self, live: Mapping[str, torch.Tensor], forms: Mapping[str, Form], *, names_too: bool = True
+        self, live: Mapping[str, Placed], forms: Mapping[str, Form], *, names_too: bool = True
     ) -> None:
         """Compare tensors with their saved forms; and which there are."""
         if names_too:
@@ -214,7 +214,7 @@ class Problems:
                 now = Form(dtype_name(tensor.dtype), tuple(tensor.shape))
                 self.reshaped.append(f"{name}: {form} -> {now}")
 
-    def fits(self, form: Form, tensor: torch.Tensor) -> bool:
+    def fits(self, form: Form, tensor: Placed) -> bool:
         """Whether a tensor can take what was saved: bit for bit, unless a cast was asked for."""
         return form.fits(tensor) or (self.terms.cast and form.shape == tuple(tensor.shape))
 
@@ -222,7 +222,7 @@ class Problems:
         """Whether a saved leaf must have its place on this rank."""
         return name in self.saved.expected and not self.terms.partial
 
-    def compare_ties(self, live: Mapping[str, torch.Tensor]) -> None:
+    def compare_ties(self, live: Mapping[str, Placed]) -> None:
         """What is one tensor now was one at the snapshot, or one of two values would be lost."""
         saved = self.saved
         for name, tensor in live.items():
@@ -232,8 +232,10 @@ class Problems:
             if saved.origin(first) != saved.origin(name):
                 self.reshaped.append(f"{name}: a tensor of its own -> the same as {first}")
 
-    def compare_keys(self, attached: Attachment, live: Mapping[str, torch.Tensor]) -> None:
+    def compare_keys(self, attached: Attachment, live: Mapping[str, Placed]) -> None:
         """A module's extra state, and whatever else of it is no tensor."""
+        if attached.placement:
+            return  # names are those of global tensors, not of this module
         part = attached.part.name
         forms = self.saved.forms_of(part)
         then = set(self.saved.tree(part, dict.fromkeys(forms)))
@@ -263,10 +265,10 @@ class Problems:
         raise StateMismatch(summary, *map(tuple, found))
 
 
-def live_tensors(attached: Attachment, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
+def live_tensors(attached: Attachment, names: Mapping[int, str]) -> dict[str, Placed]:
     """A part's tensors by name, as `state_dict` has them: distributed ones whole."""
     flat = flat_part(attached, names)
-    return {name: tensor for name, tensor in flat.tensors if isinstance(tensor, torch.Tensor)}
+    return {n: tensor for n, tensor in flat.tensors if isinstance(tensor, torch.Tensor | Spread)}
 
 
 def _is_extra_state(name: str) -> bool:
@@ -309,7 +311,11 @@ def _check_module(
         if computed or extra or (has_values and values is not None):
             # All of it, since a module may look for one thing beside another; what is filled
             # already is copied onto itself. Expanded tensors cannot be written to.
-            written = {name: tensor for name, tensor in filled.items() if 0 not in tensor.stride()}
+            written = {
+                name: tensor
+                for name, tensor in filled.items()
+                if isinstance(tensor, torch.Tensor) and 0 not in tensor.stride()
+            }
             tensors = {**written, **extra, **computed}
             tree = OrderedDict(saved.tree(part, tensors, values or {}))
             tree._metadata = getattr(module.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
@@ -331,7 +337,7 @@ def _check_stateful(
     scheduler = isinstance(target, torch.optim.lr_scheduler.LRScheduler)
     live = live_tensors(attached, names) if scheduler else {}
     fresh = {
-        name: form.empty(live[name].device if name in live else None)
+        name: form.empty(local_of(live[name]).device if name in live else None)
         for name, form in saved.forms_of(part, own=True).items()
     }
     loading.will_fill(fresh)
@@ -361,7 +367,7 @@ def _check_tree(
     }
     problems.compare(live, forms, names_too=False)
     problems.missing += [name for name in live if name not in forms]
-    tensors = {name: form.empty() for name, form in forms.items() if name not in live}
+    tensors: dict[str, Placed] = {n: f.empty() for n, f in forms.items() if n not in live}
     places: dict[tuple[object, ...], str] = {}
     for name, tensor in live.items():
         first = places.setdefault(place(tensor), name) if local_of(tensor).numel() else name
@@ -372,7 +378,8 @@ def _check_tree(
     tensors = {name: tensors[name] for name in forms}
     loading.will_fill(tensors)
     values = loading.resizing.values_of(attached)
-    loading.at_end(lambda: _merge(attached.target, saved.tree(part, tensors, values or {})))
+    if not attached.placement:  # else its keys are not the tensors' names
+        loading.at_end(lambda: _merge(attached.target, saved.tree(part, tensors, values or {})))
 
 
 _ABSENT = object()

@@ -7,16 +7,25 @@ and that groups which hold other parameters than at the snapshot are refused, un
 of them (stages, ZeRO) or parameters were renamed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from everstep.client.attachment import Attachment, grouping, parameters_by_index
+from everstep.client.attachment import Attachment, Names, grouping, parameters_by_index
 from everstep.client.loading import Loading, Problems, live_tensors
 from everstep.client.resizing import members_of
 from everstep.client.saved import Form
-from everstep.snapshot.placement import is_distributed, like, local_of
+from everstep.snapshot.placement import (
+    Extent,
+    Placed,
+    Spread,
+    is_distributed,
+    like,
+    local_of,
+    plain,
+)
 from everstep.snapshot.tree import split
 
 
@@ -35,15 +44,16 @@ def check(
         elif problems.expects(name) and not attached.partial:
             problems.unexpected.append(name)
     fitting = {n: t for n, t in live.items() if n in forms and forms[n].fits(t)}
-    tensors = {}
+    extents = names.extents if isinstance(names, Names) else {}
+    tensors: dict[str, Placed] = {}
     for name, form in forms.items():
         made = fitting.get(name)
-        tensors[name] = _made(name, form, known, problems) if made is None else made
+        tensors[name] = _made(name, form, known, extents, problems) if made is None else made
     values = _values(attached, loading, known)
-    tree = saved.tree(part, tensors, values)
+    tree = saved.tree(part, {name: plain(tensor) for name, tensor in tensors.items()}, values)
     _check_groups(attached, names, tree, loading, problems)
 
-    def prepare() -> dict[str, torch.Tensor]:
+    def prepare() -> dict[str, Placed]:
         _load(optimizer, tree, names)
         if attached.outer is not None:
             _pass_on(optimizer, attached.outer)
@@ -60,10 +70,18 @@ def _owner(name: str) -> str | None:
 
 
 def _made(
-    name: str, form: Form, parameters: Mapping[str, torch.Tensor], problems: Problems
-) -> torch.Tensor:
+    name: str,
+    form: Form,
+    parameters: Mapping[str, torch.Tensor],
+    extents: Mapping[str, Sequence[Extent]],
+    problems: Problems,
+) -> Placed:
     """Memory for state that the optimizer does not have yet: spread as its parameter is."""
     owner = parameters.get(_owner(name) or "")
+    placed = extents.get(_owner(name) or "")
+    if owner is not None and placed and form.shape == tuple(placed[0].global_shape):
+        extent = [replace(one, tensor=name) for one in placed]
+        return Spread(name, form.empty_as(owner), extent)
     if owner is not None and is_distributed(owner):
         # Steps are counted in plain tensors, which a parameter without dimensions looks like.
         if form.shape == tuple(owner.shape) and split(name)[-1] != "step":
@@ -152,8 +170,8 @@ def _adopted(
     attached: Attachment,
     names: Mapping[int, str],
     forms: Mapping[str, Form],
-    made: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
+    made: Mapping[str, Placed],
+) -> dict[str, Placed]:
     """The optimizer's tensors after load_state_dict, with the dtypes that were saved.
 
     torch casts floating state to the parameter's dtype (fp32 moments of bf16 weights would lose
@@ -169,7 +187,7 @@ def _adopted(
         holder: Any = attached.target.state[by_name[str(owner)]]
         for element in path[:-1]:
             holder = holder[element]
-        own = made[name]
-        fits = own.device == tensor.device
-        holder[path[-1]] = live[name] = own if fits else form.empty(tensor.device)
+        own, device = made[name], local_of(tensor).device
+        live[name] = own if local_of(own).device == device else form.empty(device)
+        holder[path[-1]] = plain(live[name])
     return {name: tensor for name, tensor in live.items() if name in forms}

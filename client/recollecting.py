@@ -27,7 +27,7 @@ from everstep.client.attachment import (
 from everstep.client.forms import Form, ModuleForm, OptimizerForm, Sources
 from everstep.client.sharing import leaves_of
 from everstep.snapshot.capture import check_capturable
-from everstep.snapshot.placement import local_of
+from everstep.snapshot.placement import Spread, local_of
 from everstep.snapshot.tree import Flat
 
 
@@ -169,15 +169,19 @@ def outline(flat: Flat) -> object:
     Raises:
         NotCapturable: If a tensor's bytes are not its whole value.
     """
-    places = []
+    places: list[object] = []
     for name, tensor in flat.tensors:
-        assert isinstance(tensor, torch.Tensor)
+        assert isinstance(tensor, torch.Tensor | Spread)
         check_capturable(name, local_of(tensor))
         places.append((name, place(tensor), tuple(tensor.shape)))
+        if isinstance(tensor, Spread):
+            places.append(tensor.boxes)
     return places, list(flat.containers.items())
 
 
 def _forms(attachments: Mapping[str, Attachment]) -> dict[str, Form]:
+    if any(attached.placement for attached in attachments.values()):
+        return {}  # where things lie is asked for every time: experts move
     found = {name: _form(attached) for name, attached in attachments.items()}
     return {name: form for name, form in found.items() if form is not None}
 
@@ -196,7 +200,7 @@ def _replaced(
         leaf.name: leaf.tensor
         for flat in flats
         for name, tensor in flat.tensors
-        if isinstance(tensor, torch.Tensor)
+        if isinstance(tensor, torch.Tensor | Spread)
         for leaf in leaves_of(name, tensor)
     }
     if not now:

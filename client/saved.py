@@ -19,6 +19,7 @@ from everstep.proto.state_pb2 import Record
 from everstep.snapshot import values
 from everstep.snapshot.capture import dtype_name
 from everstep.snapshot.layout import Layout
+from everstep.snapshot.placement import Placed
 from everstep.snapshot.reshard import Holdings, Tensor
 from everstep.snapshot.tree import join, split, unflatten
 
@@ -33,7 +34,7 @@ class Form:
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
 
-    def fits(self, tensor: torch.Tensor) -> bool:
+    def fits(self, tensor: Placed) -> bool:
         """Whether a tensor, distributed or not, can take the values bit for bit."""
         return (dtype_name(tensor.dtype), tuple(tensor.shape)) == (self.dtype, self.shape)
 

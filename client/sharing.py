@@ -8,14 +8,21 @@ snapshot compares it whole. Compares no values itself (see `client/arrangement.p
 communicates nothing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from everstep.snapshot.layout import Block
-from everstep.snapshot.placement import group_of, is_distributed, local_of, mesh_ranks, portions
+from everstep.snapshot.placement import (
+    Placed,
+    group_of,
+    is_distributed,
+    local_of,
+    mesh_ranks,
+    portions,
+)
 
 SMALL_BYTES = 256
 """Fingerprints see every bit of a tensor that small (`snapshot.device.REPLICA_SAMPLES` words): it
@@ -52,13 +59,13 @@ class LeafSource:
     block: Block | None = None
 
 
-def leaves_of(name: str, tensor: torch.Tensor) -> list[LeafSource]:
+def leaves_of(name: str, tensor: Placed) -> list[LeafSource]:
     """What this rank holds of a tensor: one leaf, or for strided shards several.
 
     Raises:
         NotCapturable: If mesh and placements contradict each other.
     """
-    if not is_distributed(tensor):
+    if isinstance(tensor, torch.Tensor) and not is_distributed(tensor):
         return [LeafSource(name, tensor)]
     found = portions(name, tensor)
     shape = tuple(tensor.shape)
@@ -74,7 +81,7 @@ def leaves_of(name: str, tensor: torch.Tensor) -> list[LeafSource]:
     ]
 
 
-def pointer(tensor: torch.Tensor) -> int:
+def pointer(tensor: Placed) -> int:
     """Where the memory begins that this rank has of a tensor."""
     return local_of(tensor).data_ptr()
 
@@ -97,12 +104,19 @@ def guarded_memory(attachments: Mapping[str, Attached], frozen: bool) -> dict[in
     return extents
 
 
-def shared_memory(attachments: Mapping[str, Attached], ddp: frozenset[str]) -> dict[int, Ranks]:
+def shared_memory(
+    attachments: Mapping[str, Attached], ddp: frozenset[str], divided: Container[int] = ()
+) -> dict[int, Ranks]:
     """Where the memory lies that a group of ranks should hold alike, and which ranks.
 
     Of DDP the parameters and the optimizer state that follows from them, not the buffers, which
     ranks update alone. Of a distributed tensor what its placements say; and the small numbers that
     an optimizer keeps for it (its step), or its module beside it.
+
+    Args:
+        attachments: By name.
+        ddp: Names of modules that DistributedDataParallel replicates.
+        divided: The id() of parameters of which the user has said that every rank has a part.
     """
     groups: dict[int, Ranks] = {}
     owners: dict[int, Ranks] = {}
@@ -115,6 +129,11 @@ def shared_memory(attachments: Mapping[str, Attached], ddp: frozenset[str]) -> d
         if attached.kind == "optimizer" and not attached.partial:
             for parameter, state in attached.target.state.items():
                 _state_groups(parameter, state, groups, owners)
+                if id(parameter) in divided:
+                    small = (
+                        t for t in tensors_in(state) if t.nbytes <= SMALL_BYTES and not t.dim()
+                    )
+                    groups |= {tensor.data_ptr(): () for tensor in small}
     groups.pop(0, None)
     return groups
 

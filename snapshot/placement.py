@@ -1,15 +1,16 @@
 """Where the local part of a distributed tensor lies in the whole.
 
-Owns the reading of DTensor: its local memory, the boxes of the global tensor that this is, and the
-ranks that hold the same. Promises that nothing is communicated, and that every mesh and placement
-is understood or refused by name: uneven, empty and padded shards, several mesh dimensions on one
-dimension of the tensor, and strided shards (FSDP over tensor parallelism), which may be several
-boxes. Does not import `torch.distributed` unless somebody has made a distributed tensor.
+Owns the reading of DTensor, and of what the user says of plain tensors: the local memory, the boxes
+of the global tensor that this is, and the ranks that hold the same. Promises that nothing is
+communicated, and that every mesh and placement is understood or refused by name: uneven, empty and
+padded shards, several mesh dimensions on one dimension of the tensor, and strided shards (FSDP over
+tensor parallelism), which may be several boxes. Does not import `torch.distributed` unless somebody
+has made a distributed tensor.
 """
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,27 +32,123 @@ class Portion:
     box: Box
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a plain tensor, or a box of it, lies in a global one: for what is not a DTensor.
+
+    Attributes:
+        tensor: The global tensor's name, as "model/experts.weight".
+        global_shape: Its shape.
+        offset: Where the box begins in it.
+        local_offset: Where the box begins in the plain tensor; empty: at its beginning.
+        shape: The box's lengths; empty: all of the plain tensor.
+    """
+
+    tensor: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    local_offset: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+
+
+class Spread:
+    """A plain tensor together with where it lies in a global one.
+
+    Raises:
+        NotCapturable: If the extents are of several tensors, or do not make up the plain tensor.
+
+    Attributes:
+        local: The plain tensor.
+        shape: Of the global tensor.
+        dtype: Of both.
+        boxes: (where in the global tensor, where in the plain one) of each extent.
+    """
+
+    def __init__(self, name: str, local: torch.Tensor, extents: Sequence[Extent]) -> None:
+        self.local = local
+        self.dtype = local.dtype
+        self.tensor, self.shape = extents[0].tensor, tuple(extents[0].global_shape)
+        none = (0,) * local.dim()
+        self.boxes = [
+            (
+                Box(tuple(e.offset), tuple(e.shape or local.shape)),
+                Box(tuple(e.local_offset or none), tuple(e.shape or local.shape)),
+            )
+            for e in extents
+        ]
+        problem = self._problem(extents)
+        if problem:
+            raise NotCapturable(name, "tensor with a placement", problem)
+
+    def _problem(self, extents: Sequence[Extent]) -> str:
+        if len({(e.tensor, tuple(e.global_shape)) for e in extents}) > 1:
+            return "its extents are of several tensors"
+        dimensions = {len(box.offset) for pair in self.boxes for box in pair}
+        if dimensions | {len(self.shape), self.local.dim()} != {self.local.dim()}:
+            return f"its extents have another number of dimensions than {self.local.dim()}"
+        for at, own in self.boxes:
+            if Box.whole(self.shape).meet(at) != at and at.elements:
+                return f"its extent {at} is outside of {list(self.shape)}"
+            if Box.whole(self.local.shape).meet(own) != own and own.elements:
+                return f"its extent {own} is outside of the local {list(self.local.shape)}"
+        if sum(own.elements for _, own in self.boxes) != self.local.numel():
+            return "its extents do not make up the local tensor"
+        return ""
+
+    def numel(self) -> int:
+        """Elements of the global tensor."""
+        return Box.whole(self.shape).elements
+
+    def portions(self) -> list[Portion]:
+        """The boxes with their memory."""
+        found = []
+        for at, own in self.boxes:
+            part = self.local
+            for dimension, (begin, length) in enumerate(zip(own.offset, own.shape, strict=True)):
+                if length != part.shape[dimension]:
+                    part = part.narrow(dimension, begin, length)
+            found.append(Portion(part, at))
+        return found
+
+
+Placed = torch.Tensor | Spread
+"""A tensor of any kind: a plain one, a DTensor, or a plain one that is a part of a global one."""
+Placement = Callable[[str, torch.Tensor], Sequence[Extent] | None]
+"""Says of a plain tensor, by its name, where it lies; None: it is a tensor of its own."""
+
+
 def is_distributed(tensor: object) -> bool:
-    """Whether it is a DTensor."""
+    """Whether it is a part of a global tensor."""
+    if isinstance(tensor, Spread):
+        return True
     module = sys.modules.get(_MODULE)
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
+def plain(tensor: Placed) -> torch.Tensor:
+    """As torch's own functions know it: a DTensor, or the plain tensor."""
+    return tensor.local if isinstance(tensor, Spread) else tensor
+
+
+def local_of(tensor: Placed) -> torch.Tensor:
     """The memory that this rank has of a tensor: all of it, unless it is distributed."""
+    if isinstance(tensor, Spread):
+        return tensor.local
     if type(tensor) is torch.Tensor or not is_distributed(tensor):
         return tensor
     local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
     return local
 
 
-def portions(name: str, tensor: torch.Tensor) -> list[Portion]:
+def portions(name: str, tensor: Placed) -> list[Portion]:
     """The boxes that this rank holds of a tensor; one, for all but strided shards.
 
     Raises:
         NotCapturable: If mesh, placements and local shape contradict each other, or values are not
             reduced yet.
     """
+    if isinstance(tensor, Spread):
+        return tensor.portions()
     local = local_of(tensor)
     if local is tensor:
         return [Portion(tensor, Box.whole(tensor.shape))]
@@ -69,9 +166,9 @@ def portions(name: str, tensor: torch.Tensor) -> list[Portion]:
     return found
 
 
-def group_of(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The ranks that hold the same as this one, ascending; none if it is not distributed."""
-    if not is_distributed(tensor):
+def group_of(tensor: Placed) -> tuple[int, ...]:
+    """The ranks that hold the same as this one, ascending; none if it is not a DTensor."""
+    if isinstance(tensor, Spread) or not is_distributed(tensor):
         return ()
     mesh, placements = _spec(tensor)
     ranks = mesh.mesh

@@ -169,10 +169,15 @@ class Tensor:
         if len(forms) > 1:
             shown = " and ".join(sorted(f"{dtype}{list(shape)}" for dtype, shape in forms))
             return [*problems, f"{self.name}: ranks have it as {shown}"]
-        if not self.is_divergent:
-            over = _overlap([box for box in set(map(box_of, leaves)) if box.elements])
-            if over is not None:
-                problems.append(f"{self.name}: blocks {over[0]} and {over[1]} overlap")
+        if self.is_divergent:
+            return problems
+        boxes = [box for box in set(map(box_of, leaves)) if box.elements]
+        over = _overlap(boxes)
+        if over is not None:
+            problems.append(f"{self.name}: blocks {over[0]} and {over[1]} overlap")
+        elif sum(box.elements for box in boxes) < self.elements:
+            held = ", ".join(map(str, sorted(boxes, key=lambda box: box.offset)[:8]))
+            problems.append(f"{self.name}: of {list(self.shape)} there is only {held or 'nothing'}")
         return problems
 
     def rows(self, wanted: Box, own_rank: int) -> dict[int, Rows]:
