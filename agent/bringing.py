@@ -19,10 +19,13 @@ from everstep.agent.mending import Mending
 from everstep.agent.needs import Spans, merged, without
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.sources import SnapshotPlan
+from everstep.proto.errors import ShardCorrupt
+from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import SnapshotId
 from everstep.snapshot.record import record_digest
 
 log = logging.getLogger("everstep.agent")
+_ATTEMPTS = 3
 
 
 @dataclass(slots=True)
@@ -122,8 +125,18 @@ class Bringing:
         async with staged.fetching:
             count = sum(map(len, units))
             log.info("job %s: fetching %d units of %s, rank %d", job, count, plan.snapshot, rank)
-            more = staged.path is not None
-            path = await mending.stage(job, plan, rank, units, described.record, more=more)
+            failpoint("agent.gather.before_fetch")
+            for left in reversed(range(_ATTEMPTS)):
+                more = staged.path is not None
+                try:
+                    path = await mending.stage(job, plan, rank, units, described.record, more=more)
+                    break
+                except ShardCorrupt as error:
+                    # Checked where it lies, not long ago: it is the way here that is bad.
+                    if not left:
+                        raise
+                    log.warning("job %s: %s, rank %d: %s", job, plan.snapshot, rank, error)
+            failpoint("agent.gather.after_fetch")
             staged.path = path
 
     def offered(self, job: Job) -> None:

@@ -170,6 +170,8 @@ def _preference(
         since = table.decided_incarnation if known else incarnation - 1
         named = [(s.snapshot, s.stage == "committed") for f in facts.values() for s in f.snapshots]
         named += [(snapshot, True) for fact in facts.values() for snapshot in fact.durable]
+        # A node without ranks may know of it by its parity alone.
+        named += [(known.snapshot, True) for fact in facts.values() for known in fact.rounds]
         if any(committed and s.incarnation >= since for s, committed in named):
             restored = None
     job = Job("", 1, incarnation, restored=restored)

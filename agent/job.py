@@ -193,7 +193,9 @@ class Job:
         for snapshot in self.snapshots.values():
             snapshot.copying.clear()
         committed = [s.id for s in self.snapshots.values() if s.stage is Stage.COMMITTED]
-        if any(s.incarnation == self.incarnation for s in [*committed, *self.durable]):
+        # A round is begun for what is committed, maybe on other nodes alone.
+        begun = [r.plan.snapshot for r in self.rounds.values()]
+        if any(s.incarnation == self.incarnation for s in [*committed, *begun, *self.durable]):
             self.restored = None
         following = max([0, self.incarnation, *(s.incarnation for s in known)]) + 1
         self.incarnation = following if number is None else number

@@ -32,8 +32,6 @@ from everstep.proto.errors import EverstepError
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import UNIT_BYTES, SnapshotId, checked_name
 from everstep.proto.state_pb2 import Record
-from everstep.snapshot.layout import Layout
-from everstep.snapshot.reading import units_read
 from everstep.snapshot.record import record_digest
 from everstep.storage.arena import ArenaFile
 from everstep.storage.staging import StagedFile
@@ -68,16 +66,6 @@ class Fetches(Protocol):
         progress: Told,
     ) -> None:
         """Bring units of a shard here."""
-
-
-def wanted_units(layout: Layout) -> list[range]:
-    """The units that a restore on another rank reads of a shard: where replicated leaves lie."""
-    ranges = [
-        (leaf.offset, leaf.offset + leaf.held_bytes)
-        for leaf in layout.leaves
-        if leaf.replicated and leaf.held_bytes
-    ]
-    return units_read(ranges, layout.image_bytes)
 
 
 class Mending:

@@ -2,10 +2,9 @@
 
 Owns the way from the coordinator's decision to local paths. Promises that a trainer is given local
 copies only, of one snapshot, and a description of every shard of it; that shards of this node's own
-ranks are held here again, as committed as before, when it answers, unless as many ranks as saved it
-are not what restores it: then nothing is held here again, and each rank gathers the units that it
-needs. Of other ranks' shards no more is fetched unasked than the units that hold replicated leaves.
-What is fetched or decoded was verified on arrival (see `agent.fetching`).
+ranks are held here again, as committed as before, when it answers, if as many ranks restore it as
+have saved it; and that of all other shards no unit is fetched that nobody has asked for with
+`gather`. What is fetched or decoded was verified on arrival (see `agent.fetching`).
 """
 
 import asyncio
@@ -20,8 +19,9 @@ from everstep.agent import events
 from everstep.agent.bringing import Bringing
 from everstep.agent.describing import Described
 from everstep.agent.fetching import Fetching
+from everstep.agent.inventory import MEMORY, NVME
 from everstep.agent.job import Job
-from everstep.agent.mending import Mending, wanted_units
+from everstep.agent.mending import Mending
 from everstep.agent.needs import Needs, Spans, check_needs
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Wanted
@@ -31,7 +31,6 @@ from everstep.proto.errors import DeadlineExceeded, FormatInvalid, Refused, Stal
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import SnapshotId
 from everstep.proto.peer_pb2 import DecideReply, DecideRequest
-from everstep.snapshot.layout import decode
 from everstep.snapshot.record import open_record
 
 log = logging.getLogger("everstep.agent")
@@ -129,17 +128,13 @@ class Restoring:
             described = records[source.rank]
             if self._is_here(source):
                 found.append(self._local(job, source.rank, source.level, plan, described))
-            elif not as_saved:
-                found.append(_elsewhere(plan, source, described))
-            elif source.rank == rank:
+            elif as_saved and source.rank == rank:
                 # Held here from now on: the next failure finds it where it belongs.
                 mend = partial(self._mended, job, plan, rank, damaged)
                 await self._once(job, (plan.snapshot, rank), mend)
                 found.append(self._local(job, rank, "memory", plan, described))
             else:
-                units = wanted_units(decode(described.layout_envelope, f"layout of {source.rank}"))
-                if units:
-                    found.append(await self._brought(job, plan, source, units, described))
+                found.append(_elsewhere(plan, source, described))
         return found
 
     def _remember(self, job: Job, plan: SnapshotPlan) -> None:
@@ -280,5 +275,9 @@ def _location(rank: int, level: str, path: str, offset: int, described: Describe
 
 def _elsewhere(plan: SnapshotPlan, source: Source, described: Described) -> ShardLocation:
     """A shard of which nothing is here yet; with the slowest level that it is taken from."""
-    levels = [source.level] if isinstance(source, Held) else plan.levels
-    return _location(source.rank, levels[-1], "", 0, described)
+    if isinstance(source, Held):
+        return _location(source.rank, source.level, "", 0, described)
+    parities = [known for known in plan.parities if known.plan_id == source.plan.plan_id]
+    in_memory = {known.node_id for known in parities if known.level == MEMORY}
+    level = MEMORY if all(known.node_id in in_memory for known in parities) else NVME
+    return _location(source.rank, level, "", 0, described)

@@ -10,7 +10,7 @@ import pytest
 
 from everstep.agent import events
 from everstep.agent.bringing import Bringing
-from everstep.agent.job import Job
+from everstep.agent.job import Job, Stage
 from everstep.agent.mending import Mending
 from everstep.agent.needs import check_restoring, needs_of
 from everstep.agent.recovery import Wanted
@@ -55,10 +55,10 @@ class Restores:
         fetch = fetching.fetch
 
         def counted(
-            plan: SnapshotPlan, rank: int, units: Sequence[range], *rest: Any, **how: Any
+            plan: SnapshotPlan, rank: int, units: Sequence[range] | None, *rest: Any, **how: Any
         ) -> None:
             fetch(plan, rank, units, *rest, **how)
-            self.fetched += [(rank, unit) for one in units for unit in one]
+            self.fetched += [(rank, unit) for one in units or () for unit in one]
 
         fetching.fetch = counted
 
@@ -88,10 +88,12 @@ class Restores:
 Body = Callable[[Group, Restores], Coroutine[Any, Any, None]]
 
 
-def run(root: Path, body: Body, *, at: str = "spare", lost: tuple[str, ...] = ()) -> None:
+def run(
+    root: Path, body: Body, *, at: str = "spare", lost: tuple[str, ...] = (), world: int = 2
+) -> None:
     async def whole() -> None:
         async with group_of(root, 2, spare=["spare"]) as group:
-            restores = Restores(group, at, await group.plan_of(lost))
+            restores = Restores(group, at, await group.plan_of(lost), world)
             try:
                 await body(group, restores)
             finally:
@@ -141,6 +143,22 @@ def test_every_shard_is_described_and_none_is_held_here_again(tmp_path: Path) ->
         assert not restores.fetched
 
     run(tmp_path, body, lost=("n3",))
+
+
+def test_as_many_ranks_as_saved_have_their_own_held_here_again(tmp_path: Path) -> None:
+    """And all others described, of which they gather what they need."""
+
+    async def body(group: Group, restores: Restores) -> None:
+        found = await restores.restore(1)
+        assert [rank for rank, one in found.items() if one.path] == [1]
+        held = restores.job.snapshots[SNAPSHOT]
+        assert list(held.sealed) == [1] and held.stage is Stage.COMMITTED
+        assert list(found) == list(range(7))
+        gathered = await restores.gather({1: [range(1)], 5: [range(1)]})
+        assert gathered[1] == found[1]
+        assert staged(gathered[5]) == content(group, 5, [range(1)])
+
+    run(tmp_path, body, world=7, lost=("n2",))
 
 
 def test_what_is_here_is_given_by_its_path(tmp_path: Path) -> None:

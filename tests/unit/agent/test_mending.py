@@ -14,13 +14,12 @@ import pytest
 from everstep.agent.actions import Encode
 from everstep.agent.adoption import adoptions
 from everstep.agent.job import Member, RoundStage, Stage
-from everstep.agent.mending import Mending, wanted_units
+from everstep.agent.mending import Mending
 from everstep.agent.sources import SnapshotPlan
 from everstep.proto import peer_pb2 as wire
 from everstep.proto.errors import OutOfSpace, ShardCorrupt
 from everstep.proto.ids import UNIT_BYTES
-from everstep.snapshot.layout import LeafSpec, Part, pack
-from everstep.snapshot.reading import Shard, ShardReader
+from everstep.snapshot.reading import Shard, ShardReader, units_of
 from everstep.snapshot.record import record_digest
 from everstep.storage.staging import Staging
 
@@ -264,30 +263,19 @@ def test_staged_units_are_what_a_restoring_rank_reads(tmp_path: Path) -> None:
         plan = await group.plan_of(("n3",))
         for rank in (2, 5):
             shard = group.shards[rank]
-            units = wanted_units(shard.layout)
+            ranges = [
+                (leaf.offset, leaf.offset + leaf.held_bytes)
+                for leaf in shard.layout.leaves
+                if leaf.replicated
+            ]
+            units = units_of(ranges, len(shard.image))
             path = await mending.stage(JOB, plan, rank, units, shard.record)
             staged = Shard(rank, str(path), 0, shard.layout, shard.record, "memory")
             with ShardReader(staged) as reader:
-                for leaf in shard.layout.leaves:
-                    if leaf.replicated:
-                        reader.verify([(leaf.offset, leaf.offset + leaf.held_bytes)])
+                reader.verify(ranges)
             assert path.stat().st_size == len(shard.image)
 
     run(tmp_path, 1, body)
-
-
-def test_only_the_units_of_replicated_leaves_are_wanted() -> None:
-    def units_of(private: int, shared: int) -> list[range]:
-        leaves = [
-            LeafSpec("m/a", "uint8", (private,), 0, private),
-            LeafSpec("m/b", "uint8", (2 * max(shared, 1),), 0, shared, replicated=True),
-        ]
-        return wanted_units(pack([Part("m", "tree", "dict")], leaves, {}, {}))
-
-    assert units_of(100, 0) == []
-    # Larger leaves come first in an image; what is read is read in blocks of 16 units.
-    assert units_of(40 * UNIT_BYTES, 100) == [range(32, 41)]
-    assert units_of(100, 40 * UNIT_BYTES) == [range(16), range(16, 32), range(32, 41)]
 
 
 def test_a_staged_file_has_no_memory_behind_what_is_not_wanted(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Which snapshot a restore wants first, when the nodes remember different things."""
 
 from everstep.agent.deciding import _preference
-from everstep.agent.holdings import JobFact, SnapshotFact
+from everstep.agent.holdings import JobFact, RoundFact, SnapshotFact
 from everstep.agent.tables import JobTable
 from everstep.proto.ids import SnapshotId
 
@@ -45,3 +45,10 @@ def test_what_an_older_incarnation_committed_stays_left_behind() -> None:
     table.restored, table.decided_incarnation = OLD, 4
     facts = {"n1": fact((NEW, "committed"), restored=OLD)}
     assert wanted(facts, table, incarnation=5) == OLD
+
+
+def test_what_is_known_by_its_parity_alone_is_wanted() -> None:
+    """All ranks ran on a node that is lost; the others held nothing but parity."""
+    parity = RoundFact("plan", NEW, "committed", ("n1", "n2"))
+    late = JobFact("job", 3, 2, restored=OLD, rounds=(parity,))
+    assert wanted({"n1": fact(), "n2": late}) == NEW

@@ -187,3 +187,18 @@ def test_parity_of_other_nodes_shards_goes_to_disk_as_well() -> None:
     assert [a.plan.snapshot for a in done if isinstance(a, actions.FlushParity)] == [
         SnapshotId(2, 4)
     ]
+
+
+def test_what_others_have_committed_since_is_what_the_next_launch_wants() -> None:
+    """Known here by its parity, or because the coordinator has said so."""
+    node = Bystander()
+    node.feed(events.RestoreDecided(JOB, 2, SnapshotId(1, 1)))
+    job = node.state.jobs[JOB]
+    node.protect(SnapshotId(2, 4), 2)
+    node.feed(events.BeginOrdered(JOB, 3, 2, "third"))
+    assert job.restored is None
+    assert job.preference(SnapshotId(2, 4)) > job.preference(SnapshotId(1, 1))
+    node = Bystander()
+    node.feed(events.RestoreDecided(JOB, 2, SnapshotId(1, 1)))
+    node.feed(events.BeginOrdered(JOB, 3, 2, "third"))
+    assert node.state.jobs[JOB].restored == SnapshotId(1, 1), "nothing was committed"

@@ -180,3 +180,40 @@ def test_what_the_kernel_refuses_costs_nothing(staging: Staging, monkeypatch) ->
         staging.create("job", SNAPSHOT, 3, BYTES, [range(2)])
     assert list(path.parent.iterdir()) == [path]
     assert path.stat().st_ino == before.st_ino
+
+
+def test_more_units_are_added_to_what_is_there(staging: Staging) -> None:
+    with staging.create("job", SNAPSHOT, 3, BYTES, [range(1, 3)]) as file:
+        with file.writable(1) as view:
+            view[:] = b"a" * UNIT_BYTES
+        with file.path.open("rb") as reader:
+            with staging.extend("job", SNAPSHOT, 3, BYTES, [range(8, 9), range(5, 6)]) as more:
+                assert more.path == file.path and more.unit_ranges == (range(5, 6), range(8, 9))
+                with more.writable(8) as view:
+                    view[:] = b"b" * 100
+                with pytest.raises(AssertionError):
+                    more.writable(1)
+            assert used_bytes(file.path) == 3 * UNIT_BYTES + 4096
+            # Whoever has it open sees both.
+            found = reader.read()
+    assert found[UNIT_BYTES : 2 * UNIT_BYTES] == b"a" * UNIT_BYTES
+    assert found[8 * UNIT_BYTES :] == b"b" * 100
+
+
+def test_there_is_nothing_to_add_to(staging: Staging) -> None:
+    with pytest.raises(FormatInvalid, match="gone"):
+        staging.extend("job", SNAPSHOT, 3, BYTES, [range(1)])
+    staging.create("job", SNAPSHOT, 3, BYTES, [range(1)]).close()
+    with pytest.raises(FormatInvalid, match="not of"):
+        staging.extend("job", SNAPSHOT, 3, BYTES - 1, [range(1, 2)])
+    with pytest.raises(FormatInvalid, match="not all"):
+        staging.extend("job", SNAPSHOT, 3, BYTES, [range(1, 20)])
+
+
+def test_more_units_than_there_is_room_for(staging: Staging) -> None:
+    staging.create("job", SNAPSHOT, 3, BYTES, [range(1)]).close()
+    none_left = Staging(staging.root, keep_free_bytes=1 << 60)
+    with pytest.raises(OutOfSpace):
+        none_left.extend("job", SNAPSHOT, 3, BYTES, [range(1, 2)])
+    with staging.extend("job", SNAPSHOT, 3, BYTES, [range(1, 2)]) as file:
+        assert used_bytes(file.path) == 2 * UNIT_BYTES
