@@ -6,56 +6,39 @@ that is dead, slow or full means a skipped snapshot, a counter and one warning. 
 user must act on (a state that cannot be stored, a model that does not match) are raised.
 """
 
-import functools
 import logging
 import os
-import platform
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from everstep.client import environment, rng
-from everstep.client.arrangement import Arrangement, Arranger
+from everstep.client import environment
+from everstep.client.arrangement import Arranger
 from everstep.client.attachment import (
     Attachment,
-    Collected,
     attachment,
 )
 from everstep.client.capturing import Capturing
 from everstep.client.channel import Channel
 from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits, Stats
-from everstep.client.recollecting import Recollecting
-from everstep.client.restoring import RNG_PATH, Restoring
+from everstep.client.restoring import Restoring
 from everstep.client.session import Session
+from everstep.client.snapshotting import Snapshotting
 from everstep.client.terms import Rename, Terms
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import (
-    ArenaLost,
-    DeadlineExceeded,
     EverstepError,
-    NotCapturable,
-    OutOfSpace,
-    RankClaimed,
     Refused,
-    StaleIncarnation,
-    StateMismatch,
 )
-from everstep.proto.ids import UNIT_BYTES
-from everstep.proto.state_pb2 import Record, Value
-from everstep.snapshot import values
 from everstep.snapshot.device import DeviceOptions
 from everstep.snapshot.placement import Placement
 
 log = logging.getLogger("everstep")
-_SKIPPED_FOR: dict[type[Exception], str] = {OutOfSpace: "no room", RankClaimed: "claimed"}
-"""Kinds of skipped snapshots, each counted and warned of by itself; the rest is the agent's."""
-_ASK_AGAIN_S = 0.005
 
 
 class Client:
@@ -92,20 +75,13 @@ class Client:
         self.restored_from: tuple[str, ...] = ()
         self.restored_notes: tuple[str, ...] = ()
         self.restored_bytes = 0
-        self._on_busy = on_busy
-        self._captures_in_flight = captures_in_flight
-        self._incremental = options is not None and options.incremental
         self._channel = Channel(address)
         self._attachments: dict[str, Attachment] = {}
         self._ddp: set[str] = set()
-        self._recollecting = Recollecting()
         self._hooks: list[Any] = []
-        self._paused_until_s = 0.0
-        self._paused_for = ""
         self._pid = os.getpid()
         self._closed = False
         self._restored = False
-        self._setup_s = 0.0
         self._arranger = Arranger(self._channel, limits.setup_s, limits.offer_s, options=options)
         self._session = Session(
             self._channel,
@@ -122,7 +98,16 @@ class Client:
         self._capturing = Capturing(
             self._channel, self._session, self._arranger, limits, self.stats
         )
-        self._arranger.before_change = self._before_change
+        self._snapshotting = Snapshotting(
+            self._channel,
+            self._session,
+            self._arranger,
+            self._capturing,
+            limits,
+            patient=on_busy == "wait",
+            captures_in_flight=captures_in_flight,
+            incremental=options is not None and options.incremental,
+        )
         try:
             self._session.start(limits.agent_start_s)
         except BaseException:
@@ -231,127 +216,15 @@ class Client:
         if not force and step % self.interval:
             return Snapshot(step, "not due")
         begun = time.perf_counter()
-        self._setup_s = 0.0
         try:
-            handle = self._snapshot(step)
+            if self.joined and not self._restored and not self.stats.taken:
+                self._arranger.join(None)
+            handle = self._snapshotting.take(step, self._attachments, frozenset(self._ddp))
         finally:
             self._stalled(time.perf_counter() - begun, new=True)
         if handle.skipped:
             self._capturing.count_skip(handle)
         return handle
-
-    def _snapshot(self, step: int) -> Snapshot:
-        reason = self._not_ready()
-        if reason:
-            return Snapshot(step, reason)
-        if self.joined and not self._restored and not self.stats.taken:
-            self._arranger.join(None)
-        try:
-            collected = self._recollecting.collect(
-                self._attachments, frozenset(self._ddp), frozen_guarded=self._incremental
-            )
-            generators = values.encode(rng.capture(), RNG_PATH)
-            if not self._capturing.begun:
-                self._choose_captures(collected)
-            arrangement, offer = self._granted(collected, step)
-        except (NotCapturable, StateMismatch):
-            raise
-        except StaleIncarnation as error:
-            return Snapshot(step, str(error))
-        except (EverstepError, OSError) as error:
-            # Whatever ails the agent or its memory, training goes on without a snapshot.
-            self._paused_for = f"{_SKIPPED_FOR.get(type(error), 'agent')}: {error}"
-            self._paused_until_s = time.monotonic() + self.limits.pause_s
-            return Snapshot(step, self._paused_for)
-        if not offer.granted:
-            return Snapshot(step, offer.reason)
-        self._session.used = True
-        record = self._record(step, arrangement)
-        record.values.extend(Value(path=path, json=json) for path, json in collected.values)
-        record.values.append(Value(path=RNG_PATH, json=generators))
-        return self._capturing.begin(step, arrangement, offer.slot, record)
-
-    def _choose_captures(self, collected: Collected) -> None:
-        """As given, else two if anything is on an accelerator: its copies outlast the fence."""
-        if self._captures_in_flight is None:
-            on_device = any(tensor.device.type != "cpu" for _, tensor in collected.tensors)
-            self._captures_in_flight = 2 if on_device else 1
-        self._capturing.captures_in_flight = self._captures_in_flight
-        self._arranger.captures_in_flight = self._captures_in_flight
-
-    def _before_change(self) -> None:
-        if not self._capturing.settle():
-            raise DeadlineExceeded("the captures under way", self.limits.seal_s, ("this rank",))
-
-    def _granted(self, collected: Collected, step: int) -> tuple[Arrangement, wire.OfferReply]:
-        arrangement = self._arrange(collected, step)
-        try:
-            offer = self._offer(step)
-            if _fits(offer, arrangement):
-                return arrangement, offer
-        except ArenaLost as error:
-            log.warning("%s", error)
-        self._before_change()
-        self._arranger.forget()
-        arrangement, offer = self._arrange(collected, step), self._offer(step)
-        if not _fits(offer, arrangement):
-            offer = wire.OfferReply(granted=False, reason="busy: the arena is being replaced")
-        return arrangement, offer
-
-    def _not_ready(self) -> str:
-        """Why no snapshot can be begun now; empty if one can."""
-        if self._session.ended is not None:
-            return str(self._session.ended)
-        under_way = self._capturing.under_way()
-        if under_way is not None and self._on_busy == "skip":
-            return f"busy: step {under_way.step} is still being copied"
-        if under_way is not None and not self._capturing.make_room():
-            return f"busy: step {under_way.step} is not sealed yet"
-        if not self._session.attached:
-            return f"agent: not connected: {self._session.problem}"
-        if time.monotonic() < self._paused_until_s:
-            return self._paused_for
-        return ""
-
-    def _arrange(self, collected: Collected, step: int) -> Arrangement:
-        begun = time.perf_counter()
-        parts = [attached.part for attached in self._attachments.values()]
-        session = self._session.identity
-        arrangement = self._arranger.arrange(session, parts, collected, step)
-        self._setup_s = time.perf_counter() - begun
-        return arrangement
-
-    def _offer(self, step: int) -> wire.OfferReply:
-        patient = self._on_busy == "wait"
-        deadline = time.monotonic() + (self.limits.seal_s if patient else 0.0)
-        session = self._session.identity
-        while True:
-            request = wire.OfferRequest(
-                session=session,
-                step=step,
-                patient=patient,
-                captures_in_flight=self._capturing.captures_in_flight,
-                in_flight=self._capturing.in_flight(),
-            )
-            reply: wire.OfferReply = self._channel.call("Offer", request, self.limits.offer_s)
-            busy = not reply.granted and reply.reason.startswith("busy")
-            if not busy or time.monotonic() >= deadline:
-                return reply
-            time.sleep(_ASK_AGAIN_S)
-
-    def _record(self, step: int, arrangement: Arrangement) -> Record:
-        return Record(
-            job=self.job,
-            incarnation=self._session.incarnation,
-            step=step,
-            rank=self.launch.rank,
-            world=self.launch.world,
-            layout_id=arrangement.layout.layout_id,
-            image_bytes=arrangement.layout.image_bytes,
-            unit_bytes=UNIT_BYTES,
-            captured_unix_s=time.time(),
-            producer=_producer(),
-        )
 
     def _fence(self) -> None:
         begun = time.perf_counter()
@@ -360,7 +233,7 @@ class Client:
 
     def _stalled(self, seconds: float, *, new: bool) -> None:
         self.stats.stall_s += seconds
-        self.stats.setup_s += self._setup_s if new else 0.0
+        self.stats.setup_s += self._snapshotting.setup_s if new else 0.0
         self.stats.last_stall_s = seconds if new else self.stats.last_stall_s + seconds
 
     @contextmanager
@@ -525,24 +398,3 @@ class Client:
     def _detach(self) -> None:
         detach = wire.DetachRequest(session=self._session.identity)
         self._channel.call("Detach", detach, self.limits.agent_start_s)
-
-
-@functools.cache
-def _producer() -> str:
-    try:
-        everstep = version("everstep")
-    except PackageNotFoundError:
-        everstep = "source"
-    return f"everstep {everstep}, torch {torch.__version__}, python {platform.python_version()}"
-
-
-def _fits(offer: wire.OfferReply, arrangement: Arrangement) -> bool:
-    """Whether a slot, if one was granted, lies in the arena that is mapped here.
-
-    A reservation that this process did not hear of (its answer came too late, or it was made for
-    the process before) may be the present one: the same slot of the older arena may hold the
-    newest commit. And the arena that is mapped here may have been removed, and made anew for
-    another reservation of the same number.
-    """
-    arena = arrangement.arena
-    return not offer.granted or (offer.generation == arena.generation and arena.is_linked())
