@@ -56,6 +56,7 @@ class HuggingFaceCallback(TrainerCallback):
 
     Attributes:
         client: Everstep's own; None before the training and after it.
+        resumed: The step that the training went on from; None if it began anew.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class HuggingFaceCallback(TrainerCallback):
             **options: As for `everstep.connect`.
         """
         self.client: Client | None = None
+        self.resumed: int | None = None
         self._job = job
         self._interval = interval
         self._attach = attach or {}
@@ -157,7 +159,7 @@ class HuggingFaceCallback(TrainerCallback):
         if step != self._resumes or step != state.global_step:
             where = f"the Trainer was to go on at step {self._resumes} and is at step {step}"
             raise NothingRecoverable(self._job, (*client.rejected, where))
-        self._resumes = None
+        self.resumed, self._resumes = step, None
         self._generators = rng.capture()
 
     def on_epoch_begin(

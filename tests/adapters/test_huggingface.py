@@ -112,7 +112,7 @@ def test_goes_on_bit_for_bit(step: int, job: str, tmp_path: Path, expected: Any)
     path = callback.resume_from_checkpoint()
     assert path is not None
     run.train(resume_from_checkpoint=path)
-    assert run._initial_global_step == step
+    assert callback.resumed == run._initial_global_step == step
     weights, ended, epoch, logged = outcome(run)
     assert (weights, ended, epoch) == expected[:3]
     # What was summed up for the next log is lost, as it is with the Trainer's own checkpoints.
