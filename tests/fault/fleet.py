@@ -75,6 +75,7 @@ class Fleet:
         }
         for section, values in (options or {}).items():
             self.options.setdefault(section, {}).update(values)
+        self.sizes_bytes = list(SIZES_BYTES)
         self.network = Network(everybody)
         self.hosts: dict[str, Host] = {}
         self.trainers: dict[int, Trainer] = {}
@@ -180,7 +181,7 @@ class Fleet:
                 rank=rank,
                 world=world,
                 launch=self.launches,
-                size_bytes=SIZES_BYTES[rank],
+                size_bytes=self.sizes_bytes[rank],
                 common_bytes=COMMON_BYTES,
                 **options,
             )
@@ -275,6 +276,16 @@ class Fleet:
         """New trainers on all nodes, which restore."""
         self.launch()
         return self.restore(at_least, **options)
+
+    def resize(self, *nodes_of_ranks: str, at_least: str = "memory") -> Line:
+        """New trainers, as many as there are nodes named, which restore what others have saved."""
+        self.kill_trainers()
+        saved_world = len(self.nodes_of_ranks)
+        for rank in range(saved_world, len(nodes_of_ranks)):
+            # A new rank takes what an old one had for itself.
+            self.sizes_bytes[rank] = self.sizes_bytes[rank % saved_world]
+        self.nodes_of_ranks = list(nodes_of_ranks)
+        return self.relaunch(at_least, saved_world=saved_world)
 
     def cluster(self, node_id: str) -> Any:
         """The membership, as this node's agent sees it."""

@@ -58,6 +58,7 @@ class Trainer:
     ) -> dict[str, Any]:
         """Begin anew, as a restarted script would."""
         self._rank, self._launch, self._step = rank, launch, 0
+        self._own_of = rank
         self._own = {"data": torch.zeros(size_bytes, dtype=torch.uint8), "step": 0, "launch": 0}
         self._model = torch.nn.Linear(common_bytes // 4, 1, bias=False)
         chosen = Limits(**{**LIMITS, **(limits or {})})
@@ -109,7 +110,7 @@ class Trainer:
         return [level for level in LEVELS if handle.done(level)]
 
     def _fill(self, step: int) -> None:
-        self._step = step
+        self._step, self._own_of = step, self._rank
         data = self._own["data"]
         data.copy_(content(self._rank, step, self._launch, data.numel()))
         self._own |= {"step": step, "launch": self._launch}
@@ -123,7 +124,7 @@ class Trainer:
         step, launch, data = self._own["step"], self._own["launch"], self._own["data"]
         weight = self._model.weight.detach()
         problems = []
-        if not torch.equal(data, content(self._rank, step, launch, data.numel())):
+        if not torch.equal(data, content(self._own_of, step, launch, data.numel())):
             problems.append("own bytes")
         common = content(COMMON, step, launch, weight.numel()).to(torch.float32)
         if weight.numpy().tobytes() != common.numpy().tobytes():
@@ -134,8 +135,12 @@ class Trainer:
         """Whether anything was ever loaded into what is attached, or trained."""
         return bool(self._own["step"] or self._own["data"].any())
 
-    def restore(self, **options: Any) -> dict[str, Any]:
-        """Restore, and check every byte."""
+    def restore(self, saved_world: int = 0, **options: Any) -> dict[str, Any]:
+        """Restore, and check every byte; what other ranks saved is kept by each, new ones take it
+        from the others in turn."""
+        if saved_world:
+            self._own_of = self._rank % saved_world
+            options["on_resize"] = {"own": "keep"}
         begun = time.monotonic()
         step = self._client.restore(**options)
         taken_s = time.monotonic() - begun
