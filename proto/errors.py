@@ -51,6 +51,16 @@ class EverstepError(Exception):
         self.named = named
         return self
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """So that a trainer's own collectives can tell its other ranks."""
+        return _remade, (type(self), self.arguments, self.named)
+
+
+def _remade(
+    kind: type[EverstepError], arguments: tuple[object, ...], named: dict[str, object]
+) -> EverstepError:
+    return kind(*arguments, **named)
+
 
 class Retryable(EverstepError):
     """The same call may succeed later."""
