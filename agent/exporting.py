@@ -1,32 +1,26 @@
 """Taking a snapshot out of Everstep, as files that others read.
 
-Owns `everstep export`: safetensors is written here, in bounded memory; torch's formats by a child
-process of the client package, since the agent's side never imports torch. Promises that every
-digest was checked before the first byte is written, and each unit again as it is copied; that the
-output appears whole or not at all; and that nothing is overwritten unasked.
+Owns `everstep export`: safetensors is written by `agent/exporting_safetensors.py`, in bounded
+memory; torch's formats by a child process of the client package, since the agent's side never
+imports torch. Promises that every digest was checked before the first byte is written, and each
+unit again as it is copied; that the output appears whole or not at all; and that nothing is
+overwritten unasked.
 """
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from everstep.agent.children import report_of
 from everstep.agent.choosing import Chosen, checked_rank
 from everstep.agent.display import Meter
-from everstep.agent.shards import Copy, UnitReader
-from everstep.proto import errors
+from everstep.agent.exporting_safetensors import Writing, write_file, write_images, write_indexed
+from everstep.agent.shards import Copy
 from everstep.proto.agent_pb2 import RestoreReply, ShardLocation
-from everstep.proto.errors import EverstepError, FormatInvalid, Refused
-from everstep.proto.ids import UNIT_BYTES
-from everstep.snapshot.layout import Layout, Leaf, LeafSpec, pack
-from everstep.snapshot.replicas import gather
+from everstep.proto.errors import Refused
+from everstep.snapshot.consolidating import Whole, part_names
+from everstep.snapshot.reading import Shard
 from everstep.snapshot.tree import split
-from everstep.storage.directory import storage_error
 
 FORMATS = ("safetensors", "torch", "dcp")
 
@@ -43,59 +37,89 @@ def check_output(output: Path, *, force: bool) -> None:
         raise Refused(f"{output} exists. Say --force to replace it; nothing was written.")
 
 
+def check_options(
+    form: str, parts: Sequence[str], shard_bytes: int | None, *, sharded: bool
+) -> None:
+    """See that the options go together.
+
+    Raises:
+        Refused: If they do not; says what does.
+    """
+    if shard_bytes is not None and (form != "safetensors" or sharded):
+        raise Refused(
+            "--shard-bytes is for --to safetensors alone: several files and their index. dcp is "
+            "written in pieces anyway. Nothing was written."
+        )
+    if sharded and form == "torch":
+        raise Refused(
+            "torch.save has no form for a rank's part of a tensor: say --sharded with --to dcp or "
+            "--to safetensors, or leave it out. Nothing was written."
+        )
+    if sharded and form == "safetensors" and parts:
+        raise Refused(
+            "--sharded copies each rank's file as it is: leave --part out, or --sharded. Nothing "
+            "was written."
+        )
+
+
 def export_safetensors(
-    chosen: Chosen, rank: int, parts: Sequence[str], output: Path, meter: Meter
+    chosen: Chosen,
+    rank: int,
+    parts: Sequence[str],
+    output: Path,
+    meter: Meter,
+    *,
+    shard_bytes: int | None = None,
+    sharded: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
-    """Write all tensors as one safetensors file, replicated ones put together.
+    """Write all tensors as safetensors, what ranks share or have parts of put together.
 
     Args:
         chosen: What to write.
         rank: Whose tensors, where ranks differ.
         parts: Only these; the names of a single one lose its prefix.
-        output: The file.
+        output: The file; or the directory, if there are several.
         meter: Shows the progress.
+        shard_bytes: Several files, each with tensors of about so many bytes, and an index.
+        sharded: Each rank's file as it is.
+        force: Replace a directory that holds such files.
 
     Returns:
-        What was written: "tensors", "bytes" and "omitted_values".
+        What was written: "tensors", "bytes", "files", "omitted_values" and "left_out".
 
     Raises:
-        Refused: If there is no such part, or the output is a directory.
+        Refused: If there is no such part, or the output is of another kind.
         ShardCorrupt: If a copy has changed since it was checked. Nothing is left behind.
         OutOfSpace: If it does not fit. Nothing is left behind.
     """
     own = chosen.copies[checked_rank(chosen, rank)]
-    if output.is_dir():
-        raise Refused(f"{output} is a directory; name a file. Nothing was written.")
-    wanted = _wanted(own.layout, parts)
-    known = {leaf.name: leaf for leaf in own.layout.leaves}
-    specs = [
-        LeafSpec(name, known[of].dtype, known[of].shape, 0, known[of].whole_bytes)
-        for name, of in wanted.items()
-    ]
-    packed = pack((), specs, {}, {})
-    _published(
-        output, packed, chosen, {name: known[of] for name, of in wanted.items()}, rank, meter
-    )
-    chosen_parts = set(parts or (part.name for part in own.layout.parts))
+    check_parts(chosen, rank, parts)
+    shards = {holder: _shard(copy) for holder, copy in chosen.copies.items()}
+    writing = Writing(shards, rank, output, meter, force=force)
+    if sharded:
+        return write_images(writing)
+    whole = Whole.of({holder: shard.layout for holder, shard in shards.items()}, rank, parts)
+    prefix = f"{parts[0]}/" if len(parts) == 1 else ""
+    tensors = {
+        _plain(name.removeprefix(prefix)) if prefix else name: tensor
+        for name, tensor in whole.tensors.items()
+    }
+    if shard_bytes is None:
+        written = write_file(writing, tensors)
+    else:
+        written = write_indexed(writing, tensors, shard_bytes)
+    chosen_parts = set(parts or part_names({r: s.layout for r, s in shards.items()}, rank))
     paths = [value.path.partition("/")[0] for value in own.record.values]
     return {
-        "tensors": len(specs),
-        "bytes": packed.image_bytes,
+        **written,
         "omitted_values": sum(part in chosen_parts for part in paths),
+        "left_out": list(whole.left_out),
     }
 
 
-def _wanted(layout: Layout, parts: Sequence[str]) -> dict[str, str]:
-    """For each name in the output, the leaf it stands for. Tied tensors appear under each name:
-    whoever loads the file by name finds what a state_dict would have had."""
-    check_parts(layout, parts)
-    leaves = {leaf.name: leaf.name for leaf in layout.leaves} | layout.aliases
-    prefix = f"{parts[0]}/" if len(parts) == 1 else ""
-    return {
-        _plain(name.removeprefix(prefix)) if prefix else name: of
-        for name, of in leaves.items()
-        if not parts or name.partition("/")[0] in parts
-    }
+def _shard(copy: Copy) -> Shard:
+    return Shard(copy.rank, str(copy.path), copy.offset, copy.layout, copy.record, copy.level)
 
 
 def _plain(path: str) -> str:
@@ -104,13 +128,13 @@ def _plain(path: str) -> str:
     return keys[0] if len(keys) == 1 and isinstance(keys[0], str) else path
 
 
-def check_parts(layout: Layout, parts: Sequence[str]) -> None:
+def check_parts(chosen: Chosen, rank: int, parts: Sequence[str]) -> None:
     """See that the parts exist.
 
     Raises:
         Refused: If one does not.
     """
-    known = [part.name for part in layout.parts]
+    known = part_names({holder: copy.layout for holder, copy in chosen.copies.items()}, rank)
     for part in parts:
         if part not in known:
             raise Refused(
@@ -118,81 +142,15 @@ def check_parts(layout: Layout, parts: Sequence[str]) -> None:
             )
 
 
-def _published(
-    output: Path, packed: Layout, chosen: Chosen, sources: dict[str, Leaf], rank: int, meter: Meter
-) -> None:
-    partial = output.parent / f".{output.name}.{os.getpid()}.partial"
-    try:
-        with partial.open("xb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, packed.image_bytes))
-            with meter(f"writing {output.name}", packed.image_bytes) as advance:
-                for data in _image(packed, chosen, sources, rank):
-                    file.write(data)
-                    advance(len(data))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(output)
-        _sync_directory(output.parent)
-    except OSError as error:
-        raise storage_error(str(output), packed.image_bytes, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _image(
-    packed: Layout, chosen: Chosen, sources: dict[str, Leaf], rank: int
-) -> Iterator[bytes | memoryview]:
-    """The bytes of the output, in order."""
-    leaves = {
-        holder: {leaf.name: leaf for leaf in copy.layout.leaves}
-        for holder, copy in chosen.copies.items()
-    }
-    yield packed.header
-    with ExitStack() as stack:
-        readers = {
-            holder: stack.enter_context(UnitReader(copy)) for holder, copy in chosen.copies.items()
-        }
-        for target in sorted(packed.leaves, key=lambda leaf: (leaf.offset, leaf.held_bytes)):
-            source = sources[target.name]
-            for holder, start, stop in _pieces(source, leaves, rank):
-                held = leaves[holder][source.name]
-                yield from _range(readers[holder], held.offset + start - held.start, stop - start)
-
-
-def _pieces(
-    source: Leaf, leaves: dict[int, dict[str, Leaf]], rank: int
-) -> list[tuple[int, int, int]]:
-    """From which ranks the bytes of a leaf come. Only equal leaves count as replicas."""
-    form = (source.dtype, source.shape, source.replicated)
-    holders = {}
-    for holder, known in leaves.items():
-        held = known.get(source.name)
-        if held is None or (held.dtype, held.shape, held.replicated) != form:
-            continue
-        if holder == rank or source.replicated:
-            holders[holder] = [(held.start, held.stop)]
-    return gather(source.name, source.whole_bytes, holders, own_rank=rank)
-
-
-def _range(reader: UnitReader, offset: int, size: int) -> Iterator[memoryview]:
-    end = offset + size
-    while offset < end:
-        index, begin = divmod(offset, UNIT_BYTES)
-        piece = memoryview(reader.unit(index))[begin : begin + end - offset]
-        yield piece
-        offset += len(piece)
-
-
 def export_by_child(
-    chosen: Chosen, rank: int, parts: Sequence[str], output: Path, form: str, *, force: bool
+    chosen: Chosen,
+    rank: int,
+    parts: Sequence[str],
+    output: Path,
+    form: str,
+    *,
+    force: bool,
+    sharded: bool = False,
 ) -> dict[str, Any]:
     """Have the client package write one of torch's formats.
 
@@ -203,6 +161,7 @@ def export_by_child(
         output: The file or directory.
         form: "torch" or "dcp".
         force: Replace what is there.
+        sharded: Each rank's part of a tensor by itself.
 
     Returns:
         What the child says it has written.
@@ -211,29 +170,18 @@ def export_by_child(
         Refused: If torch is not installed here, or the child refused.
         EverstepError: Whatever else the child ran into. Nothing is left behind.
     """
-    check_parts(chosen.copies[checked_rank(chosen, rank)].layout, parts)
-    if importlib.util.find_spec("torch") is None:
-        raise Refused(
-            f"--to {form} needs torch, which {sys.executable} does not have. Use an environment "
-            "that has it, or --to safetensors. Nothing was written."
-        )
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "everstep.client.export",
-        "--to",
-        form,
-        "--rank",
-        str(rank),
-    ]
-    command += ["--output", str(output), *(word for part in parts for word in ("--part", part))]
-    if force:
-        command.append("--force")
-    ended = subprocess.run(
-        command, input=_located(chosen).SerializeToString(), stdout=subprocess.PIPE, check=False
+    check_parts(chosen, checked_rank(chosen, rank), parts)
+    arguments = ["--to", form, "--rank", str(rank), "--output", str(output)]
+    arguments += [word for part in parts for word in ("--part", part)]
+    arguments += ["--force"] if force else []
+    arguments += ["--sharded"] if sharded else []
+    return report_of(
+        "everstep.client.exporting",
+        arguments,
+        f"--to {form}",
+        ", or --to safetensors",
+        _located(chosen).SerializeToString(),
     )
-    return _reply(ended.stdout, ended.returncode)
 
 
 def _located(chosen: Chosen) -> RestoreReply:
@@ -256,24 +204,3 @@ def _located(chosen: Chosen) -> RestoreReply:
         step=chosen.snapshot.step,
         shards=[location(rank, copy) for rank, copy in sorted(chosen.copies.items())],
     )
-
-
-def _reply(stdout: bytes, status: int) -> dict[str, Any]:
-    try:
-        reply = json.loads(stdout)
-        error = reply.get("error")
-    except (ValueError, AttributeError):
-        how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        raise FormatInvalid("the export's child process", f"it ended {how}, see above") from None
-    if error is None:
-        return dict(reply)
-    raise _as_raised(str(error.get("type")), str(error.get("message")))
-
-
-def _as_raised(name: str, message: str) -> EverstepError:
-    """The child's error, of the group that its class belongs to: that decides our exit status."""
-    kind = getattr(errors, name, EverstepError)
-    for group in (errors.Refused, errors.Retryable):
-        if isinstance(kind, type) and issubclass(kind, group):
-            return group(message)
-    return errors.Damaged(message)

@@ -267,6 +267,11 @@ def show_export(report: Report) -> None:
             f"{report['omitted_values']} values that are no tensors have no place in safetensors; "
             "--to torch takes them along"
         )
+    if report.get("left_out"):
+        note(
+            f"{len(report['left_out'])} tensors that other ranks have for themselves were left "
+            "out; --rank says whose state is meant"
+        )
     for optimizer in report.get("optimizers_by_name", ()):
         note(
             f"the state of {optimizer} stays under parameter names: their order in the optimizer "

@@ -61,6 +61,7 @@ def inspect(
         "export --job gpt --to safetensors --part model model.safetensors",
         "export --job gpt --step 1200 --to torch checkpoint.pt",
         "export /nvme/gpt --to dcp checkpoint-directory",
+        "export --job gpt --to safetensors --part model --shard-bytes 5000000000 model-directory",
     )
 )
 def export(
@@ -78,6 +79,13 @@ def export(
         list[str] | None,
         typer.Option(help="Only this part; a single one's names lose its prefix in safetensors."),
     ] = None,
+    shard_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="safetensors: files of about so many bytes, and their index."),
+    ] = None,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="A file for each rank (safetensors, dcp).")
+    ] = False,
     level: Level = "",
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT.")] = False,
     address: Address = "",
@@ -96,17 +104,21 @@ def export(
     directory, output = (words[0], words[1]) if len(words) == 2 else (None, words[0])
     if directory is None and not job:
         raise Refused("name what to export: --job JOB, or a directory before the output.")
+    parts = part or []
+    exporting.check_options(to, parts, shard_bytes, sharded=sharded)
     exporting.check_output(output, force=force)
     with place_named(directory, job_named(job), address) as place:
         there = place.at(level_named(level))
         chosen = choosing.choose(there, there.one_job(), step, display.meter())
     for reason in chosen.rejected:
         display.note(f"warning: not used: {reason}")
-    parts = part or []
+    how = {"force": force, "sharded": sharded}
     if to == "safetensors":
-        written = exporting.export_safetensors(chosen, rank, parts, output, display.meter())
+        written = exporting.export_safetensors(
+            chosen, rank, parts, output, display.meter(), shard_bytes=shard_bytes, **how
+        )
     else:
-        written = exporting.export_by_child(chosen, rank, parts, output, to, force=force)
+        written = exporting.export_by_child(chosen, rank, parts, output, to, **how)
     report = showing.export_report(chosen, to, output, written)
     if as_json:
         display.document(report)
