@@ -7,6 +7,6 @@ from everstep.client.client import Client
 from everstep.client.connecting import connect
 from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits, Stats
-from everstep.snapshot.placement import Extent
+from everstep.snapshot.placement import Extent, FlatExtent
 
-__all__ = ["Client", "Extent", "Limits", "Snapshot", "Stats", "connect"]
+__all__ = ["Client", "Extent", "FlatExtent", "Limits", "Snapshot", "Stats", "connect"]

@@ -21,7 +21,14 @@ from everstep.proto.errors import NotCapturable, Refused
 from everstep.snapshot import values
 from everstep.snapshot.capture import check_capturable, dtype_name, value_bytes
 from everstep.snapshot.layout import Block, Part
-from everstep.snapshot.placement import Extent, Placed, Placement, Spread, local_of
+from everstep.snapshot.placement import (
+    Extent,
+    FlatExtent,
+    Placed,
+    Placement,
+    Spread,
+    local_of,
+)
 from everstep.snapshot.tree import Flat, flatten, split
 
 INLINE_BYTES = 64 * 1024
@@ -195,7 +202,7 @@ class Names(dict[int, str]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.extents: dict[str, Sequence[Extent]] = {}
+        self.extents: dict[str, Sequence[Extent | FlatExtent]] = {}
         self.divided: set[int] = set()
 
 
@@ -304,12 +311,12 @@ def _placed(
 
 def _state_extents(
     names: Mapping[int, str], name: str, tensor: torch.Tensor
-) -> Sequence[Extent] | None:
+) -> Sequence[Extent | FlatExtent] | None:
     """An optimizer's state of the form of its parameter lies as its parameter does."""
     extents = names.extents if isinstance(names, Names) else {}
     path = split(name) if extents else ()
     found = extents.get(str(path[2])) if len(path) > 3 and path[1] == "state" else None
-    if found is None or tensor.dim() != len(found[0].global_shape) or path[-1] == "step":
+    if found is None or not tensor.dim() or path[-1] == "step":
         return None
     return [replace(extent, tensor=name) for extent in found]
 

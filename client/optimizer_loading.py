@@ -19,6 +19,7 @@ from everstep.client.resizing import members_of
 from everstep.client.saved import Form
 from everstep.snapshot.placement import (
     Extent,
+    FlatExtent,
     Placed,
     Spread,
     is_distributed,
@@ -73,7 +74,7 @@ def _made(
     name: str,
     form: Form,
     parameters: Mapping[str, torch.Tensor],
-    extents: Mapping[str, Sequence[Extent]],
+    extents: Mapping[str, Sequence[Extent | FlatExtent]],
     problems: Problems,
 ) -> Placed:
     """Memory for state that the optimizer does not have yet: spread as its parameter is."""

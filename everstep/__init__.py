@@ -17,7 +17,7 @@ Importing this module imports nothing else; the client (and with it torch) comes
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from everstep.client import Client, Extent, Limits, Snapshot, Stats, connect
+    from everstep.client import Client, Extent, FlatExtent, Limits, Snapshot, Stats, connect
     from everstep.client.adapters.accelerate import AccelerateCheckpointer as AccelerateCheckpointer
     from everstep.client.adapters.deepspeed import (
         DeepSpeedCheckpointEngine as DeepSpeedCheckpointEngine,
@@ -37,7 +37,17 @@ _ADAPTERS = {
 }
 """Each imports its host, so they are not in `__all__`: a star would import them."""
 
-__all__ = ["Client", "Extent", "Limits", "Snapshot", "Stats", "__version__", "connect", "errors"]
+__all__ = [
+    "Client",
+    "Extent",
+    "FlatExtent",
+    "Limits",
+    "Snapshot",
+    "Stats",
+    "__version__",
+    "connect",
+    "errors",
+]
 
 
 def __getattr__(name: str) -> Any:

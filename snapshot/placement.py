@@ -51,6 +51,55 @@ class Extent:
     shape: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class FlatExtent:
+    """A range of a flattened global tensor: for partitions as ZeRO and flat parameters have them.
+
+    Attributes:
+        tensor: The global tensor's name.
+        global_shape: Its shape.
+        start: Which element of it, counted flat, comes first.
+        local_start: Where that is in the plain tensor, which has one dimension.
+        length: How many elements; None: all from there.
+    """
+
+    tensor: str
+    global_shape: tuple[int, ...]
+    start: int
+    local_start: int = 0
+    length: int | None = None
+
+
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """The boxes that a range of a flattened tensor is made of, in order: at most two a dimension.
+
+    Each is contiguous: what the flattened tensor has there is the box, row by row.
+    """
+    if start >= stop:
+        return
+    if len(shape) < 2:
+        yield Box((start,), (stop - start,)) if shape else Box((), ())
+        return
+    row = Box.whole(shape[1:]).elements
+    first, last = -(-start // row), stop // row
+    if first > last:  # within one row
+        yield from _within(
+            start // row, flat_boxes(shape[1:], start % row, stop - start // row * row)
+        )
+        return
+    if start % row:
+        yield from _within(first - 1, flat_boxes(shape[1:], start % row, row))
+    if first < last:
+        yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+    if stop % row:
+        yield from _within(last, flat_boxes(shape[1:], 0, stop % row))
+
+
+def _within(row: int, boxes: Iterator[Box]) -> Iterator[Box]:
+    for box in boxes:
+        yield Box((row, *box.offset), (1, *box.shape))
+
+
 class Spread:
     """A plain tensor together with where it lies in a global one.
 
@@ -64,33 +113,26 @@ class Spread:
         boxes: (where in the global tensor, where in the plain one) of each extent.
     """
 
-    def __init__(self, name: str, local: torch.Tensor, extents: Sequence[Extent]) -> None:
+    def __init__(
+        self, name: str, local: torch.Tensor, extents: Sequence[Extent | FlatExtent]
+    ) -> None:
         self.local = local
         self.dtype = local.dtype
         self.tensor, self.shape = extents[0].tensor, tuple(extents[0].global_shape)
-        none = (0,) * local.dim()
-        self.boxes = [
-            (
-                Box(tuple(e.offset), tuple(e.shape or local.shape)),
-                Box(tuple(e.local_offset or none), tuple(e.shape or local.shape)),
-            )
-            for e in extents
-        ]
+        self.boxes = [pair for extent in extents for pair in _pairs(extent, local)]
         problem = self._problem(extents)
         if problem:
             raise NotCapturable(name, "tensor with a placement", problem)
 
-    def _problem(self, extents: Sequence[Extent]) -> str:
+    def _problem(self, extents: Sequence[Extent | FlatExtent]) -> str:
         if len({(e.tensor, tuple(e.global_shape)) for e in extents}) > 1:
             return "its extents are of several tensors"
-        dimensions = {len(box.offset) for pair in self.boxes for box in pair}
-        if dimensions | {len(self.shape), self.local.dim()} != {self.local.dim()}:
-            return f"its extents have another number of dimensions than {self.local.dim()}"
-        for at, own in self.boxes:
-            if Box.whole(self.shape).meet(at) != at and at.elements:
-                return f"its extent {at} is outside of {list(self.shape)}"
-            if Box.whole(self.local.shape).meet(own) != own and own.elements:
-                return f"its extent {own} is outside of the local {list(self.local.shape)}"
+        for whole, boxes in ((self.shape, 0), (self.local.shape, 1)):
+            for box in (pair[boxes] for pair in self.boxes):
+                if len(box.offset) != len(whole):
+                    return f"its extent {box} has another number of dimensions than {list(whole)}"
+                if box.elements and Box.whole(whole).meet(box) != box:
+                    return f"its extent {box} is outside of {list(whole)}"
         if sum(own.elements for _, own in self.boxes) != self.local.numel():
             return "its extents do not make up the local tensor"
         return ""
@@ -107,13 +149,29 @@ class Spread:
             for dimension, (begin, length) in enumerate(zip(own.offset, own.shape, strict=True)):
                 if length != part.shape[dimension]:
                     part = part.narrow(dimension, begin, length)
-            found.append(Portion(part, at))
+            found.append(Portion(part if part.shape == at.shape else part.view(at.shape), at))
         return found
+
+
+def _pairs(extent: Extent | FlatExtent, local: torch.Tensor) -> Iterator[tuple[Box, Box]]:
+    """Where in the global tensor, and where in the plain one."""
+    if isinstance(extent, Extent):
+        shape = tuple(extent.shape or local.shape)
+        own = tuple(extent.local_offset or (0,) * local.dim())
+        yield Box(tuple(extent.offset), shape), Box(own, shape)
+        return
+    length = extent.length
+    if length is None:
+        length = local.numel() - extent.local_start
+    at = extent.local_start
+    for box in flat_boxes(extent.global_shape, extent.start, extent.start + length):
+        yield box, Box((at,), (box.elements,))
+        at += box.elements
 
 
 Placed = torch.Tensor | Spread
 """A tensor of any kind: a plain one, a DTensor, or a plain one that is a part of a global one."""
-Placement = Callable[[str, torch.Tensor], Sequence[Extent] | None]
+Placement = Callable[[str, torch.Tensor], Sequence[Extent | FlatExtent] | None]
 """Says of a plain tensor, by its name, where it lies; None: it is a tensor of its own."""
 
 

@@ -2,19 +2,32 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from everstep.proto.errors import NotCapturable
-from everstep.snapshot.placement import group_of, like, local_of, mesh_ranks, portions
+from everstep.snapshot.placement import (
+    Extent,
+    FlatExtent,
+    Spread,
+    flat_boxes,
+    group_of,
+    like,
+    local_of,
+    mesh_ranks,
+    portions,
+)
 
 WORLD = 8
 MESHES = [((8,), ("a",)), ((2, 4), ("a", "b")), ((4, 2), ("a", "b")), ((2, 2, 2), ("a", "b", "c"))]
@@ -121,3 +134,40 @@ def test_memory_placed_alike() -> None:
     assert made.shape == tensor.shape
     assert made.placements == tensor.placements
     assert local_of(made).sum() == 0
+
+
+@given(st.data())
+def test_ranges_of_flat_tensors_are_few_boxes(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), max_size=4)))
+    size = math.prod(shape)
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    whole = torch.arange(size).reshape(shape)
+    boxes = list(flat_boxes(shape, start, stop))
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+    found = []
+    for box in boxes:
+        where = tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))
+        found += whole[where].flatten().tolist()
+    assert found == list(range(start, stop))
+
+
+def test_a_flat_partition_is_views_of_its_memory() -> None:
+    whole = torch.arange(60).reshape(5, 4, 3)
+    local = whole.flatten()[7:41].clone()
+    spread = Spread("t", local, [FlatExtent("t", (5, 4, 3), 7)])
+    for portion in portions("t", spread):
+        where = tuple(
+            slice(a, a + n) for a, n in zip(portion.box.offset, portion.box.shape, strict=True)
+        )
+        assert torch.equal(portion.tensor, whole[where])
+        assert portion.tensor.untyped_storage().data_ptr() == local.data_ptr()
+        assert portion.tensor.is_contiguous()
+    with pytest.raises(NotCapturable, match="outside"):
+        Spread("t", local, [FlatExtent("t", (5, 4, 3), 40)])
+    with pytest.raises(NotCapturable, match="make up"):
+        Spread("t", local, [FlatExtent("t", (5, 4, 3), 7, length=3)])
+    with pytest.raises(NotCapturable, match="several"):
+        Spread("t", local, [FlatExtent("t", (60,), 0), FlatExtent("u", (60,), 0)])
+    with pytest.raises(NotCapturable, match="dimensions"):
+        Spread("t", local, [Extent("t", (5, 4, 3), (0,))])
