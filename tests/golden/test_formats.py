@@ -14,7 +14,7 @@ import pytest
 from everstep.proto import state_pb2
 from everstep.proto.envelope import open_envelope, open_repairing, seal
 from everstep.snapshot import layout, values
-from everstep.snapshot.layout import Leaf, LeafSpec, Part
+from everstep.snapshot.layout import Block, Leaf, LeafSpec, Part
 from everstep.storage.parity import parity_bytes, parse_manifest
 
 DATA = Path(__file__).parent / "data"
@@ -45,6 +45,18 @@ SPECS = (
     LeafSpec("optimizer/state/a.weight/phase", "complex64", (2,), 0, 16),
     LeafSpec("loader/empty", "int64", (0, 4), 0, 0),
     LeafSpec("model/mask", "bool", (7,), 0, 7),
+)
+BLOCKS = (
+    LeafSpec("model/w", "float32", (3, 8), 0, 96, False, Block("model/w", (7, 16), (4, 8))),
+    LeafSpec(
+        "model/experts[2:3, 0:4]",
+        "bfloat16",
+        (1, 4),
+        4,
+        8,
+        True,
+        Block("model/experts", (8, 4), (2, 0)),
+    ),
 )
 ALIASES = {"model/b.weight": "model/a.weight"}
 CONTAINERS = {"model": "ordered", "optimizer/state/a.weight": "dict:0"}
@@ -125,6 +137,9 @@ BUILDERS = {
     "layout-v1.bin": lambda: layout.encode(
         layout.pack(PARTS, SPECS, ALIASES, CONTAINERS), repairable=True
     ),
+    "layout-v1-blocks.bin": lambda: layout.encode(
+        layout.pack(PARTS[:1], BLOCKS, {}, {}), repairable=True
+    ),
     "record-v1.bin": lambda: seal(
         "record", record_message().SerializeToString(deterministic=True), repairable=True
     ),
@@ -175,6 +190,21 @@ def test_an_old_layout_says_the_same() -> None:
         b'"model/a.weight":{"dtype":"BF16","shape":[3,5],"data_offsets":[8228,8258]},'
         b'"model/mask":{"dtype":"BOOL","shape":[7],"data_offsets":[8258,8265]}}'
     )
+
+
+def test_old_blocks_say_the_same() -> None:
+    name = "layout-v1-blocks.bin"
+    found = layout.decode((DATA / name).read_bytes(), name)
+    assert [(leaf.tensor, leaf.block, leaf.shape) for leaf in found.leaves] == [
+        ("model/w", Block("model/w", (7, 16), (4, 8)), (3, 8)),
+        ("model/experts", Block("model/experts", (8, 4), (2, 0)), (1, 4)),
+    ]
+    assert [(leaf.offset, leaf.start, leaf.stop) for leaf in found.leaves] == [
+        (4096, 0, 96),
+        (4192, 4, 8),
+    ]
+    assert b'"model/w[4:7,8:16]":{"dtype":"F32","shape":[3,8]' in found.header
+    assert b'"model/experts[2:3,0:4][2:4]":{"dtype":"BF16","shape":[2]' in found.header
 
 
 def test_an_old_record_says_the_same() -> None:

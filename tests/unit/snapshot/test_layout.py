@@ -2,6 +2,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from everstep.proto import state_pb2
 from everstep.proto.envelope import open_envelope, seal
 from everstep.proto.errors import FormatInvalid, NotCapturable
 from everstep.snapshot.layout import (
+    Block,
     Layout,
     LeafSpec,
     Part,
@@ -347,3 +349,30 @@ def test_noise_raises_nothing_but_format_invalid(noise: bytes, in_envelope: bool
         decode(data, "here")
     except FormatInvalid:
         pass
+
+
+def blocked(box: tuple[int, ...], whole: tuple[int, ...], at: tuple[int, ...]) -> LeafSpec:
+    size = math.prod(box) * 4
+    return LeafSpec("model/w", "float32", box, 0, size, False, Block("model/w", whole, at))
+
+
+def test_blocks_travel_with_their_leaves() -> None:
+    spec = blocked((2, 3), (5, 9), (3, 6))
+    found = decode(encode(pack([PART], [spec], {}, {})), "test").leaves[0]
+    assert found.block == spec.block
+    assert (found.tensor, found.global_shape, found.block_offset) == ("model/w", (5, 9), (3, 6))
+
+
+@pytest.mark.parametrize(
+    ("spec", "what"),
+    [
+        (blocked((2, 3), (5, 9), (4, 0)), "outside of"),
+        (blocked((2, 3), (5,), (0,)), "dimensions"),
+        (blocked((2, 3), (5, 9), (0,)), "dimensions"),
+        (blocked((1, 1), (1 << 40, 1 << 40), (0, 0)), "impossible shape"),
+        (replace(blocked((2,), (4,), (0,)), block=Block("", (4,), (0,))), "without a name"),
+    ],
+)
+def test_impossible_blocks_are_refused(spec: LeafSpec, what: str) -> None:
+    with pytest.raises(FormatInvalid, match=what):
+        pack([PART], [spec], {}, {})
