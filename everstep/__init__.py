@@ -17,6 +17,7 @@ Importing this module imports nothing else; the client (and with it torch) comes
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from everstep import dcp as dcp
     from everstep.client import Client, Extent, FlatExtent, Limits, Snapshot, Stats, connect
     from everstep.client.adapters.accelerate import AccelerateCheckpointer as AccelerateCheckpointer
     from everstep.client.adapters.deepspeed import (
@@ -62,6 +63,8 @@ def __getattr__(name: str) -> Any:
             return "source"
     if name == "errors":
         return importlib.import_module("everstep.proto.errors")
+    if name == "dcp":
+        return importlib.import_module("everstep.dcp")
     if name in __all__:
         return getattr(importlib.import_module("everstep.client"), name)
     if name in _ADAPTERS:
