@@ -23,7 +23,7 @@ from everstep.client.attachment import Collected
 from everstep.client.channel import Channel
 from everstep.kernels.cuda_runtime import CudaRuntime
 from everstep.proto import agent_pb2 as wire
-from everstep.proto.errors import NotCapturable, RankClaimed
+from everstep.proto.errors import Misplaced, RankClaimed
 from everstep.snapshot.capture import (
     CapturePlan,
     dtype_name,
@@ -418,12 +418,11 @@ class Arranger:
         return Arrangement(plan, arena, now, collected.form, groups)
 
 
-def _other_ranks(name: str, ranks: tuple[int, ...], session: wire.Session) -> NotCapturable:
-    detail = (
-        f"its mesh has ranks {ranks[0]} to {ranks[-1]}, and this is rank {session.rank} of "
+def _other_ranks(name: str, ranks: tuple[int, ...], session: wire.Session) -> Misplaced:
+    return Misplaced(
+        f"{name}: its mesh has ranks {ranks[0]} to {ranks[-1]}, and this is rank {session.rank} of "
         f"{session.world} to Everstep; give connect() the rank and world of torch.distributed"
     )
-    return NotCapturable(name, "DTensor", detail)
 
 
 def _lock_holder(descriptor: int) -> int:

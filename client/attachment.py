@@ -9,6 +9,7 @@ device either, unless a user's own `state_dict` does. The way back is `client/lo
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,8 +17,14 @@ from typing import Any
 import torch
 
 from everstep.client import scaling
-from everstep.client.sharing import Ranks, guarded_memory, leaves_of, shared_memory
-from everstep.proto.errors import NotCapturable, Refused
+from everstep.client.sharing import (
+    LeafSource,
+    Ranks,
+    guarded_memory,
+    leaves_of,
+    shared_memory,
+)
+from everstep.proto.errors import Misplaced, NotCapturable, Refused
 from everstep.snapshot import values
 from everstep.snapshot.capture import check_capturable, dtype_name, value_bytes
 from everstep.snapshot.layout import Block, Part
@@ -76,6 +83,17 @@ class Collected:
     form: object = field(default_factory=object)
     """The same object only as long as everything but the values is the same, and every tensor is
     where it was, in the same shape. See `client/recollecting.py`."""
+
+    def add(self, leaves: Sequence[LeafSource], *, guarded: bool, group: Ranks | None) -> None:
+        """The leaves of one tensor."""
+        for leaf in leaves:
+            self.tensors.append((leaf.name, leaf.tensor))
+            if guarded:
+                self.guarded.add(leaf.name)
+            if group is not None:
+                self.groups[leaf.name] = group
+            if leaf.block is not None:
+                self.blocks[leaf.name] = leaf.block
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,9 +385,11 @@ def combined(
 
     Raises:
         NotCapturable: If something in it cannot be expressed; names path and type.
+        Misplaced: If tensors cannot lie where they are said to, or two leaves have one name.
     """
     collected = Collected()
     first_names: dict[tuple[object, ...], str] = {}
+    problems: list[str] = []
     for attached in attachments.values():
         flat = read(attached)
         collected.containers |= flat.containers
@@ -385,14 +405,16 @@ def combined(
                     continue
             guarded = around.guarded.get(local.data_ptr(), -1) >= local.nbytes or attached.guarded
             group = None if attached.part.per_rank else around.shared.get(local.data_ptr())
-            for leaf in leaves_of(name, tensor):
-                collected.tensors.append((leaf.name, leaf.tensor))
-                if guarded:
-                    collected.guarded.add(leaf.name)
-                if group is not None:
-                    collected.groups[leaf.name] = group
-                if leaf.block is not None:
-                    collected.blocks[leaf.name] = leaf.block
+            try:
+                leaves = leaves_of(name, tensor)
+            except Misplaced as error:
+                problems += error.problems
+                continue
+            collected.add(leaves, guarded=guarded, group=group)
+    names = Counter(name for name, _ in collected.tensors)
+    problems += [f"{n}: {count} tensors are called that" for n, count in names.items() if count > 1]
+    if problems:
+        raise Misplaced(*problems)
     return collected
 
 

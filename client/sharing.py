@@ -63,7 +63,7 @@ def leaves_of(name: str, tensor: Placed) -> list[LeafSource]:
     """What this rank holds of a tensor: one leaf, or for strided shards several.
 
     Raises:
-        NotCapturable: If mesh and placements contradict each other.
+        Misplaced: If mesh and placements contradict each other.
     """
     if isinstance(tensor, torch.Tensor) and not is_distributed(tensor):
         return [LeafSource(name, tensor)]

@@ -355,6 +355,26 @@ class NotCapturable(Refused):
         )
 
 
+class Misplaced(NotCapturable):
+    """Tensors are said to lie where they cannot, or two are called the same.
+
+    Attributes:
+        problems: All that were found, each as "name: what".
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        self.path, _, self.detail = problems[0].partition(": ")
+        self.type_name = "tensor"
+        shown = "".join(f"\n    {problem}" for problem in problems[:20])
+        more = f"\n    and {len(problems) - 20} more" if len(problems) > 20 else ""
+        EverstepError.__init__(
+            self,
+            "what is attached cannot be what its placements say. Nothing was captured or loaded."
+            f"{shown}{more}",
+        )
+
+
 class StateMismatch(Refused):
     """What is attached and what was saved differ.
 
@@ -362,7 +382,7 @@ class StateMismatch(Refused):
         missing: Leaves that are attached but not in the snapshot.
         unexpected: Leaves of the snapshot that nothing attached takes.
         reshaped: Leaves whose dtype or shape differ, each as "name: saved -> attached".
-        divergent: State that differs from rank to rank, where the ranks are not those that saved it.
+        divergent: State that differs from rank to rank, where there are other ranks now.
         contradictory: What the ranks' shards say against each other.
     """
 

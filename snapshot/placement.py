@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from everstep.proto.errors import NotCapturable
+from everstep.proto.errors import Misplaced
 from everstep.snapshot.reshard import Box
 
 _MODULE = "torch.distributed.tensor"
@@ -103,9 +103,6 @@ def _within(row: int, boxes: Iterator[Box]) -> Iterator[Box]:
 class Spread:
     """A plain tensor together with where it lies in a global one.
 
-    Raises:
-        NotCapturable: If the extents are of several tensors, or do not make up the plain tensor.
-
     Attributes:
         local: The plain tensor.
         shape: Of the global tensor.
@@ -120,9 +117,8 @@ class Spread:
         self.dtype = local.dtype
         self.tensor, self.shape = extents[0].tensor, tuple(extents[0].global_shape)
         self.boxes = [pair for extent in extents for pair in _pairs(extent, local)]
-        problem = self._problem(extents)
-        if problem:
-            raise NotCapturable(name, "tensor with a placement", problem)
+        self._name = name
+        self._wrong = self._problem(extents)
 
     def _problem(self, extents: Sequence[Extent | FlatExtent]) -> str:
         if len({(e.tensor, tuple(e.global_shape)) for e in extents}) > 1:
@@ -135,6 +131,8 @@ class Spread:
                     return f"its extent {box} is outside of {list(whole)}"
         if sum(own.elements for _, own in self.boxes) != self.local.numel():
             return "its extents do not make up the local tensor"
+        if len({at for at, _ in self.boxes}) < len(self.boxes):
+            return "two of its extents are the same"
         return ""
 
     def numel(self) -> int:
@@ -142,7 +140,13 @@ class Spread:
         return Box.whole(self.shape).elements
 
     def portions(self) -> list[Portion]:
-        """The boxes with their memory."""
+        """The boxes with their memory.
+
+        Raises:
+            Misplaced: If the extents are of several tensors, or do not make up the plain tensor.
+        """
+        if self._wrong:
+            raise Misplaced(f"{self._name}: {self._wrong}")
         found = []
         for at, own in self.boxes:
             part = self.local
@@ -202,7 +206,7 @@ def portions(name: str, tensor: Placed) -> list[Portion]:
     """The boxes that this rank holds of a tensor; one, for all but strided shards.
 
     Raises:
-        NotCapturable: If mesh, placements and local shape contradict each other, or values are not
+        Misplaced: If mesh, placements and local shape contradict each other, or values are not
             reduced yet.
     """
     if isinstance(tensor, Spread):
@@ -267,8 +271,9 @@ def _intervals(name: str, tensor: torch.Tensor) -> list[Intervals]:
     along: list[Intervals] = [[(0, length)] for length in tensor.shape]
     for dimension, placement in enumerate(placements):
         if placement.is_partial():
-            detail = "a partial sum, whose value no rank has; redistribute it first"
-            raise NotCapturable(name, type(tensor).__name__, detail)
+            raise Misplaced(
+                f"{name}: a partial sum, whose value no rank has; redistribute it first"
+            )
         at = getattr(placement, "dim", None)
         if at is None or placement.is_replicate():
             continue
@@ -282,8 +287,8 @@ def _intervals(name: str, tensor: torch.Tensor) -> list[Intervals]:
     return along
 
 
-def _mismatch(name: str, what: str) -> NotCapturable:
-    return NotCapturable(name, "DTensor", f"its mesh does not match its placements: {what}")
+def _mismatch(name: str, what: str) -> Misplaced:
+    return Misplaced(f"{name}: its mesh does not match its placements: {what}")
 
 
 def _share(held: Intervals, ranks: int, rank: int, pieces: int) -> Intervals:

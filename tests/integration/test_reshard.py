@@ -1,5 +1,6 @@
 """State of any mesh comes back in any other, from memory: global tensors equal as bytes."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,7 +12,7 @@ import torch.distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import everstep
-from everstep.proto.errors import Refused, StateMismatch
+from everstep.proto.errors import Misplaced, Refused, StateMismatch
 
 from .conftest import AgentProcess
 from .meshes import WORLD_LIMIT, Job, Plan, Reference, digest, update
@@ -345,3 +346,60 @@ def test_contradictions_are_listed_and_nothing_is_loaded(agent_process: AgentPro
     assert "tree/gap" in problems
     assert not any(tensor.any() for tensor in live["tree"].values())
     client.close(timeout=0)
+
+
+def test_names_that_are_given_twice_are_all_listed(agent_process: AgentProcess) -> None:
+    tree = {name: torch.ones(2) for name in "abcd"}
+
+    def placed(name: str, tensor: torch.Tensor) -> list[everstep.Extent]:
+        return [everstep.Extent(f"tree/{'x' if name < 'tree/c' else 'y'}", (2,), (0,))]
+
+    client = everstep.connect(job="job", rank=0, world=1, agent=agent_process.address)
+    client.attach(tree=tree, placement={"tree": placed})
+    with pytest.raises(Misplaced) as raised:
+        client.snapshot(1, force=True)
+    assert raised.value.problems == (
+        "tree/x: 2 tensors are called that",
+        "tree/y: 2 tensors are called that",
+    )
+    client.close(timeout=0)
+
+
+FLAT = (7, 5)
+
+
+def flat_job(agent: AgentProcess, cuts: list[int], *, zeros: bool) -> list[torch.Tensor]:
+    """Each rank has a range of the flattened weight, as ZeRO deals it, and its moments."""
+    whole = torch.randn(FLAT, generator=torch.Generator().manual_seed(3)).flatten()
+    pieces, ranks = [], []
+    for rank, (start, stop) in enumerate(itertools.pairwise([0, *cuts, whole.numel()])):
+        module = torch.nn.Module()
+        module.register_parameter("w", torch.nn.Parameter(whole[start:stop].clone()))
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        if zeros:
+            torch.nn.init.zeros_(module.w)
+        else:
+            update(optimizer)
+
+        def placed(name: str, _: torch.Tensor, start: int = start) -> list[everstep.FlatExtent]:
+            return [everstep.FlatExtent(name, FLAT, start)]
+
+        client = everstep.connect(job="job", rank=rank, world=len(cuts) + 1, agent=agent.address)
+        client.attach(model=module, optimizer=optimizer, placement={"model": placed})
+        ranks.append((client, None))
+        pieces.append((module.w, optimizer))
+    if zeros:
+        assert set(on_all(ranks, lambda client: client.restore())) == {1}
+    else:
+        handles = on_all(ranks, lambda client: client.snapshot(1, force=True))
+        assert all(handle.wait() for handle in handles), handles
+    on_all(ranks, lambda client: client.close(timeout=0))
+    moments = [optimizer.state[w]["exp_avg"] for w, optimizer in pieces]
+    return [torch.cat([w.detach() for w, _ in pieces]), torch.cat(moments)]
+
+
+@pytest.mark.parametrize("cuts", [[], [12], [3, 4, 30]], ids=str)
+def test_flat_partitions_are_cut_anywhere(agent_process: AgentProcess, cuts: list[int]) -> None:
+    saved = flat_job(agent_process, [9, 23], zeros=False)
+    restored = flat_job(agent_process, cuts, zeros=True)
+    assert [digest(tensor) for tensor in restored] == [digest(tensor) for tensor in saved]

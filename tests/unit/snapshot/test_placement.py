@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from everstep.proto.errors import NotCapturable
+from everstep.proto.errors import Misplaced
 from everstep.snapshot.placement import (
     Extent,
     FlatExtent,
@@ -117,10 +117,10 @@ def test_what_contradicts_itself_is_refused() -> None:
     wrong = DTensor.from_local(
         torch.ones(3), mesh, [Shard(0)], run_check=False, shape=torch.Size([64]), stride=(1,)
     )
-    with pytest.raises(NotCapturable, match=r"local shape of \[3\] where \[8\] belongs"):
+    with pytest.raises(Misplaced, match=r"local shape of \[3\] where \[8\] belongs"):
         portions("t", wrong)
     partial = DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False)
-    with pytest.raises(NotCapturable, match="partial sum"):
+    with pytest.raises(Misplaced, match="partial sum"):
         portions("t", partial)
 
 
@@ -163,11 +163,11 @@ def test_a_flat_partition_is_views_of_its_memory() -> None:
         assert torch.equal(portion.tensor, whole[where])
         assert portion.tensor.untyped_storage().data_ptr() == local.data_ptr()
         assert portion.tensor.is_contiguous()
-    with pytest.raises(NotCapturable, match="outside"):
-        Spread("t", local, [FlatExtent("t", (5, 4, 3), 40)])
-    with pytest.raises(NotCapturable, match="make up"):
-        Spread("t", local, [FlatExtent("t", (5, 4, 3), 7, length=3)])
-    with pytest.raises(NotCapturable, match="several"):
-        Spread("t", local, [FlatExtent("t", (60,), 0), FlatExtent("u", (60,), 0)])
-    with pytest.raises(NotCapturable, match="dimensions"):
-        Spread("t", local, [Extent("t", (5, 4, 3), (0,))])
+    with pytest.raises(Misplaced, match="outside"):
+        portions("t", Spread("t", local, [FlatExtent("t", (5, 4, 3), 40)]))
+    with pytest.raises(Misplaced, match="make up"):
+        portions("t", Spread("t", local, [FlatExtent("t", (5, 4, 3), 7, length=3)]))
+    with pytest.raises(Misplaced, match="several"):
+        portions("t", Spread("t", local, [FlatExtent("t", (60,), 0), FlatExtent("u", (60,), 0)]))
+    with pytest.raises(Misplaced, match="dimensions"):
+        portions("t", Spread("t", local, [Extent("t", (5, 4, 3), (0,))]))
