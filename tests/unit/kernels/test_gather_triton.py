@@ -90,13 +90,15 @@ def test_a_sample_sees_the_first_and_the_last_byte_and_all_of_a_short_source() -
 
 
 @pytest.mark.parametrize("seed", [5, 6, (1 << 64) - 1])
-def test_positions_depend_on_the_seed_and_the_index(seed: int) -> None:
+def test_positions_depend_on_the_seed_and_the_size_alone(seed: int) -> None:
+    """Not on the place among the sources: another rank may have others before it."""
+
     def seen(seed: int) -> list[set[int]]:
-        """Which bytes change the fingerprint of each of two equal sources."""
-        memory = Memory([(400, 0), (400, 0)], 7)
-        sources = [(address, 400) for address in memory.addresses]
+        """Which bytes change the fingerprint of each source."""
+        memory = Memory([(400, 0), (400, 0), (399, 0)], 7)
+        sources = list(zip(memory.addresses, (400, 400, 399), strict=True))
         before = gather_triton.reference_sample(sources, 4, seed)
-        found: list[set[int]] = [set(), set()]
+        found: list[set[int]] = [set() for _ in sources]
         for index, (address, size) in enumerate(sources):
             for offset in range(size):
                 memory.bytes[address + offset - memory.base] ^= 1
@@ -106,9 +108,10 @@ def test_positions_depend_on_the_seed_and_the_index(seed: int) -> None:
                     found[index].add(offset)
         return found
 
-    first, second = seen(seed)
-    assert first != second
-    assert [first, second] != seen(seed + 7)
+    first, second, other = seen(seed)
+    assert first == second
+    assert other - {*range(391, 399)} != first - {*range(392, 400)}
+    assert [first, second, other] != seen(seed + 7)
     for places in (first, second):
         assert {*range(8), *range(392, 400)} <= places
         assert 16 < len(places) <= 6 * 8
