@@ -13,6 +13,7 @@ PROTO_SERVICES := everstep/proto/agent.proto everstep/proto/peer.proto
 PROTO_SOURCES := $(PROTO_SERVICES) everstep/proto/state.proto
 KERNEL_SOURCES := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h)
 GENERATED := build/proto-check
+ADAPTER_TESTS := tests/adapters
 QUIET_TESTS := tests/unit tests/contract tests/golden tests/sim tests/test_layering.py
 
 .PHONY: help setup view kernels proto check test test-long test-gpu fault bench demo wheel clean
@@ -39,6 +40,7 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps torchtitan
 	touch $@
 
 view: $(LINKS) kernels
@@ -81,10 +83,12 @@ check: setup view
 	    || { echo "proto/$$(basename $$file) is out of date: run 'make proto'"; exit 1; }; \
 	done
 
-# Tests without processes of their own share the cores; the others must not disturb each other.
+# Tests without processes of their own share the cores; the others must not disturb each other, and
+# are not to carry the libraries along that the adapters are for.
 test: setup kernels
 	$(BIN)/pytest -n auto --maxprocesses 8 $(QUIET_TESTS)
-	$(BIN)/pytest $(addprefix --ignore ,$(QUIET_TESTS))
+	$(BIN)/pytest $(ADAPTER_TESTS)
+	$(BIN)/pytest $(addprefix --ignore ,$(QUIET_TESTS) $(ADAPTER_TESTS))
 
 test-long: setup kernels
 	$(BIN)/pytest -m "long and not gpu"

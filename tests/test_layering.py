@@ -37,6 +37,12 @@ CONFINED = {
     ),
     "torchdata": ("client/*",),
     "triton": ("kernels/*_triton.py",),
+    "accelerate": ("client/adapters/*",),
+    "deepspeed": ("client/adapters/*",),
+    "lightning": ("client/adapters/*",),
+    "pytorch_lightning": ("client/adapters/*",),
+    "torchtitan": ("client/adapters/*",),
+    "transformers": ("client/adapters/*",),
     "pickle": (),
     "marshal": (),
     "shelve": (),
@@ -157,6 +163,18 @@ def test_every_folder_was_looked_at() -> None:
     seen = {Path(module).parts[0] for module in modules()}
     assert seen >= {"kernels", "proto"}
     assert seen <= MAY_IMPORT.keys()
+
+
+def test_hosts_of_adapters_are_imported_by_their_adapters_only() -> None:
+    script = (
+        "import sys, everstep.client; everstep.connect; hosts = "
+        "{'accelerate', 'deepspeed', 'lightning', 'torchtitan', 'transformers'}; "
+        "sys.exit(', '.join(sorted(hosts & sys.modules.keys())) or 0)"
+    )
+    outcome = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert outcome.returncode == 0, f"everstep.client imports {outcome.stderr}"
 
 
 def test_the_agent_runs_without_torch() -> None:
