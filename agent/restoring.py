@@ -27,7 +27,12 @@ from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery import Wanted
 from everstep.agent.sources import Held, SnapshotPlan, Source, parsed
 from everstep.proto.agent_pb2 import RestoreReply, ShardLocation
-from everstep.proto.errors import DeadlineExceeded, FormatInvalid, Refused, StaleIncarnation
+from everstep.proto.errors import (
+    DeadlineExceeded,
+    FormatInvalid,
+    PeerUnavailable,
+    StaleIncarnation,
+)
 from everstep.proto.failpoint import failpoint
 from everstep.proto.ids import SnapshotId
 from everstep.proto.peer_pb2 import DecideReply, DecideRequest
@@ -157,7 +162,8 @@ class Restoring:
             A location for each rank of `needs`, with a path.
 
         Raises:
-            Refused: If this agent was started anew since it said what to restore.
+            PeerUnavailable: If this agent was started anew since it said what to restore: ask that
+                again first. Likewise if a source stopped delivering.
             FormatInvalid: If the snapshot has no such shards or units.
             OutOfSpace: If memory does not hold them.
             EverstepError: If a shard cannot be had.
@@ -165,10 +171,8 @@ class Restoring:
         """
         plan = self._plans.get((job.name, job.incarnation))
         if plan is None or plan.snapshot != snapshot:
-            raise Refused(
-                f"the agent of {self._node_id} was started anew since it said that job "
-                f"{job.name!r} restores {snapshot}. Nothing was loaded. Ask what to restore again."
-            )
+            problem = f"it was started anew since it said that {snapshot} is restored: ask it again"
+            raise PeerUnavailable(self._node_id, problem)
         check_needs(needs, {source.rank: source.image_bytes for source in plan.sources})
         try:
             async with asyncio.timeout(self._timeout_s):

@@ -17,7 +17,7 @@ from everstep.agent.recovery import Wanted
 from everstep.agent.restoring import Restoring
 from everstep.agent.sources import SnapshotPlan
 from everstep.proto import agent_pb2 as wire
-from everstep.proto.errors import EverstepError, FormatInvalid, OutOfSpace, PeerUnavailable, Refused
+from everstep.proto.errors import EverstepError, FormatInvalid, OutOfSpace, PeerUnavailable
 from everstep.proto.ids import UNIT_BYTES, SnapshotId
 from everstep.proto.peer_pb2 import DecideReply
 from everstep.snapshot.layout import decode
@@ -283,7 +283,7 @@ def test_units_that_are_not_there(tmp_path: Path, needs: Any, words: str) -> Non
 
 def test_an_agent_that_was_started_anew_has_to_be_asked_again(tmp_path: Path) -> None:
     async def body(group: Group, restores: Restores) -> None:
-        with pytest.raises(Refused, match="Ask what to restore again"):
+        with pytest.raises(PeerUnavailable, match="ask it again"):
             await restores.gather({2: [range(1)]})
 
     run(tmp_path, body)
