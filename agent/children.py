@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from everstep.proto import errors
-from everstep.proto.errors import EverstepError, FormatInvalid, Refused
+from everstep.proto.errors import AgentUnavailable, EverstepError, FormatInvalid, Refused
 
 
 def report_of(
@@ -51,12 +51,15 @@ def _reply(stdout: bytes, status: int) -> dict[str, Any]:
         raise FormatInvalid("the child process", f"it ended {how}, see above") from None
     if error is None:
         return dict(reply)
-    raise _as_raised(str(error.get("type")), str(error.get("message")))
+    raise _as_raised(error)
 
 
-def _as_raised(name: str, message: str) -> EverstepError:
+def _as_raised(error: dict[str, Any]) -> EverstepError:
     """The child's error, of the group that its class belongs to: that decides our exit status."""
-    kind = getattr(errors, name, EverstepError)
+    message = str(error.get("message"))
+    kind = getattr(errors, str(error.get("type")), EverstepError)
+    if kind is AgentUnavailable and "address" in error:
+        return AgentUnavailable(str(error["address"]), str(error.get("detail")))
     for group in (errors.Refused, errors.Retryable):
         if isinstance(kind, type) and issubclass(kind, group):
             return group(message)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from everstep.agent import verbs_host, verbs_safety, verbs_snapshots
+from everstep.agent import verbs_host, verbs_import, verbs_safety, verbs_snapshots
 from everstep.agent.verbs import app
 from everstep.agent.version import installed_version
 
@@ -24,6 +24,7 @@ _ORDER = (
     verbs_safety.verify,
     verbs_snapshots.inspect,
     verbs_snapshots.export,
+    verbs_import.import_checkpoint,
     verbs_snapshots.gc,
     verbs_host.doctor,
     verbs_host.demo,

@@ -279,6 +279,16 @@ def show_export(report: Report) -> None:
         )
 
 
+def show_import(report: Report) -> None:
+    """Show what was imported."""
+    line(
+        f"imported {report['source']} as step {report['step']} of job {report['job']}: "
+        f"{report['tensors']} tensors, {size(report['bytes'])}, at {', '.join(report['levels'])}"
+    )
+    for part in report["parts"]:
+        line(f"  {part['name']}: {part['kind']}, {part['tensors']} tensors, {size(part['bytes'])}")
+
+
 def show_items(items: "Sequence[Item]") -> None:
     """Show what would be freed."""
     if items:

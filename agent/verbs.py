@@ -2,8 +2,8 @@
 
 Owns the agent, the directory, the job and the level that an option names. Promises that a wrong
 name is refused before anything is asked. Imports late, so that the agent's own process carries
-nothing that only other verbs need. The verbs are in `agent.verbs_host`, `agent.verbs_safety` and
-`agent.verbs_snapshots`.
+nothing that only other verbs need. The verbs are in `agent.verbs_host`, `agent.verbs_import`,
+`agent.verbs_safety` and `agent.verbs_snapshots`.
 """
 
 from pathlib import Path
