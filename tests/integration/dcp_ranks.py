@@ -1,0 +1,296 @@
+"""One rank of a job that saves and loads with torch.distributed.checkpoint; see test_dcp_ranks.py.
+
+Each phase writes what it found to PHASE-RANK.json. Full tensors are compared by digest.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed._shard.sharded_tensor import Shard as OldShard
+from torch.distributed._shard.sharded_tensor import init_from_local_shards
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from everstep.dcp import EverstepReader, EverstepWriter
+
+JOB = "dcp"
+
+
+class Model(nn.Module):
+    """Uneven and empty shards, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.second = nn.Linear(5, 1)
+        self.scale = nn.Parameter(torch.randn(1))
+        self.register_buffer("seen", torch.tensor(3))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(batch)) * self.scale
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Of all of it, wherever it is."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    flat = whole.detach().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return f"{whole.dtype}{list(whole.shape)} {hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def digests(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of every tensor, by its path; other values as text."""
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{inner}": one for inner, one in digests(value).items()}
+        else:
+            found[key] = digest(value) if isinstance(value, torch.Tensor) else repr(value)
+    return found
+
+
+def sharded(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model under FSDP2, and its optimizer after one step."""
+    torch.manual_seed(seed)
+    model = Model()
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    train(model, optimizer)
+    return model, optimizer
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One step."""
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> dict[str, Any]:
+    """As torchtitan saves it."""
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    return {"model": of_model, "optimizer": of_optimizer, **more}
+
+
+def spread(shape: tuple[int, ...], mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+    """Zeros."""
+    return distribute_tensor(torch.zeros(shape), mesh, placements)
+
+
+def low(fill: float) -> DTensor:
+    """In bfloat16, by columns: uneven."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return distribute_tensor(torch.full((3, 5), fill).bfloat16() / 3, mesh, [Shard(1)])
+
+
+class FailsOnRank1(dcp.DefaultSavePlanner):
+    """A planner that cannot read a tensor on rank 1."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise ValueError("rank 1 cannot read it")
+        return super().resolve_data(write_item)
+
+
+def failure(attempt: Callable[[], object]) -> str:
+    """What an attempt that must fail says."""
+    try:
+        attempt()
+    except CheckpointException as error:
+        return str(error)
+    return ""
+
+
+class Phases:
+    """What a launch is asked to do, one after another."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.writer = EverstepWriter(JOB, nvme_interval=1)
+        self.reader = EverstepReader(JOB, nvme_interval=1)
+
+    def save(self) -> dict[str, Any]:
+        """FSDP2, with objects; then the same under the same mesh, zeroed, is loaded."""
+        model, optimizer = sharded(0)
+        words = ["a", {"deep": (1, 2)}]
+        state = state_of(model, optimizer, step=1, words=words, low=low(7.0), one=torch.ones(3))
+        dcp.save(state, storage_writer=self.writer, checkpoint_id=self.out / "step-1")
+        dcp.save(state, checkpoint_id=self.out / "reference")
+        saved = digests(state)
+        model, optimizer = sharded(1)
+        words = ["", {"deep": 0}]
+        other = state_of(model, optimizer, step=0, words=words, low=low(0.0), one=torch.zeros(3))
+        before = digests(other)
+        dcp.load(other, storage_reader=self.reader)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=other["model"],
+            optim_state_dict=other["optimizer"],
+        )
+        loaded = digests(state_of(model, optimizer))
+        return {"saved": saved, "before": before, "loaded": digests(other), "set": loaded}
+
+    def tensor_parallel(self) -> dict[str, Any]:
+        """What FSDP2 saved, on another mesh: by columns, replicated, and by rows of another."""
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model = {
+            "first.weight": spread((5, 6), mesh, [Shard(1)]),
+            "first.bias": spread((5,), mesh, [Replicate()]),
+            "second.weight": spread((1, 5), mesh, [Shard(1)]),
+            "second.bias": torch.zeros(1),
+        }
+        state = {"model": model, "step": 0}
+        dcp.load(state, storage_reader=self.reader, checkpoint_id=1)
+        found = digests(state)
+        dcp.save(state, storage_writer=self.writer, checkpoint_id="step-2")
+        again = {"model": {"first.weight": spread((5, 6), mesh, [Shard(0)])}}
+        dcp.load(again, storage_reader=self.reader, checkpoint_id=2)
+        return {"found": found, "again": digests(again)}
+
+    def resharding(self) -> dict[str, Any]:
+        """From each way to divide a tensor to each other, on one mesh dimension."""
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        ways: list[list[Placement]] = [[Shard(0)], [Shard(1)], [Replicate()]]
+        return self._between(mesh, ways, 20)
+
+    def two_dimensions(self) -> dict[str, Any]:
+        """The same on two: HSDP, tensor parallel in FSDP, and both dimensions on one."""
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+        ways: list[list[Placement]] = [
+            [Replicate(), Shard(0)],
+            [Shard(0), Shard(1)],
+            [Shard(0), Shard(0)],
+            [Shard(1), Replicate()],
+        ]
+        return self._between(mesh, ways, 30)
+
+    def _between(self, mesh: DeviceMesh, ways: list[list[Placement]], step: int) -> dict[str, Any]:
+        found = {}
+        for saved_as in ways:
+            whole = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
+            state = {"w": distribute_tensor(whole, mesh, saved_as), "plain": whole[:2].clone()}
+            dcp.save(state, storage_writer=self.writer, checkpoint_id=step)
+            for loaded_as in ways:
+                other = {"w": spread((7, 5), mesh, loaded_as), "plain": torch.zeros(2, 5)}
+                dcp.load(other, storage_reader=self.reader, checkpoint_id=step)
+                found[f"{saved_as} -> {loaded_as}"] = digests(other) == digests(state)
+            step += 1
+        return found
+
+    def sharded_tensors(self) -> dict[str, Any]:
+        """The older sharded tensors: two chunks of rows on each rank, then columns."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        whole = torch.arange(2.0 * world * 6).reshape(2 * world, 6)
+        rows = [
+            OldShard.from_tensor_and_offsets(whole[at : at + 1].clone(), [at, 0], rank)
+            for at in (rank, rank + world)
+        ]
+        state = {"w": init_from_local_shards(rows, whole.shape)}
+        dcp.save(state, storage_writer=self.writer, checkpoint_id=40)
+        width = 6 // world
+        zeros = torch.zeros(2 * world, width)
+        columns = OldShard.from_tensor_and_offsets(zeros, [0, rank * width], rank)
+        state = {"w": init_from_local_shards([columns], whole.shape)}
+        dcp.load(state, storage_reader=self.reader, checkpoint_id=40)
+        plain = {"w": torch.zeros_like(whole)}
+        dcp.load(plain, storage_reader=self.reader, checkpoint_id=40)
+        expected = whole[:, rank * width : (rank + 1) * width]
+        return {"columns": torch.equal(zeros, expected), "plain": torch.equal(plain["w"], whole)}
+
+    def asynchronous(self) -> dict[str, Any]:
+        """Saved in the background while the model goes on; two of them."""
+        model, optimizer = sharded(2)
+        found, group = [], dist.new_group(backend="gloo")
+        for _ in range(2):
+            state = state_of(model, optimizer)
+            saved = digests(state)
+            future = dcp.async_save(state, storage_writer=self.writer, process_group=group)
+            train(model, optimizer)
+            future.result()
+            found.append({"saved": saved, "id": self.writer.checkpoint_id})
+        other = state_of(*sharded(3))
+        self.reader.reset()
+        dcp.load(other, storage_reader=self.reader)
+        return {"saves": found, "loaded": digests(other), "id": self.reader.checkpoint_id}
+
+    def failing(self) -> dict[str, Any]:
+        """A save that fails on one rank, or is asked for differently, is none; the next one is."""
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        rank = dist.get_rank()
+
+        def state(fill: float) -> dict[str, Any]:
+            values = torch.full((5, 4), fill)
+            return {"w": distribute_tensor(values, mesh, [Shard(0)]), "own": torch.full((2,), fill)}
+
+        def save(fill: float, step: int, **options: Any) -> None:
+            dcp.save(state(fill), storage_writer=self.writer, checkpoint_id=step, **options)
+
+        save(1.0, 100)
+        broken = failure(lambda: save(2.0, 101, planner=FailsOnRank1()))
+        differently = failure(lambda: save(3.0, 102 + rank))
+        loaded = state(0.0)
+        self.reader.reset()
+        dcp.load(loaded, storage_reader=self.reader)
+        earlier = failure(
+            lambda: dcp.load(state(0.0), storage_reader=self.reader, checkpoint_id=55)
+        )
+        mixed = failure(
+            lambda: dcp.load(
+                {"other": torch.zeros(1)}, storage_reader=self.reader, checkpoint_id=100
+            )
+        )
+        save(4.0, 110)
+        after = state(0.0)
+        dcp.load(after, storage_reader=self.reader, checkpoint_id=110)
+        return {
+            "broken": broken,
+            "differently": differently,
+            "loaded": digests(loaded),
+            "earlier": earlier,
+            "missing": mixed,
+            "after": digests(after),
+        }
+
+    def load(self) -> dict[str, Any]:
+        """What other numbers of ranks have saved: two of them, and one."""
+        found = {}
+        for step in (1, 200):
+            state = state_of(*sharded(4), step=0)
+            dcp.load(state, storage_reader=self.reader, checkpoint_id=step)
+            found[str(step)] = digests(state)
+        return found
+
+
+def main() -> None:
+    """Run the phases that are named."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("phases", nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    dist.init_process_group("gloo")
+    phases = Phases(options.out)
+    for name in options.phases:
+        found = getattr(phases, name)()
+        path = options.out / f"{name}-{dist.get_rank()}.json"
+        path.with_suffix(".part").write_text(json.dumps(found))
+        path.with_suffix(".part").rename(path)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
