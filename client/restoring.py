@@ -73,6 +73,10 @@ class _CopyDamaged(Exception):
         self.copy = copy
 
 
+class _AskAnew(Exception):
+    """The agent is not the one that said where the bytes are: nothing was touched yet."""
+
+
 class Restoring:
     """Restores for one rank.
 
@@ -111,6 +115,7 @@ class Restoring:
         if to is not None:
             request.to_step = to
         tries_left = _LIVE_TRIES
+        deadline = time.monotonic() + self._limits.restore_s
         while True:
             reply = self._ask(request)
             self._session.used = True
@@ -119,6 +124,10 @@ class Restoring:
             try:
                 restored = self._load(reply, attachments, terms)
                 break
+            except _AskAnew as anew:
+                if time.monotonic() >= deadline:
+                    raise (anew.__cause__ or anew) from None
+                self._session.await_return(deadline)
             except _CopyDamaged as found:
                 if request.live and tries_left:
                     # The others go on: they may have overwritten it. The agent looks anew.
@@ -228,7 +237,12 @@ class Restoring:
         for rank, units in absent.items():
             spans = [wire.UnitSpan(first=u.start, count=len(u)) for u in units]
             request.needs.append(wire.Need(rank=rank, units=spans))
-        gathered: wire.GatherReply = self._channel.call("Gather", request, self._limits.restore_s)
+        try:
+            gathered = self._channel.call("Gather", request, self._limits.restore_s)
+        except DeadlineExceeded:
+            raise
+        except Retryable as error:
+            raise _AskAnew from error
         for found in gathered.shards:
             restoration.locate(found.rank, found.path, found.offset, found.level)
 
