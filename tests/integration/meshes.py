@@ -155,10 +155,17 @@ class Rank:
 
 
 class Job:
-    """All ranks of a plan, connected to one agent."""
+    """All ranks of a plan, connected to one agent, or each to that of its node."""
 
     def __init__(
-        self, plan: Plan, name: str, *, zeros: bool = False, attach: Any = None, **connect: Any
+        self,
+        plan: Plan,
+        name: str,
+        *,
+        zeros: bool = False,
+        attach: Any = None,
+        agent_of: Callable[[int], str] | None = None,
+        **connect: Any,
     ) -> None:
         values = globals_at_start()
         if zeros:
@@ -167,6 +174,8 @@ class Job:
         self.ranks = [Rank.build(number, plan, values) for number in range(plan.world)]
         attach = attach or (lambda rank: {"model": rank.model, "optimizer": rank.optimizer})
         for rank in self.ranks:
+            if agent_of is not None:
+                connect["agent"] = agent_of(rank.number)
             rank.client = everstep.connect(
                 job=name, interval=1, rank=rank.number, world=plan.world, **connect
             )
@@ -182,11 +191,11 @@ class Job:
             for _ in range(steps):
                 update(rank.optimizer)
 
-    def snapshot(self, step: int) -> None:
+    def snapshot(self, step: int, level: str = "memory") -> None:
         handles = self.each(lambda rank: rank.client.snapshot(step))
         assert [handle.skipped for handle in handles] == [""] * len(handles)
         for handle in handles:
-            assert handle.wait(), handle
+            assert handle.wait(level=level), handle
 
     def restore(self, **options: Any) -> list[int | None]:
         return self.each(lambda rank: rank.client.restore(**options))
