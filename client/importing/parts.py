@@ -7,7 +7,7 @@ in parts become blocks of global tensors, and that nothing is left out unless pa
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,12 @@ class Part:
     def place(self, _: str, tensor: torch.Tensor) -> Sequence[Extent] | None:
         """Where a tensor lies in a global one; None if it is one of its own."""
         extent = self._extents.get(id(tensor))
-        return None if extent is None else [extent]
+        if extent is None:
+            return None
+        # A second box, of nothing: only leaves of several boxes are named by them, and the other
+        # parts of the global tensor are leaves, too.
+        nothing = (0, *tensor.shape[1:])
+        return [extent, replace(extent, shape=nothing, local_offset=(0,) * len(nothing))]
 
 
 def about(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
