@@ -119,6 +119,13 @@ def test_goes_on_bit_for_bit(step: int, job: str, expected: tuple[Any, ...]) -> 
     assert run.train().outcome() == expected
 
 
+def test_the_count_of_accumulated_batches_comes_back(job: str) -> None:
+    killed(job, 4)
+    run = Run(job)
+    assert run.accelerator.step == 4 * ACCUMULATED
+    run.checkpointer.client.close(timeout=0)
+
+
 def test_killed_twice_with_an_interval(job: str, expected: tuple[Any, ...]) -> None:
     killed(job, 5, interval=3)
     killed(job, 11, interval=3)

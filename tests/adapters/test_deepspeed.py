@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import everstep
-from everstep.proto.errors import Refused
+from everstep.proto.errors import NothingRecoverable, Refused
 
 from .conftest import digest
 
@@ -130,6 +130,31 @@ def test_an_older_tag_by_name(job: str, tmp_path: Path) -> None:
     checkpoints = installed(engine, job)
     engine.load_checkpoint(str(tmp_path), tag="global_step5")
     assert engine.global_steps == 5
+    checkpoints.cleanup()
+
+
+def test_a_tag_that_does_not_say_the_step(job: str, tmp_path: Path) -> None:
+    engine = train(engine_of("stage 1"), 3)
+    checkpoints = installed(engine, job)
+    engine.save_checkpoint(str(tmp_path), tag="best")
+    checkpoints.client.close(timeout=0)
+    engine = engine_of("stage 1")
+    checkpoints = installed(engine, job)
+    assert checkpoints.resume(str(tmp_path)) == "best"
+    engine.load_checkpoint(str(tmp_path))
+    assert engine.global_steps == 3
+    checkpoints.cleanup()
+
+
+def test_a_stub_whose_snapshot_is_another_is_not_loaded(job: str, tmp_path: Path) -> None:
+    """Its run was given up, and the next one has captured the same step under another tag."""
+    saved("stage 0", job, tmp_path, 2)
+    for stub in (tmp_path / "global_step2").iterdir():
+        stub.write_text(stub.read_text().replace("global_step2", "given-up"))
+    engine = engine_of("stage 0")
+    checkpoints = installed(engine, job)
+    with pytest.raises(NothingRecoverable, match="given-up"):
+        engine.load_checkpoint(str(tmp_path))
     checkpoints.cleanup()
 
 
