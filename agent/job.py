@@ -103,6 +103,8 @@ class Member:
     """Whether it is known from before this agent began, and has not attached to it yet."""
     captures_in_flight: int = 1
     """How many steps it copies at once, at most, as its last offer said."""
+    detached: bool = False
+    """Whether it has let go of the rank in good order; it may live on."""
 
 
 @dataclass(slots=True)

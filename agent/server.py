@@ -122,6 +122,7 @@ class Service(AgentServicer):
         holder = job.members.get(caller.rank) if job is not None else None
         alive = (
             holder is not None
+            and not holder.detached
             and holder.process_id != caller.process_id
             and holder.pid != request.pid
             and process_alive(holder.pid, holder.pid_started_s)

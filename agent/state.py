@@ -207,6 +207,7 @@ class State:
         job = self._job(event.caller)
         rank = event.caller.rank
         job.members[rank].attached = False
+        job.members[rank].detached = True
         job.restoring.discard(rank)
         job.joining.pop(rank, None)
         for snapshot in job.present_open_snapshots():
