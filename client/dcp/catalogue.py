@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     BytesStorageMetadata,
@@ -84,7 +85,8 @@ class Catalogue:
         for fqn, name in self.tensors.items():
             found[fqn] = _tensor_metadata(saved.tensor(name))
         found |= dict.fromkeys(self.objects, BytesStorageMetadata())
-        return Metadata(found, planner_data=dict(self.paths))
+        version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
+        return Metadata(found, planner_data=dict(self.paths), version=version)
 
 
 def catalogue_of(saved: Saved) -> Catalogue:

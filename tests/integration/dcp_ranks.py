@@ -96,6 +96,33 @@ def low(fill: float) -> DTensor:
     return distribute_tensor(torch.full((3, 5), fill).bfloat16() / 3, mesh, [Shard(1)])
 
 
+CHUNKS = {
+    "rows": [(0, 0, 0, 5, 20), (1, 5, 0, 5, 20)],
+    "columns": [(0, 0, 0, 10, 9), (1, 0, 9, 10, 11)],
+    "in turn": [(0, 0, 0, 2, 20), (1, 2, 0, 1, 20), (0, 3, 0, 3, 20), (1, 6, 0, 4, 20)],
+    "one rank": [(1, 0, 0, 8, 20), (1, 8, 0, 2, 20)],
+}
+"""Of a tensor of 10 by 20: (rank, row, column, rows, columns)."""
+
+
+def in_chunks(whole: torch.Tensor, chunks: list[tuple[int, ...]]) -> Any:
+    """A sharded tensor of the older kind."""
+    shards = [
+        OldShard.from_tensor_and_offsets(
+            whole[row : row + rows, column : column + columns].clone(), [row, column], rank
+        )
+        for rank, row, column, rows, columns in chunks
+        if rank == dist.get_rank()
+    ]
+    return init_from_local_shards(shards, whole.shape)
+
+
+def box_of(whole: torch.Tensor, place: Any) -> torch.Tensor:
+    """The part of a tensor that is one of its shards."""
+    (row, column), (rows, columns) = place.shard_offsets, place.shard_sizes
+    return whole[row : row + rows, column : column + columns]
+
+
 class FailsOnRank1(dcp.DefaultSavePlanner):
     """A planner that cannot read a tensor on rank 1."""
 
@@ -141,8 +168,22 @@ class Phases:
             model_state_dict=other["model"],
             optim_state_dict=other["optimizer"],
         )
-        loaded = digests(state_of(model, optimizer))
-        return {"saved": saved, "before": before, "loaded": digests(other), "set": loaded}
+        found = {"saved": saved, "before": before, "loaded": digests(other)}
+        found["set"] = digests(state_of(model, optimizer))
+        # DCP's own load into another model says how training is to go on.
+        theirs = sharded(2)
+        reference = state_of(*theirs)
+        dcp.load(reference, checkpoint_id=self.out / "reference")
+        set_state_dict(
+            *theirs,
+            model_state_dict=reference["model"],
+            optim_state_dict=reference["optimizer"],
+        )
+        for trained in (theirs, (model, optimizer)):
+            train(*trained)
+        found["expected"] = digests(state_of(*theirs))
+        found["trained"] = digests(state_of(model, optimizer))
+        return found
 
     def tensor_parallel(self) -> dict[str, Any]:
         """What FSDP2 saved, on another mesh: by columns, replicated, and by rows of another."""
@@ -192,24 +233,23 @@ class Phases:
         return found
 
     def sharded_tensors(self) -> dict[str, Any]:
-        """The older sharded tensors: two chunks of rows on each rank, then columns."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        whole = torch.arange(2.0 * world * 6).reshape(2 * world, 6)
-        rows = [
-            OldShard.from_tensor_and_offsets(whole[at : at + 1].clone(), [at, 0], rank)
-            for at in (rank, rank + world)
-        ]
-        state = {"w": init_from_local_shards(rows, whole.shape)}
-        dcp.save(state, storage_writer=self.writer, checkpoint_id=40)
-        width = 6 // world
-        zeros = torch.zeros(2 * world, width)
-        columns = OldShard.from_tensor_and_offsets(zeros, [0, rank * width], rank)
-        state = {"w": init_from_local_shards([columns], whole.shape)}
-        dcp.load(state, storage_reader=self.reader, checkpoint_id=40)
-        plain = {"w": torch.zeros_like(whole)}
-        dcp.load(plain, storage_reader=self.reader, checkpoint_id=40)
-        expected = whole[:, rank * width : (rank + 1) * width]
-        return {"columns": torch.equal(zeros, expected), "plain": torch.equal(plain["w"], whole)}
+        """The older sharded tensors, in chunks of all kinds, in place of plain ones and back."""
+        whole = torch.arange(200.0).reshape(10, 20)
+        found, step = {}, 40
+        for saved_as, chunks in CHUNKS.items():
+            state = {"sharded": in_chunks(whole, chunks), "plain": whole + 1}
+            dcp.save(state, storage_writer=self.writer, checkpoint_id=step)
+            for loaded_as, others in CHUNKS.items():
+                zeros = torch.zeros_like(whole)
+                other = {"sharded": zeros, "plain": in_chunks(zeros, others)}
+                dcp.load(other, storage_reader=self.reader, checkpoint_id=step)
+                same = [
+                    torch.equal(shard.tensor, box_of(whole + 1, shard.metadata))
+                    for shard in other["plain"].local_shards()
+                ]
+                found[f"{saved_as} -> {loaded_as}"] = all(same) and torch.equal(zeros, whole)
+            step += 1
+        return found
 
     def asynchronous(self) -> dict[str, Any]:
         """Saved in the background while the model goes on; two of them."""

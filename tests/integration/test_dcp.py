@@ -2,6 +2,9 @@
 
 import copy
 import io
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,7 +145,7 @@ def described(metadata: Metadata) -> dict[str, Any]:
             found[name] = (entry.properties.dtype, tuple(entry.size), chunks)
         else:
             found[name] = "bytes"
-    return {"entries": found, "paths": metadata.planner_data}
+    return {"entries": found, "paths": metadata.planner_data, "version": metadata.version}
 
 
 def test_tensors_may_change_once_save_returns(
@@ -405,6 +408,27 @@ def test_one_process_has_one_session_of_a_job(
     assert "has job" in reason(lambda: dcp.load({"w": torch.ones(1)}, storage_reader=other))
     writer.close()
     dcp.load({"w": torch.ones(1)}, storage_reader=other)
+
+
+LOADS = """
+import sys, torch, torch.distributed.checkpoint as dcp
+from everstep.dcp import EverstepReader
+state = {"w": torch.zeros(1)}
+dcp.load(state, storage_reader=EverstepReader(sys.argv[1], agent=sys.argv[2]))
+print(state["w"].item())
+"""
+
+
+def test_a_closed_session_lets_go_of_the_rank(
+    writer: EverstepWriter, shared_agent: AgentProcess, job: str
+) -> None:
+    """Another process may be the rank, though this one lives on."""
+    dcp.save({"w": torch.full((1,), 7.0)}, storage_writer=writer)
+    command = [sys.executable, "-W", "ignore", "-c", LOADS, job, shared_agent.address]
+    claimed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"is held by process {os.getpid()}" in claimed.stderr
+    writer.close()
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "7.0\n"
 
 
 def test_a_checkpoint_of_each_rank_alone_is_refused(writer: EverstepWriter) -> None:

@@ -67,9 +67,8 @@ def test_sharded_state_in_any_number_of_ranks(
     for rank in first["save"]:
         assert rank["saved"] == rank["loaded"] == saved
         assert not names_of_model(saved).items() <= rank["before"].items()
-        assert {name: rank["set"][name] for name in rank["set"]} == {
-            name: saved[name] for name in rank["set"]
-        }
+        assert rank["set"] == {name: saved[name] for name in rank["set"]}
+        assert rank["trained"] == rank["expected"] != rank["set"]
     for rank in first["tensor_parallel"]:
         assert rank["found"]
         assert rank["found"] == {name: saved[name] for name in rank["found"]}
@@ -95,10 +94,12 @@ def test_saves_in_the_background_and_saves_that_fail(run: Callable[..., dict[str
     for rank in found["resharding"]:
         assert len(rank) == 9
         assert all(rank.values()), rank
-    assert found["sharded_tensors"] == [{"columns": True, "plain": True}] * 2
+    for rank in found["sharded_tensors"]:
+        assert len(rank) == 16
+        assert all(rank.values()), rank
     for rank in found["asynchronous"]:
         one, two = rank["saves"]
-        assert [one["id"], two["id"], rank["id"]] == ["step-41", "step-42", "step-42"]
+        assert [one["id"], two["id"], rank["id"]] == ["step-44", "step-45", "step-45"]
         assert one["saved"] != two["saved"] == rank["loaded"]
     for rank in found["failing"]:
         assert "ValueError: rank 1 cannot read it" in rank["broken"]
