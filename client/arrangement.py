@@ -358,16 +358,19 @@ class Arranger:
     ) -> Layout:
         sizes = {name: (tensor.nbytes, tensor.itemsize) for name, tensor in collected.tensors}
         shares: dict[str, tuple[int, int]] = {}
+        group_ids: dict[str, int] = {}
         for group in groups:
             ranks = group.ranks or range(session.world)
             leaves = [(name, *sizes[name]) for name in group.names]
             shares |= share(leaves, ranks.index(session.rank), len(ranks))
+            group_ids |= dict.fromkeys(group.names, group.group_id)
         specs = []
         for name, tensor in collected.tensors:
             start, stop = shares.get(name, (0, sizes[name][0]))
             dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
             block = collected.blocks.get(name)
-            specs.append(LeafSpec(name, dtype, shape, start, stop, name in shares, block))
+            group_id = group_ids.get(name, 0)
+            specs.append(LeafSpec(name, dtype, shape, start, stop, name in shares, block, group_id))
         return pack(parts, specs, collected.aliases, collected.containers)
 
     def _reserve(self, session: wire.Session, layout: Layout) -> ArenaMapping:

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Leaf(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "offset", "start", "stop", "replicated", "tensor", "global_shape", "block_offset")
+    __slots__ = ("name", "dtype", "shape", "offset", "start", "stop", "replicated", "tensor", "global_shape", "block_offset", "group")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class Leaf(_message.Message):
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_SHAPE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
@@ -28,7 +29,8 @@ class Leaf(_message.Message):
     tensor: str
     global_shape: _containers.RepeatedScalarFieldContainer[int]
     block_offset: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., replicated: _Optional[bool] = ..., tensor: _Optional[str] = ..., global_shape: _Optional[_Iterable[int]] = ..., block_offset: _Optional[_Iterable[int]] = ...) -> None: ...
+    group: int
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., replicated: _Optional[bool] = ..., tensor: _Optional[str] = ..., global_shape: _Optional[_Iterable[int]] = ..., block_offset: _Optional[_Iterable[int]] = ..., group: _Optional[int] = ...) -> None: ...
 
 class Alias(_message.Message):
     __slots__ = ("name", "of")

@@ -106,6 +106,7 @@ class LeafSpec:
         stop: One past the last.
         replicated: Whether it is equal on a group of ranks, each holding a range.
         block: Of which tensor it is a box; None if it is a tensor of its own.
+        group: If replicated, the id of that group (`snapshot/samples.py`); 0: all ranks.
     """
 
     name: str
@@ -115,6 +116,7 @@ class LeafSpec:
     stop: int
     replicated: bool = False
     block: Block | None = None
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ class Leaf:
     stop: int
     replicated: bool
     block: Block | None = None
+    group: int = 0
 
     @property
     def held_bytes(self) -> int:
@@ -219,7 +222,7 @@ def pack(
         offsets[index] = end
         end += tensors[index].stop - tensors[index].start
     leaves = [
-        Leaf(s.name, s.dtype, s.shape, offset, s.start, s.stop, s.replicated, s.block)
+        Leaf(s.name, s.dtype, s.shape, offset, s.start, s.stop, s.replicated, s.block, s.group)
         for s, offset in zip(tensors, offsets, strict=True)
     ]
     where = "a new layout"
@@ -257,16 +260,27 @@ def decode(data: bytes | memoryview, where: str) -> Layout:
     if len(message.leaves) > MAX_LEAVES:
         raise FormatInvalid(where, f"{len(message.leaves)} leaves are over the limit")
     parts = [Part(part.name, part.kind, part.class_name, part.per_rank) for part in message.parts]
-    leaves = [
-        Leaf(m.name, m.dtype, tuple(m.shape), m.offset, m.start, m.stop, m.replicated, _block(m))
-        for m in message.leaves
-    ]
+    leaves = [_leaf(leaf) for leaf in message.leaves]
     _check_unique("alias", (alias.name for alias in message.aliases), where)
     _check_unique("container", (container.path for container in message.containers), where)
     aliases = {alias.name: alias.of for alias in message.aliases}
     containers = {container.path: container.kind for container in message.containers}
     _check_leaves(leaves, where)
     return _checked(parts, leaves, aliases, containers, message.image_bytes, body, where)
+
+
+def _leaf(message: state_pb2.Leaf) -> Leaf:
+    return Leaf(
+        message.name,
+        message.dtype,
+        tuple(message.shape),
+        message.offset,
+        message.start,
+        message.stop,
+        message.replicated,
+        _block(message),
+        message.group,
+    )
 
 
 def _block(message: state_pb2.Leaf) -> Block | None:
@@ -303,6 +317,7 @@ def _message(
                 tensor=leaf.block.tensor if leaf.block else "",
                 global_shape=leaf.block.global_shape if leaf.block else (),
                 block_offset=leaf.block.offset if leaf.block else (),
+                group=leaf.group,
             )
             for leaf in leaves
         ],
@@ -371,6 +386,8 @@ def _leaf_problem(leaf: Leaf) -> str:
         return "is cut inside an element"
     if not leaf.replicated and leaf.held_bytes != leaf.whole_bytes:
         return "is not replicated, and yet not whole"
+    if not leaf.replicated and leaf.group:
+        return "is not replicated, and yet of a group"
     return _block_problem(leaf) if leaf.block is not None else ""
 
 

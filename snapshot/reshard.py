@@ -150,16 +150,18 @@ class Tensor:
         return self._divergent
 
     def _diverges(self) -> bool:
-        alone = [leaf for leaves in self.leaves.values() for leaf in leaves if not leaf.replicated]
+        leaves = [leaf for found in self.leaves.values() for leaf in found]
+        groups: dict[Box, set[int]] = {}
+        for leaf in leaves:
+            if leaf.replicated and leaf.whole_bytes:
+                groups.setdefault(box_of(leaf), set()).add(leaf.group)
+        if any(len(found) > 1 for found in groups.values()):
+            return True  # stages that use the same names, each with replicas
+        alone = [leaf for leaf in leaves if not leaf.replicated]
         if len(self.leaves) < 2 or not alone:
             return False
         boxes = [box_of(leaf) for leaf in alone if leaf.held_bytes]
-        replicated = len(alone) < sum(map(len, self.leaves.values()))
-        return len(set(boxes)) < len(boxes) or (replicated and self._mixed(boxes))
-
-    def _mixed(self, alone: Sequence[Box]) -> bool:
-        shared = {box_of(x) for leaves in self.leaves.values() for x in leaves if x.replicated}
-        return any(box in shared for box in alone)
+        return len(set(boxes)) < len(boxes) or any(box in groups for box in boxes)
 
     def check(self) -> list[str]:
         """What contradicts itself, in words; nothing of it must be read then."""
@@ -217,11 +219,22 @@ class Tensor:
 
     def _holders(self, own_rank: int) -> dict[Box, list[tuple[int, Leaf]]]:
         by_box: dict[Box, list[tuple[int, Leaf]]] = defaultdict(list)
+        own = {box_of(leaf): leaf for leaf in self.leaves.get(own_rank, ())}
         for rank, leaves in self.leaves.items():
             for leaf in leaves:
-                if leaf.held_bytes and (rank == own_rank or not self.is_divergent):
-                    by_box[box_of(leaf)].append((rank, leaf))
+                box = box_of(leaf)
+                if leaf.held_bytes and (
+                    rank == own_rank or not self.is_divergent or _are_replicas(own.get(box), leaf)
+                ):
+                    by_box[box].append((rank, leaf))
         return by_box
+
+
+def _are_replicas(own: Leaf | None, other: Leaf) -> bool:
+    """Whether two ranks' leaves of one box are equal."""
+    if own is None or not own.replicated or not other.replicated:
+        return False
+    return own.group == other.group
 
 
 def _taken(

@@ -50,9 +50,8 @@ def specs(draw: st.DrawFn) -> LeafSpec:
     replicated = draw(st.booleans())
     start = draw(st.integers(0, count)) if replicated else 0
     stop = draw(st.integers(start, count)) if replicated else count
-    return LeafSpec(
-        draw(st.text(max_size=6)), dtype, shape, start * element, stop * element, replicated
-    )
+    name, group = draw(st.text(max_size=6)), draw(st.integers(0, 2**32 - 1)) if replicated else 0
+    return LeafSpec(name, dtype, shape, start * element, stop * element, replicated, group=group)
 
 
 spec_lists = st.lists(specs(), max_size=12, unique_by=lambda spec: spec.name)
@@ -76,6 +75,7 @@ def test_every_float_complex_integer_and_bool_type_of_torch_can_be_stored() -> N
 def test_leaves_fill_the_image_aligned_and_without_gaps(specs: list[LeafSpec]) -> None:
     layout = pack([PART], specs, {}, {})
     assert [leaf.name for leaf in layout.leaves] == [spec.name for spec in specs]
+    assert [leaf.group for leaf in layout.leaves] == [spec.group for spec in specs]
     assert len(layout.header) % 4096 == 0
     end = len(layout.header)
     for leaf in sorted(layout.leaves, key=lambda leaf: (leaf.offset, leaf.held_bytes)):
@@ -279,6 +279,7 @@ def shift_all(message: state_pb2.Layout, by: int) -> None:
         lambda m: setattr(m.leaves[1], "offset", m.leaves[1].offset + 2),
         lambda m: setattr(m.leaves[1], "offset", 1 << 63),
         lambda m: setattr(m.leaves[2], "replicated", False),
+        lambda m: setattr(m.leaves[0], "group", 1),
         lambda m: setattr(m.leaves[2], "start", 1 << 63),
         lambda m: setattr(m.leaves[1], "name", "a"),
         lambda m: setattr(m.leaves[1], "name", "tied"),

@@ -168,6 +168,24 @@ def test_states_of_their_own_are_never_merged() -> None:
         tensor.rows(Box.whole((4,)), 7)
 
 
+def test_groups_with_states_of_their_own_are_never_merged() -> None:
+    """Two stages with one name, each shared out among its replicas: 0 and 2, 1 and 3."""
+
+    def half(second: bool, group: int) -> LeafSpec:
+        return LeafSpec(NAME, "float32", (4,), 8 * second, 8 + 8 * second, True, group=group)
+
+    halves = [half(False, 7), half(False, 9), half(True, 7), half(True, 9)]
+    holdings = Holdings({r: pack([PART], [spec], {}, {}) for r, spec in enumerate(halves)})
+    tensor = holdings.tensors[NAME]
+    assert tensor.is_divergent
+    assert holdings.check([NAME]) == []
+    for rank in range(4):
+        assert set(tensor.rows(Box.whole((4,)), rank)) == {rank, (rank + 2) % 4}
+    same = [half(rank > 1, 7) for rank in range(4)]
+    holdings = Holdings({r: pack([PART], [spec], {}, {}) for r, spec in enumerate(same)})
+    assert not holdings.tensors[NAME].is_divergent
+
+
 def test_one_rank_alone_holds_a_stage() -> None:
     plain = LeafSpec(NAME, "float32", (4,), 0, 16)
     other = LeafSpec("model/v", "float32", (2,), 0, 8)
