@@ -153,6 +153,7 @@ class Answering:
                 messages.parsed_view(request.view),
                 messages.parsed_report(request),
                 time.monotonic(),
+                epoch=sender.epoch,
             )
         except StaleEpoch:
             self.count_refused(sender.node_id)

@@ -12,9 +12,10 @@ On each message from another agent: first `learned` its view, if it shows one, t
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from everstep.agent.liveness import Liveness
+from everstep.agent.searching import Search
 from everstep.agent.view import Entry, View
 from everstep.proto.errors import StaleEpoch
 
@@ -99,17 +100,6 @@ class _Schedule:
         self.next_s = min(self.next_s, self.last_s + after_s)
 
 
-@dataclass(slots=True)
-class _Search:
-    """An agent without a place looks for the others."""
-
-    started_s: float | None = None
-    fellows: dict[str, float] = field(default_factory=dict)
-    """Addresses of agents that have no place either and a larger id, and when they said so."""
-    answered_s: float = float("-inf")
-    """When an agent answered that has a place, or that comes before this one."""
-
-
 class Members:
     """The membership as one agent knows it."""
 
@@ -137,7 +127,7 @@ class Members:
         self.refusal = ""
         """Why the last claim was refused; empty once this agent has joined."""
         self._seeds: tuple[tuple[str, str], ...] = ()
-        self._search = _Search()
+        self._search = Search(rules.suspect_after_s, rules.join_timeout_s)
         self._schedules: dict[str, _Schedule] = {}
         self._probing: dict[str, _Schedule] = {}
         self._met: set[str] = set()
@@ -172,8 +162,7 @@ class Members:
     def claim(self) -> Claim:
         """What this agent sends as a claim."""
         own = self.rules
-        replaces = "" if self.joined or self.fenced_by else own.replaces
-        return Claim(own.node_id, own.boot_id, own.address, own.labels, replaces, self.view)
+        return Claim(own.node_id, own.boot_id, own.address, own.labels, self._replaces, self.view)
 
     def coordinator(self, now_s: float) -> str:
         """The acting coordinator as this agent sees it; empty while it has no place."""
@@ -220,6 +209,14 @@ class Members:
         if report and self.is_coordinator(now_s):
             self._liveness.reported(node_id)
 
+    def known_to(self, view: View, epoch: int) -> bool:
+        """Whether who has this view, or if that is empty ours, knows that we have our place."""
+        own = self.rules
+        mine = (view if len(view) else self.view).get(own.node_id)
+        if mine is None or mine.since_epoch > epoch:
+            return False
+        return mine.boot_id == own.boot_id
+
     def answered(
         self, coordinator: str, suspected: Sequence[str], view: View | None, now_s: float
     ) -> None:
@@ -261,6 +258,9 @@ class Members:
         return True
 
     def _changed(self, view: View, now_s: float) -> None:
+        led, leads = (each.get(self._liveness.coordinator) for each in (self.view, view))
+        if led is not None and leads is not None and led.boot_id != leads.boot_id:
+            self.hurry()  # the one that we report to knows nothing of us
         self.view = view
         self._strange = None
         self._liveness.follow_view(view, now_s)
@@ -270,10 +270,10 @@ class Members:
             return
         if entry.boot_id != own.boot_id:
             if self.joined:
-                self._leave(now_s)
+                self._leave(now_s, fenced=True)
                 self.fenced_by = entry.replaced_by or f"{own.node_id} at {entry.address}"
         elif entry.replaced_by:
-            self._leave(now_s)
+            self._leave(now_s, fenced=True)
             self.fenced_by, self.expelled = entry.replaced_by, True
         elif not self.joined:
             # Even if it was given up: the place must not stay with one that does not fill it.
@@ -281,10 +281,10 @@ class Members:
             self.fenced_by = self.refusal = ""
             self._schedules.clear()
 
-    def _leave(self, now_s: float) -> None:
+    def _leave(self, now_s: float, *, fenced: bool = False) -> None:
         self.joined = False
         self._liveness.leave()
-        self._search = _Search(started_s=now_s)
+        self._search = self._search.anew(now_s, fenced=fenced)
         self._schedules.clear()
         self._met.clear()
 
@@ -311,8 +311,7 @@ class Members:
         # A place that nobody but the claimant knows of does not win against one that is held.
         self.learned(claim.view if granted else claim.view.without(claim.node_id), now_s)
         if not self.joined:
-            first = min(own.node_id, claim.node_id) if self._may_lead else claim.node_id
-            return ClaimAnswer(self.view, coordinator=first)
+            return ClaimAnswer(self.view, coordinator=self._first_of(claim, now_s))
         self._advance(now_s)
         decides = self._liveness.decider(claim.node_id)
         if decides != own.node_id:
@@ -321,6 +320,15 @@ class Members:
         if not refusal:
             self._grant(claim, now_s)
         return ClaimAnswer(self.view, refusal, own.node_id)
+
+    def _first_of(self, claim: Claim, now_s: float) -> str:
+        """Who founds the cluster, if the claimant has no place either."""
+        own, entry = self.rules.node_id, self.view.get(claim.node_id)
+        if not self._may_lead or claim.node_id < own:
+            return claim.node_id
+        if entry is None or entry.boot_id != claim.boot_id:
+            self._search.asked(now_s)
+        return own
 
     def _refusal(self, claim: Claim, now_s: float) -> str:
         entry = self.view.get(claim.node_id)
@@ -349,14 +357,17 @@ class Members:
             # Two processes cannot listen at one address: the older one is most likely gone.
             if entry.node_id == self.rules.node_id:
                 return True
-            return self._liveness.silence_s(entry.node_id, now_s) < 2 * self.rules.heartbeat_s
+            if self._liveness.silence_s(entry.node_id, now_s) >= 2 * self.rules.heartbeat_s:
+                return False
         return self._liveness.alive(entry.node_id, now_s)
 
     def _grant(self, claim: Claim, now_s: float) -> None:
-        since = self.epoch + 1
+        # More than the claimant knows of, too, or it could not see that it has the place.
+        since = max(self.epoch, claim.view.epoch) + 1
         entries = list[Entry]()
         entry, replaced = self.view.get(claim.node_id), self.view.get(claim.replaces)
-        if entry is None or entry.boot_id != claim.boot_id:
+        shown = claim.view.get(claim.node_id)
+        if entry is None or entry.boot_id != claim.boot_id or (shown is not None and shown > entry):
             entries.append(
                 Entry(
                     claim.node_id,
@@ -379,8 +390,10 @@ class Members:
         self._due_s = now_s
         if self.expelled:
             return ()
-        if not self.joined:
-            self._may_found(now_s)
+        if not self.joined and self._may_lead:
+            addresses = None if self._unlisted else self._targets()
+            if self._search.in_vain(addresses, now_s):
+                self._found()
         if not self.joined:
             return self._claims(self._targets(), now_s, self.rules.suspect_after_s)
         self._advance(now_s)
@@ -465,36 +478,22 @@ class Members:
         schedule.wait_s = self.rules.heartbeat_s
         if answer.refusal:
             self.refusal = answer.refusal
-            # Not at once: a holder that died lately still counts as alive for a while.
-            patient_s = now_s - (self._search.started_s or 0.0)
-            if self.fenced_by and patient_s >= 2 * self.rules.suspect_after_s:
-                self.expelled = True
+            self.expelled |= self._search.refused(now_s)
         if answer.coordinator == self.rules.node_id:
-            self._search.fellows[contact.address] = now_s
+            self._search.waits(contact.address, now_s)
             return
-        self._search.fellows.pop(contact.address, None)
-        self._search.answered_s = now_s
+        self._search.answered(contact.address, now_s)
         named = answer.view.get(answer.coordinator)
         if named is not None and named.address != contact.address:
             other = self._schedules.setdefault(named.address, _Schedule(self.rules.heartbeat_s))
             other.soon(self.rules.heartbeat_s / 2)
 
     @property
+    def _replaces(self) -> str:
+        """Whose place it asks for; empty once it had one of its own."""
+        return "" if self.joined or self.fenced_by else self.rules.replaces
+
+    @property
     def _may_lead(self) -> bool:
         """Whether those that have no place either may wait for this agent to found a cluster."""
-        return not self.fenced_by and not self.rules.replaces
-
-    def _may_found(self, now_s: float) -> None:
-        """Found a cluster if all others wait for this agent, or if nobody is there for long."""
-        search, rules = self._search, self.rules
-        if search.started_s is None:
-            search.started_s = now_s
-        quiet_s = rules.join_timeout_s if self.refusal else rules.suspect_after_s
-        if not self._may_lead or now_s - search.answered_s < quiet_s:
-            return
-        oldest_s = now_s - rules.suspect_after_s
-        all_wait = not self._unlisted and all(
-            search.fellows.get(address, float("-inf")) > oldest_s for address in self._targets()
-        )
-        if all_wait or now_s - search.started_s >= rules.join_timeout_s:
-            self._found()
+        return not self.expelled and not self._replaces

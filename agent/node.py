@@ -217,14 +217,36 @@ class Node:
         )
 
     def reported(
-        self, node_id: str, boot_id: str, view: View, report: Report, now_s: float
+        self,
+        node_id: str,
+        boot_id: str,
+        view: View,
+        report: Report,
+        now_s: float,
+        *,
+        epoch: int | None = None,
     ) -> tuple[Orders, Step]:
         """A member reports; the first value is the answer.
 
+        Args:
+            node_id: Which one.
+            boot_id: Its process.
+            view: The one that it has; empty if it takes ours for the same.
+            report: What it holds.
+            now_s: The time.
+            epoch: Of its view, where that may be empty.
+
         Raises:
-            StaleEpoch: If it does not hold its place.
+            StaleEpoch: If it does not hold its place, or reports to who held ours before.
         """
-        self._admit(node_id, boot_id, view, now_s, report=True)
+        if self.members.learned(view, now_s):
+            self._forget_strangers()
+        epoch = view.epoch if epoch is None else epoch
+        if not self.members.known_to(view, epoch):
+            # It set out before this agent had its place, and may say less than what whoever
+            # was here before has decided upon.
+            raise StaleEpoch(node_id, epoch, self.members.epoch)
+        self.members.heard(node_id, boot_id, epoch, now_s, report=True)
         self._lead(now_s)
         step = Step()
         if self._leads:
@@ -246,13 +268,6 @@ class Node:
         self._go_on(step, now_s, quiet=True)
         return orders, step
 
-    def _admit(
-        self, node_id: str, boot_id: str, view: View, now_s: float, *, report: bool = False
-    ) -> None:
-        if self.members.learned(view, now_s):
-            self._forget_strangers()
-        self.members.heard(node_id, boot_id, view.epoch, now_s, report=report)
-
     def _forget_strangers(self) -> None:
         present = {entry.node_id for entry in self.members.view.members()}
         for node_id in [n for n in self.coordination.reported if n not in present]:
@@ -265,7 +280,9 @@ class Node:
         """Orders came, asked for by a report or not."""
         step = Step()
         try:
-            self._admit(node_id, boot_id, view, now_s)
+            if self.members.learned(view, now_s):
+                self._forget_strangers()
+            self.members.heard(node_id, boot_id, view.epoch, now_s)
         except StaleEpoch:
             return step  # of one that lost its place: its word counts for nothing
         self.members.answered(orders.coordinator, orders.suspected, None, now_s)

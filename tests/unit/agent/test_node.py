@@ -105,6 +105,20 @@ def test_a_report_of_a_boot_that_lost_its_place_is_refused() -> None:
         made.reported("n2", "another", VIEW, Report(1, 0, ()), SINCE_S)
 
 
+def test_a_report_to_the_process_before_is_refused() -> None:
+    made = node(1)
+    made.tick(SINCE_S)
+    before = VIEW.without("n1").merge(View([Entry("n1", 0, "before", address="n1:1")]))
+    held = Report(1, 0, (fact([0], [part(S1, "open", [0], 1)]),))
+    for view, epoch in ((before, 1), (VIEW.without("n1"), 1), (View(), 0)):
+        with pytest.raises(StaleEpoch):
+            made.reported("n2", "boot2", view, held, SINCE_S, epoch=epoch)
+    assert "n2" not in made.coordination.reported
+    assert made.members.waiting_for(SINCE_S) == ("n2", "n3")
+    made.reported("n2", "boot2", View(), held, SINCE_S, epoch=1)
+    assert made.members.waiting_for(SINCE_S) == ("n3",)
+
+
 def test_a_coordinator_is_ready_once_all_have_reported_in_its_term() -> None:
     made = node(1)
     made.tick(SINCE_S)
