@@ -30,12 +30,27 @@ def check_rank(address: Address, rank: int | None) -> None:
     """Return only if DCP's number of this rank, where it tells, is the job's.
 
     Raises:
-        Refused: If it is another: `process_group=` or `no_dist=` was given.
+        Refused: If it is another.
     """
     if rank is not None and rank != address.rank:
-        raise Refused(
-            f"this is rank {rank} to torch.distributed.checkpoint, and rank {address.rank} of "
-            f"{address.world} to job {address.job!r}. Nothing was saved or loaded. With "
-            "process_group= or no_dist=, give rank= and world= of that group here as well, and a "
-            "job of its own to each group."
+        raise _other_ranks(
+            address, f"this is rank {rank}", f"rank {address.rank} of {address.world}"
         )
+
+
+def check_world(address: Address, world: int) -> None:
+    """Return only if DCP has as many ranks as the job.
+
+    Raises:
+        Refused: If it has not.
+    """
+    if world != address.world:
+        raise _other_ranks(address, f"there are {world} rank(s)", str(address.world))
+
+
+def _other_ranks(address: Address, theirs: str, ours: str) -> Refused:
+    return Refused(
+        f"{theirs} to torch.distributed.checkpoint, and {ours} to job "
+        f"{address.job!r}. Nothing was saved or loaded. With process_group= or no_dist=, give writer "
+        "and reader the rank= and world= of that group, and each group a job of its own."
+    )

@@ -20,8 +20,8 @@ from torch.futures import Future
 
 from everstep.client.dcp.catalogue import Catalogue, StoredBytes, StoredValue, catalogue_of
 from everstep.client.dcp.checkpoint_id import CheckpointId, names_step, step_of
-from everstep.client.dcp.connection import Connection, Opened, close, connection
-from everstep.client.dcp.ranks import address_of, check_rank
+from everstep.client.dcp.connection import Address, Connection, Opened, close, connection
+from everstep.client.dcp.ranks import address_of, check_rank, check_world
 from everstep.proto.errors import Refused, StateMismatch
 from everstep.snapshot.reshard import Box
 from everstep.snapshot.restore import Wanted
@@ -108,7 +108,7 @@ class EverstepReader(StorageReader):
         Raises:
             Refused: If they are not.
         """
-        check_rank(self._connection().address, kwargs.get("rank"))
+        check_rank(self._address(), kwargs.get("rank"))
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Note which snapshot it is of."""
@@ -118,8 +118,9 @@ class EverstepReader(StorageReader):
         """See that all ranks read the same snapshot.
 
         Raises:
-            Refused: If they do not.
+            Refused: If they do not, or if DCP's ranks are not those of the job.
         """
+        check_world(self._address(), len(plans))
         found = sorted({plan.storage_data for plan in plans if plan.storage_data is not None})
         if len(found) > 1:
             named = ", ".join(f"step {step} of launch {launch}" for launch, step in found)
@@ -177,7 +178,7 @@ class EverstepReader(StorageReader):
         return Wanted(name, target, Box(offset, tuple(item.lengths)), cast=True)
 
     def _check(self, opened: Opened, wanted: list[Wanted]) -> None:
-        rank, saved = self._connection().address.rank, opened.saved
+        rank, saved = self._address().rank, opened.saved
         names = dict.fromkeys(item.name for item in wanted)
         divergent = [
             name
@@ -207,6 +208,8 @@ class EverstepReader(StorageReader):
         """End this process's session of the job, the writer's too: see `everstep.dcp.close`."""
         close(self._job)
 
+    def _address(self) -> Address:
+        return address_of(self._job, self._agent, self._rank, self._world)
+
     def _connection(self) -> Connection:
-        address = address_of(self._job, self._agent, self._rank, self._world)
-        return connection(address, self._options)
+        return connection(self._address(), self._options)

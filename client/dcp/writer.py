@@ -19,7 +19,7 @@ from torch.futures import Future
 from everstep.client.dcp.checkpoint_id import CheckpointId, names_step, step_of
 from everstep.client.dcp.connection import Connection, close, connection
 from everstep.client.dcp.packing import packed
-from everstep.client.dcp.ranks import address_of, check_rank
+from everstep.client.dcp.ranks import address_of, check_rank, check_world
 from everstep.client.handle import LEVELS, Snapshot
 from everstep.proto.errors import Refused, Retryable
 
@@ -110,8 +110,14 @@ class EverstepWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tell all ranks which step it is."""
-        step = self._connection().following_step() if self._step is None else self._step
+        """Tell all ranks which step it is.
+
+        Raises:
+            Refused: If DCP's ranks are not those of the job.
+        """
+        connected = self._connection()
+        check_world(connected.address, len(plans))
+        step = connected.following_step() if self._step is None else self._step
         return [replace(plan, storage_data=step) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

@@ -293,6 +293,8 @@ class Phases:
                 {"other": torch.zeros(1)}, storage_reader=self.reader, checkpoint_id=100
             )
         )
+        alone = failure(lambda: save(3.5, 105, no_dist=True))
+        group = self.group_of_rank_0()
         save(4.0, 110)
         after = state(0.0)
         dcp.load(after, storage_reader=self.reader, checkpoint_id=110)
@@ -302,8 +304,22 @@ class Phases:
             "loaded": digests(loaded),
             "earlier": earlier,
             "missing": mixed,
+            "each alone": alone,
+            "group": group,
             "after": digests(after),
         }
+
+    def group_of_rank_0(self) -> float | None:
+        """A checkpoint of some of the ranks is a job of its own."""
+        group = dist.new_group([0])
+        if dist.get_rank() > 0:
+            return None
+        options: dict[str, Any] = {"job": "rank-0", "rank": 0, "world": 1}
+        loaded = {"w": torch.zeros(1)}
+        state = {"w": torch.full((1,), 3.0)}
+        dcp.save(state, storage_writer=EverstepWriter(**options), process_group=group)
+        dcp.load(loaded, storage_reader=EverstepReader(**options), process_group=group)
+        return loaded["w"].item()
 
     def load(self) -> dict[str, Any]:
         """What other numbers of ranks have saved: two of them, and one."""

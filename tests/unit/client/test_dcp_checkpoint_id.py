@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.planner import LoadPlan
 
 from everstep.client.dcp.checkpoint_id import names_step, step_of
 from everstep.client.dcp.connection import Address
-from everstep.client.dcp.ranks import address_of, check_rank
+from everstep.client.dcp.ranks import address_of, check_rank, check_world
 from everstep.dcp import EverstepReader, EverstepWriter
 from everstep.proto.errors import EverstepError, NothingRecoverable, Refused, ShardCorrupt
 
@@ -86,6 +87,18 @@ def test_a_process_is_who_it_is_to_torch_distributed() -> None:
     check_rank(Address("job", None, 1, 2), None)
     with pytest.raises(Refused, match="and rank 1 of 2 to job"):
         check_rank(Address("job", None, 1, 2), 0)
+    check_world(Address("job", None, 1, 2), 2)
+    with pytest.raises(Refused, match="there are 1"):
+        check_world(Address("job", None, 0, 2), 1)
+
+
+def test_ranks_that_would_load_different_snapshots_are_told() -> None:
+    reader = EverstepReader("job", rank=0, world=2)
+    plans = [LoadPlan([], storage_data=(3, 7)), LoadPlan([], storage_data=(3, 7))]
+    assert reader.prepare_global_plan(plans) == plans
+    plans[1].storage_data = (3, 8)
+    with pytest.raises(Refused, match="step 7 of launch 3, step 8 of launch 3"):
+        reader.prepare_global_plan(plans)
 
 
 def test_a_writer_can_be_sent_to_the_process_that_saves() -> None:
