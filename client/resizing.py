@@ -58,13 +58,23 @@ class Resizing:
             self.divergent.append(name)
             return (None,)
         self.notes.append(f"{name}: {rule}")
+        chosen: tuple[int, ...] = ()
         if rule == "keep":
-            return (self.rank if self.rank in holders else holders[self.rank % len(holders)],)
-        if rule == "rank0":
-            return (holders[0],)
-        if rule == "sum":
-            return tuple(rank for rank in holders if rank % self.world == self.rank)
-        return ()
+            chosen = (self.rank if self.rank in holders else holders[self.rank % len(holders)],)
+        elif rule == "rank0":
+            chosen = (holders[0],)
+        elif rule == "sum":
+            chosen = tuple(rank for rank in holders if rank % self.world == self.rank)
+        form = self.saved.forms[name]
+        for rank in chosen:
+            other = tensor.of(rank)
+            if (other.dtype, other.shape) != (form.dtype, form.shape):
+                what = (
+                    f"{other.dtype}{list(other.shape)} on rank {rank}, {form} on {self.saved.rank}"
+                )
+                self.divergent.append(f"{name}: {what}")
+                return (None,)
+        return chosen
 
     def values_of(self, attached: Attachment) -> dict[str, str] | None:
         """The values of a part that this rank loads; None if it leaves the object as it is."""

@@ -100,7 +100,7 @@ class Saved:
         resized = world not in (None, len(layouts))
         own = [leaf.tensor for leaf in layouts[base].leaves]
         tensors = dict.fromkeys([*own, *holdings.tensors])
-        forms = {n: _form(holdings.tensors[n]) for n in tensors}
+        forms = {n: _form(holdings.tensors[n].of(base)) for n in tensors}
         forms |= {n: forms[of] for n, of in holdings.aliases.items() if of in forms}
         common = set(own)
         for layout in layouts.values() if resized else ():

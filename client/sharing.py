@@ -16,7 +16,9 @@ import torch
 
 from everstep.snapshot.layout import Block
 from everstep.snapshot.placement import (
+    Dimensions,
     Placed,
+    dimensions_of,
     group_of,
     is_distributed,
     local_of,
@@ -69,7 +71,7 @@ def leaves_of(name: str, tensor: Placed) -> list[LeafSource]:
         return [LeafSource(name, tensor)]
     found = portions(name, tensor)
     shape = tuple(tensor.shape)
-    if len(found) == 1 and found[0].box.shape == shape:
+    if len(found) == 1 and found[0].box.shape == shape and isinstance(tensor, torch.Tensor):
         return [LeafSource(name, found[0].tensor)]
     return [
         LeafSource(
@@ -110,8 +112,9 @@ def shared_memory(
     """Where the memory lies that a group of ranks should hold alike, and which ranks.
 
     Of DDP the parameters and the optimizer state that follows from them, not the buffers, which
-    ranks update alone. Of a distributed tensor what its placements say; and the small numbers that
-    an optimizer keeps for it (its step), or its module beside it.
+    ranks update alone. Of a distributed tensor what its placements say, and that what lies on a part
+    of the model's mesh is on all of the rest; and the small numbers that an optimizer keeps for it
+    (its step), or its module beside it.
 
     Args:
         attachments: By name.
@@ -120,15 +123,17 @@ def shared_memory(
     """
     groups: dict[int, Ranks] = {}
     owners: dict[int, Ranks] = {}
+    modules = [attached for attached in attachments.values() if attached.kind == "module"]
+    beside = dimensions_of(p for attached in modules for p in attached.target.parameters())
     for name, attached in attachments.items():
         if attached.kind == "module":
-            _module_groups(attached, name in ddp, groups, owners)
+            _module_groups(attached, name in ddp, groups, owners, beside)
         elif attached.replicated and attached.kind == "tree":
             groups |= {pointer(tensor): () for tensor in tensors_in(attached.target)}
     for attached in attachments.values():
         if attached.kind == "optimizer" and not attached.partial:
             for parameter, state in attached.target.state.items():
-                _state_groups(parameter, state, groups, owners)
+                _state_groups(parameter, state, groups, owners, beside)
                 if id(parameter) in divided:
                     small = (
                         t for t in tensors_in(state) if t.nbytes <= SMALL_BYTES and not t.dim()
@@ -139,19 +144,23 @@ def shared_memory(
 
 
 def _module_groups(
-    attached: Attached, ddp: bool, groups: dict[int, Ranks], owners: dict[int, Ranks]
+    attached: Attached,
+    ddp: bool,
+    groups: dict[int, Ranks],
+    owners: dict[int, Ranks],
+    beside: Dimensions,
 ) -> None:
     whole = ddp or attached.replicated
     parameters = list(attached.target.parameters())
-    meshes = [mesh_ranks(p) for p in parameters if is_distributed(p)]
+    meshes = [mesh_ranks(p, beside) for p in parameters if is_distributed(p)]
     for parameter in parameters:
         if is_distributed(parameter):
-            _note(parameter, groups)
+            _note(parameter, groups, beside)
         elif whole:
             groups[parameter.data_ptr()] = owners[id(parameter)] = ()
     for buffer in attached.target.buffers():
         if is_distributed(buffer):
-            _note(buffer, groups)
+            _note(buffer, groups, beside)
         elif attached.replicated:
             groups[buffer.data_ptr()] = ()
         elif meshes and buffer.nbytes <= SMALL_BYTES:
@@ -159,20 +168,24 @@ def _module_groups(
 
 
 def _state_groups(
-    parameter: torch.Tensor, state: object, groups: dict[int, Ranks], owners: dict[int, Ranks]
+    parameter: torch.Tensor,
+    state: object,
+    groups: dict[int, Ranks],
+    owners: dict[int, Ranks],
+    beside: Dimensions,
 ) -> None:
     spread = is_distributed(parameter)
     for tensor in tensors_in(state):
         if is_distributed(tensor):
-            _note(tensor, groups)
+            _note(tensor, groups, beside)
         elif id(parameter) in owners:
             groups[tensor.data_ptr()] = owners[id(parameter)]
         elif spread and tensor.nbytes <= SMALL_BYTES:
-            groups[tensor.data_ptr()] = mesh_ranks(parameter)
+            groups[tensor.data_ptr()] = mesh_ranks(parameter, beside)
 
 
-def _note(tensor: torch.Tensor, groups: dict[int, Ranks]) -> None:
-    ranks = group_of(tensor)
+def _note(tensor: torch.Tensor, groups: dict[int, Ranks], beside: Dimensions) -> None:
+    ranks = group_of(tensor, beside)
     if len(ranks) > 1:
         groups[pointer(tensor)] = ranks
 

@@ -9,7 +9,7 @@ ranks are never merged. Does not read anything, and knows no step and no digest.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy
@@ -69,7 +69,7 @@ def runs(source: Box, wanted: Box, itemsize: int) -> Rows:
     """
     common = source.meet(wanted)
     if common is None or not common.elements:
-        return numpy.empty((0, 3), dtype=numpy.int64)
+        return _NO_ROWS
     first, length = len(common.shape), itemsize
     while first:
         first -= 1
@@ -79,18 +79,29 @@ def runs(source: Box, wanted: Box, itemsize: int) -> Rows:
     outer = common.shape[:first]
     at_wanted = _offsets(common, wanted, outer, itemsize)
     at_source = _offsets(common, source, outer, itemsize)
-    return numpy.stack([at_wanted, at_source, numpy.full_like(at_source, length)], axis=1)
+    rows = numpy.empty((at_source.size, 3), dtype=numpy.int64)
+    rows[:, 0], rows[:, 1], rows[:, 2] = at_wanted, at_source, length
+    return rows
+
+
+_NO_ROWS = numpy.empty((0, 3), dtype=numpy.int64)
 
 
 def _offsets(common: Box, box: Box, outer: tuple[int, ...], itemsize: int) -> NDArray[numpy.int64]:
     """Where each run begins in a box, in bytes: one for each index of the outer dimensions."""
-    strides = [itemsize * math.prod(box.shape[d + 1 :]) for d in range(len(box.shape))]
-    begins = zip(common.offset, box.offset, strides, strict=True)
-    offsets = numpy.array(sum((at - own) * s for at, own, s in begins), dtype=numpy.int64)
-    for length, stride in zip(outer, strides, strict=False):
-        steps = numpy.arange(length, dtype=numpy.int64) * stride
-        offsets = offsets[..., None] + steps
-    return offsets.reshape(-1)
+    begin, stride, strides = 0, itemsize, []
+    for at, own, length in zip(
+        reversed(common.offset), reversed(box.offset), reversed(box.shape), strict=True
+    ):
+        begin += (at - own) * stride
+        strides.append(stride)
+        stride *= length
+    offsets = numpy.array([begin], dtype=numpy.int64)
+    for length, stride in zip(outer, reversed(strides), strict=False):
+        if length > 1:
+            steps = numpy.arange(length, dtype=numpy.int64) * stride
+            offsets = (offsets[:, None] + steps).reshape(-1)
+    return offsets
 
 
 def clipped(rows: Rows, start: int, stop: int) -> Rows:
@@ -116,6 +127,7 @@ class Tensor:
     leaves: dict[int, list[Leaf]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     _divergent: bool | None = None
+    _places: dict[Box, list[tuple[int, Leaf]]] | None = None
 
     @property
     def first(self) -> Leaf:
@@ -149,31 +161,67 @@ class Tensor:
             self._divergent = self._diverges()
         return self._divergent
 
+    @property
+    def places(self) -> dict[Box, list[tuple[int, Leaf]]]:
+        """The leaves with their ranks, by where they lie; looked up once: leaves do not change."""
+        if self._places is None:
+            self._places = {}
+            for rank, leaves in self.leaves.items():
+                for leaf in leaves:
+                    self._places.setdefault(box_of(leaf), []).append((rank, leaf))
+        return self._places
+
+    def of(self, rank: int) -> "Tensor":
+        """As a rank may see it: all of it, or where ranks have states of their own, which may be of
+        any form, that rank's and its replicas'."""
+        own = self.leaves.get(rank)
+        if own is None or not self.is_divergent:
+            return self
+        mine = {box_of(leaf): leaf for leaf in own}
+        seen = {
+            other: [leaf for leaf in leaves if _are_replicas(mine.get(box_of(leaf)), leaf)]
+            for other, leaves in self.leaves.items()
+        }
+        seen[rank] = own
+        return Tensor(self.name, {r: x for r, x in sorted(seen.items()) if x}, self.problems, True)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it is nothing but what every rank has for itself."""
+        found = [leaf for leaves in self.leaves.values() for leaf in leaves]
+        return not any(leaf.replicated or leaf.block is not None for leaf in found)
+
     def _diverges(self) -> bool:
-        leaves = [leaf for found in self.leaves.values() for leaf in found]
-        groups: dict[Box, set[int]] = {}
-        for leaf in leaves:
-            if leaf.replicated and leaf.whole_bytes:
-                groups.setdefault(box_of(leaf), set()).add(leaf.group)
-        if any(len(found) > 1 for found in groups.values()):
-            return True  # stages that use the same names, each with replicas
-        alone = [leaf for leaf in leaves if not leaf.replicated]
-        if len(self.leaves) < 2 or not alone:
+        if len(self.leaves) > 1 and self.is_private:
+            forms = {(x.dtype, x.shape) for leaves in self.leaves.values() for x in leaves}
+            if len(forms) > 1:
+                return True
+        shared: set[Box] = set()
+        for box, found in self.places.items():
+            groups = {leaf.group for _, leaf in found if leaf.replicated and leaf.whole_bytes}
+            if len(groups) > 1:
+                return True  # stages that use the same names, each with replicas
+            if groups:
+                shared.add(box)
+        if len(self.leaves) < 2:
             return False
-        boxes = [box_of(leaf) for leaf in alone if leaf.held_bytes]
-        return len(set(boxes)) < len(boxes) or any(box in groups for box in boxes)
+        for box, found in self.places.items():
+            alone = sum(not leaf.replicated and leaf.held_bytes > 0 for _, leaf in found)
+            if alone > 1 or (alone and box in shared):
+                return True
+        return False
 
     def check(self) -> list[str]:
         """What contradicts itself, in words; nothing of it must be read then."""
         problems = list(self.problems)
         leaves = [leaf for found in self.leaves.values() for leaf in found]
         forms = {(leaf.dtype, leaf.global_shape) for leaf in leaves}
-        if len(forms) > 1:
+        if len(forms) > 1 and not self.is_private:
             shown = " and ".join(sorted(f"{dtype}{list(shape)}" for dtype, shape in forms))
             return [*problems, f"{self.name}: ranks have it as {shown}"]
         if self.is_divergent:
             return problems
-        boxes = [box for box in set(map(box_of, leaves)) if box.elements]
+        boxes = [box for box in self.places if box.elements]
         over = _overlap(boxes)
         if over is not None:
             problems.append(f"{self.name}: blocks {over[0]} and {over[1]} overlap")
@@ -194,40 +242,44 @@ class Tensor:
         """
         itemsize = element_bytes(self.dtype)
         for leaf in self.leaves.get(own_rank, ()):
-            size = leaf.held_bytes
-            if size == leaf.whole_bytes and box_of(leaf) == wanted:
-                return {own_rank: numpy.array([[0, leaf.offset, size]])} if size else {}
+            if leaf.shape == wanted.shape and leaf.block_offset == wanted.offset:
+                size = leaf.held_bytes
+                if size == leaf.whole_bytes:
+                    return {own_rank: numpy.array([[0, leaf.offset, size]])} if size else {}
         found: dict[int, list[Rows]] = defaultdict(list)
         covered = 0
         missing: list[str] = []
-        for box, holders in self._holders(own_rank).items():
+        for box, holders in self._holders(own_rank):
             common = runs(box, wanted, itemsize)
             if not len(common):
                 continue
-            covered += int(common[:, 2].sum())
+            covered += len(common) * int(common[0, 2])  # runs are equally long
             try:
                 for rank, rows in _taken(self.name, box, holders, common, own_rank, itemsize):
                     found[rank].append(rows)
             except FormatInvalid as error:
                 missing.append(f"of block {box}: {error}")
         if not missing and covered < wanted.elements * itemsize:
-            held = ", ".join(str(box) for box in list(self._holders(own_rank))[:8])
+            held = ", ".join(str(box) for box, _ in list(self._holders(own_rank))[:8])
             missing.append(f"of {wanted} only {covered} bytes are held, in {held or 'no block'}")
         if missing:
             raise FormatInvalid(self.name, "; ".join(missing))
-        return {rank: numpy.concatenate(parts) for rank, parts in found.items()}
+        return {
+            rank: parts[0] if len(parts) == 1 else numpy.concatenate(parts)
+            for rank, parts in found.items()
+        }
 
-    def _holders(self, own_rank: int) -> dict[Box, list[tuple[int, Leaf]]]:
-        by_box: dict[Box, list[tuple[int, Leaf]]] = defaultdict(list)
+    def _holders(self, own_rank: int) -> Iterator[tuple[Box, list[tuple[int, Leaf]]]]:
         own = {box_of(leaf): leaf for leaf in self.leaves.get(own_rank, ())}
-        for rank, leaves in self.leaves.items():
-            for leaf in leaves:
-                box = box_of(leaf)
-                if leaf.held_bytes and (
-                    rank == own_rank or not self.is_divergent or _are_replicas(own.get(box), leaf)
-                ):
-                    by_box[box].append((rank, leaf))
-        return by_box
+        for box, found in self.places.items():
+            holders = [
+                (rank, leaf)
+                for rank, leaf in found
+                if leaf.held_bytes
+                and (rank == own_rank or not self.is_divergent or _are_replicas(own.get(box), leaf))
+            ]
+            if holders:
+                yield box, holders
 
 
 def _are_replicas(own: Leaf | None, other: Leaf) -> bool:

@@ -30,6 +30,10 @@ from everstep.snapshot.ring_pump import Row
 __all__ = ["Need", "Restoration", "Shard", "Wanted"]
 
 
+_Part = tuple[str, Box, int]
+"""A tensor's name, which part of it, and whose."""
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """What will be wanted of a tensor, before there is a tensor that takes it.
@@ -106,7 +110,8 @@ class Restoration:
         self._fills: dict[torch.device, DeviceFill | None] = {}
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._planned: dict[tuple[str, Box, int], torch.Tensor] = {}
+        self._planned: dict[_Part, torch.Tensor] = {}
+        self._rows: dict[_Part, dict[int, Rows]] = {}
         self._readers: dict[int, ShardReader] = {}
         self._stack = ExitStack()
 
@@ -127,9 +132,11 @@ class Restoration:
         Raises:
             FormatInvalid: If the shards do not hold every byte.
         """
+        if all(shard.path for shard in self._shards.values()):
+            return {}  # `verify` sees whether they hold every byte
         wanted: dict[int, list[Rows]] = {}
         for tensor, need, box in self._asked(needs):
-            for holder, rows in tensor.rows(box, self._own(need.rank)).items():
+            for holder, rows in self._rows_of(tensor, box, need.rank).items():
                 if not self._shards[holder].path:
                     wanted.setdefault(holder, []).append(rows)
         return {
@@ -155,7 +162,7 @@ class Restoration:
         for tensor, need, box in self._asked(needs):
             fill = None if need.device is None else self._fill_for(need.device)
             ranges = on_host if fill is None else on_device.setdefault(fill, {})
-            for holder, rows in tensor.rows(box, self._own(need.rank)).items():
+            for holder, rows in self._rows_of(tensor, box, need.rank).items():
                 ranges.setdefault(holder, []).append(rows)
         for fill, ranges in on_device.items():
             if not fill.stage({holder: _ranges(rows).tolist() for holder, rows in ranges.items()}):
@@ -212,6 +219,14 @@ class Restoration:
     def _own(self, rank: int | None) -> int:
         return self._rank if rank is None else rank
 
+    def _rows_of(self, tensor: Tensor, box: Box, rank: int | None) -> dict[int, Rows]:
+        """What to read for a part; it is asked for several times on the way, and costs."""
+        key = (tensor.name, box, self._own(rank))
+        rows = self._rows.get(key)
+        if rows is None:
+            rows = self._rows[key] = tensor.rows(box, self._own(rank))
+        return rows
+
     def _reader(self, holder: int) -> ShardReader:
         if holder not in self._readers:
             reader = ShardReader(self._shards[holder], self._executor)
@@ -233,11 +248,16 @@ class Restoration:
         fills = filter(None, self._fills.values())
         return any(fill.staged_rows(0, holder, part[0], part[1] - part[0]) for fill in fills)
 
+    def _seen(self, name: str, rank: int | None) -> Tensor | None:
+        """The saved tensor, as whoever it is taken from has it."""
+        tensor = self._holdings.find(name)
+        return None if tensor is None else tensor.of(self._own(rank))
+
     def _asked(self, needs: Iterable[Need]) -> list[tuple[Tensor, Need, Box]]:
         """Each part of a tensor once, with the first device where it is wanted."""
-        asked: dict[tuple[str, Box, int], tuple[Tensor, Need, Box]] = {}
+        asked: dict[_Part, tuple[Tensor, Need, Box]] = {}
         for need in needs:
-            tensor = self._holdings.find(need.name)
+            tensor = self._seen(need.name, need.rank)
             if tensor is None or not tensor.elements:
                 continue
             box = need.box or Box.whole(tensor.shape)
@@ -247,7 +267,7 @@ class Restoration:
         return list(asked.values())
 
     def _plan_one(self, item: Wanted) -> None:
-        saved = self._holdings.find(item.name)
+        saved = self._seen(item.name, item.rank)
         if saved is None:
             raise StateMismatch("a leaf is not in the snapshot.", missing=(item.name,))
         box = item.box or Box.whole(saved.shape)
@@ -274,7 +294,9 @@ class Restoration:
         if not saved.elements:
             return
         begin = numpy.array([target.data_ptr(), 0, 0])
-        for holder, rows in saved.rows(box, self._own(item.rank)).items():
+        found = self._rows_of(saved, box, item.rank)
+        del self._rows[key]  # asked for no more: it may be as long as the tensor
+        for holder, rows in found.items():
             if fill is None:
                 self._pieces.setdefault(holder, []).append(rows + begin)
             else:

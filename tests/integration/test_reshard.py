@@ -403,3 +403,23 @@ def test_flat_partitions_are_cut_anywhere(agent_process: AgentProcess, cuts: lis
     saved = flat_job(agent_process, [9, 23], zeros=False)
     restored = flat_job(agent_process, cuts, zeros=True)
     assert [digest(tensor) for tensor in restored] == [digest(tensor) for tensor in saved]
+
+
+def test_ranks_have_states_of_unlike_size(agent_process: AgentProcess) -> None:
+    """Restored by as many ranks as before; with others, a rule does not make them alike."""
+
+    def build(rank: int, *, zeros: bool = False) -> dict[str, Any]:
+        return {"own": {"bytes": torch.full((1000 * (rank + 1),), 0.0 if zeros else rank + 1.0)}}
+
+    saved_by(agent_process, 2, build)
+    ranks = plain_job(agent_process, 2, lambda rank: build(rank, zeros=True))
+    on_all(ranks, lambda client: client.restore())
+    for rank, (_, objects) in enumerate(ranks):
+        assert digest(objects["own"]["bytes"]) == digest(build(rank)["own"]["bytes"])
+    on_all(ranks, lambda client: client.close(timeout=0))
+    ranks = plain_job(agent_process, 3, lambda rank: build(rank, zeros=True))
+    for client, objects in ranks:
+        with pytest.raises(StateMismatch):
+            client.restore(on_resize={"own": "keep"} if client.launch.rank == 2 else {})
+        assert not objects["own"]["bytes"].any()
+    on_all(ranks, lambda client: client.close(timeout=0))

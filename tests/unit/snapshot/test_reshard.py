@@ -214,3 +214,13 @@ def test_overlaps_are_found_in_any_number_of_blocks() -> None:
         overlap = len(set(cells)) < len(cells)
         found = Holdings(layouts).check([NAME])
         assert any("overlap" in problem for problem in found) == overlap
+
+
+def test_states_of_their_own_may_be_of_any_form() -> None:
+    specs = [LeafSpec(NAME, "float32", (4 + rank,), 0, 4 * (4 + rank)) for rank in (0, 1)]
+    holdings = Holdings({rank: pack([PART], [specs[rank]], {}, {}) for rank in (0, 1)})
+    tensor = holdings.tensors[NAME]
+    assert tensor.is_divergent
+    assert holdings.check([NAME]) == []
+    assert [tensor.of(rank).shape for rank in (0, 1)] == [(4,), (5,)]
+    assert set(tensor.of(1).rows(Box.whole((5,)), 1)) == {1}
