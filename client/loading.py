@@ -23,7 +23,7 @@ from everstep.client.sharing import pointer
 from everstep.client.terms import Terms
 from everstep.proto.errors import Refused, StateMismatch
 from everstep.snapshot.capture import dtype_name
-from everstep.snapshot.placement import Placed, Spread, is_distributed, local_of, portions
+from everstep.snapshot.placement import Placed, Portion, Spread, is_distributed, local_of, portions
 from everstep.snapshot.restore import Need, Wanted
 from everstep.snapshot.tree import join, split
 
@@ -44,6 +44,7 @@ class Loading:
     needs: list[Need] = field(default_factory=list)
     wanted: list[Wanted] = field(default_factory=list)
     _ranks: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    _portions: dict[str, tuple[Placed, list[Portion]]] = field(default_factory=dict)
     _prepare: list[Callable[[], Mapping[str, Placed]]] = field(default_factory=list)
     _added: list[Callable[[], object]] = field(default_factory=list)
     _finish: list[Callable[[], None]] = field(default_factory=list)
@@ -62,8 +63,9 @@ class Loading:
         for name, tensor in tensors.items():
             self._ranks[name] = ranks = self.resizing.ranks_of(name)
             source = self.saved.source(name)
-            for portion in portions(name, tensor):
-                box = portion.box if is_distributed(tensor) else None
+            spread = is_distributed(tensor)
+            for portion in self._portions_of(name, tensor):
+                box = portion.box if spread else None
                 device = None if portion.tensor.device.type == "cpu" else portion.tensor.device
                 self.needs += [Need(source, box, device, rank) for rank in ranks]
         self._prepare.append(prepare or (lambda: tensors))
@@ -76,10 +78,19 @@ class Loading:
         """Make room in the live objects; return all memory to fill."""
         for prepare in self._prepare:
             for name, tensor in prepare().items():
-                for portion in portions(name, tensor):
-                    box = portion.box if is_distributed(tensor) else None
+                spread = is_distributed(tensor)
+                for portion in self._portions_of(name, tensor):
+                    box = portion.box if spread else None
                     self._want(name, portion.tensor, box)
         return self.wanted
+
+    def _portions_of(self, name: str, tensor: Placed) -> list[Portion]:
+        """Asked for twice of most tensors: before and after there is room for all."""
+        memory = tensor if isinstance(tensor, Spread) else local_of(tensor)
+        known = self._portions.get(name)
+        if known is None or known[0] is not memory:
+            known = self._portions[name] = memory, portions(name, tensor)
+        return known[1]
 
     def _want(self, name: str, tensor: torch.Tensor, box: Any) -> None:
         source, cast = self.saved.source(name), self.resizing.terms.cast
