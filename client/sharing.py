@@ -112,7 +112,7 @@ def shared_memory(
     """Where the memory lies that a group of ranks should hold alike, and which ranks.
 
     Of DDP the parameters and the optimizer state that follows from them, not the buffers, which
-    ranks update alone. Of a distributed tensor what its placements say, and that what lies on a part
+    ranks update alone. Of a distributed tensor what its placements say, and that what is on a part
     of the model's mesh is on all of the rest; and the small numbers that an optimizer keeps for it
     (its step), or its module beside it.
 

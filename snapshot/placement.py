@@ -10,8 +10,9 @@ has made a distributed tensor.
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -228,22 +229,60 @@ def portions(name: str, tensor: Placed) -> list[Portion]:
     return found
 
 
-def group_of(tensor: Placed) -> tuple[int, ...]:
-    """The ranks that hold the same as this one, ascending; none if it is not a DTensor."""
+Dimensions = Mapping[Any, Collection[str]]
+"""By a whole mesh, names of some of its dimensions."""
+
+
+def dimensions_of(tensors: Iterable[Placed]) -> Dimensions:
+    """Over which dimensions of whole meshes distributed tensors lie, all of them together."""
+    found: dict[Any, set[str]] = {}
+    for tensor in tensors:
+        if not isinstance(tensor, Spread) and is_distributed(tensor):
+            mesh, _ = _spec(tensor)
+            found.setdefault(_root(mesh), set()).update(mesh.mesh_dim_names or ())
+    return found
+
+
+def group_of(tensor: Placed, beside: Dimensions = MappingProxyType({})) -> tuple[int, ...]:
+    """The ranks that should hold the same as this one, ascending; none if it is not a DTensor.
+
+    Args:
+        tensor: Any.
+        beside: Over which dimensions the model lies that it belongs to. Along those that its own
+            mesh has not (a norm that is in no plan of tensor parallelism), all ranks have it.
+    """
     if isinstance(tensor, Spread) or not is_distributed(tensor):
         return ()
     mesh, placements = _spec(tensor)
-    ranks = mesh.mesh
-    for dimension, placement in reversed(list(enumerate(placements))):
-        if not placement.is_replicate():
-            ranks = ranks.select(dimension, mesh.get_coordinate()[dimension])
-    return tuple(sorted(ranks.flatten().tolist()))
+    return _ranks(mesh, [placement.is_replicate() for placement in placements], beside)
 
 
-def mesh_ranks(tensor: torch.Tensor) -> tuple[int, ...]:
-    """All ranks that a distributed tensor is spread over, ascending."""
+def mesh_ranks(tensor: torch.Tensor, beside: Dimensions = MappingProxyType({})) -> tuple[int, ...]:
+    """All ranks that have some of a distributed tensor, ascending."""
     mesh, _ = _spec(tensor)
-    return tuple(sorted(mesh.mesh.flatten().tolist()))
+    return _ranks(mesh, [True] * mesh.ndim, beside)
+
+
+def _root(mesh: Any) -> Any:
+    """The mesh that another one is a part of."""
+    return getattr(mesh, "_root_mesh", None) or mesh
+
+
+def _ranks(mesh: Any, kept: Sequence[bool], beside: Dimensions) -> tuple[int, ...]:
+    """Those at this rank's place in all dimensions but those that are kept."""
+    root = _root(mesh)
+    own, names = mesh.mesh_dim_names or (), root.mesh_dim_names or ()
+    # A dimension that was made of several has another name than those.
+    if own and set(own) <= set(names):
+        known, others = dict(zip(own, kept, strict=True)), beside.get(root, ())
+        mesh, kept = root, [known.get(name, name in others) for name in names]
+    ranks, coordinate = mesh.mesh, mesh.get_coordinate()
+    if coordinate is None:  # not of this mesh
+        return tuple(sorted(ranks.flatten().tolist()))
+    for dimension in reversed(range(mesh.ndim)):
+        if not kept[dimension]:
+            ranks = ranks.select(dimension, coordinate[dimension])
+    return tuple(sorted(ranks.flatten().tolist()))
 
 
 def like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
