@@ -50,7 +50,7 @@ def check_world(address: Address, world: int) -> None:
 
 def _other_ranks(address: Address, theirs: str, ours: str) -> Refused:
     return Refused(
-        f"{theirs} to torch.distributed.checkpoint, and {ours} to job "
-        f"{address.job!r}. Nothing was saved or loaded. With process_group= or no_dist=, give writer "
-        "and reader the rank= and world= of that group, and each group a job of its own."
+        f"{theirs} to torch.distributed.checkpoint, and {ours} to job {address.job!r}. Nothing was "
+        "saved or loaded. With process_group= or no_dist=, give writer and reader the rank= and "
+        "world= of that group, and each group a job of its own."
     )

@@ -321,6 +321,14 @@ class Phases:
         dcp.load(loaded, storage_reader=EverstepReader(**options), process_group=group)
         return loaded["w"].item()
 
+    def protected(self) -> dict[str, Any]:
+        """At level parity: nodes that are lost take nothing with them."""
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        state = {"w": distribute_tensor(torch.arange(100_000.0), mesh, [Shard(0)]), "step": 50}
+        writer = EverstepWriter(JOB, level="parity", nvme_interval=1)
+        dcp.save(state, storage_writer=writer, checkpoint_id=50)
+        return digests(state)
+
     def load(self) -> dict[str, Any]:
         """What other numbers of ranks have saved: two of them, and one."""
         found = {}
@@ -336,8 +344,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("phases", nargs="+")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--world", type=int, required=True)
+    parser.add_argument("--meet", type=Path, required=True, help="a file, new for each launch")
     options = parser.parse_args()
-    dist.init_process_group("gloo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{options.meet}",
+        rank=options.rank,
+        world_size=options.world,
+    )
     phases = Phases(options.out)
     for name in options.phases:
         found = getattr(phases, name)()

@@ -1,11 +1,11 @@
-"""Checkpoints of torch.distributed.checkpoint over Everstep: several ranks, under torchrun."""
+"""Checkpoints of torch.distributed.checkpoint over Everstep: several ranks and nodes."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +15,58 @@ import torch.distributed.checkpoint as dcp
 
 from everstep.dcp import EverstepReader, EverstepWriter
 
+from .clusters import AgentCluster
 from .conftest import DEADLINE_S, AgentProcess
 from .dcp_ranks import JOB, digests, sharded, state_of
 
 LAUNCH_S = 150.0
 Facts = list[dict[str, Any]]
+Launch = Callable[..., dict[str, Facts]]
 pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture
-def run(agent_process: AgentProcess, tmp_path: Path) -> Iterator[Callable[..., dict[str, Facts]]]:
-    """Runs phases of dcp_ranks.py in so many ranks; returns what each rank found, by phase."""
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Runs phases of dcp_ranks.py, one rank with each agent; returns what each found, by phase."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def ran(world: int, *phases: str) -> dict[str, Facts]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(world), str(Path(__file__).parent / "dcp_ranks.py")]
-        environ = {"EVERSTEP_AGENT": agent_process.address, "OMP_NUM_THREADS": "1"}
-        with (tmp_path / "torchrun.log").open("ab") as log:
-            process = subprocess.Popen(
-                [*command, *phases, "--out", str(tmp_path)],
-                env={**os.environ, "PYTHONWARNINGS": "ignore", **environ},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        started.append(process)
-        status = process.wait(LAUNCH_S)
-        assert status == 0, (tmp_path / "torchrun.log").read_text()[-6000:]
+    def launched(agents: Sequence[str], *phases: str) -> dict[str, Facts]:
+        meet = tmp_path / f"meet-{len(started)}"
+        world = len(agents)
+        log = tmp_path / "ranks.log"
+        for rank, address in enumerate(agents):
+            command = [sys.executable, str(Path(__file__).parent / "dcp_ranks.py"), *phases]
+            command += ["--rank", str(rank), "--world", str(world)]
+            command += ["--out", str(tmp_path), "--meet", str(meet)]
+            environ = {"EVERSTEP_AGENT": address, "OMP_NUM_THREADS": "1"}
+            with log.open("ab") as said:
+                process = subprocess.Popen(
+                    command,
+                    env={**os.environ, "PYTHONWARNINGS": "ignore", **environ},
+                    stdout=said,
+                    stderr=said,
+                )
+            started.append(process)
+        deadline = time.monotonic() + LAUNCH_S
+        for process in started[-world:]:
+            status = process.wait(max(0.0, deadline - time.monotonic()))
+            assert status == 0, log.read_text()[-6000:]
         return {
             phase: [json.loads((tmp_path / f"{phase}-{r}.json").read_text()) for r in range(world)]
             for phase in phases
         }
 
-    yield ran
+    yield launched
     for process in started:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait(DEADLINE_S)
+
+
+@pytest.fixture
+def run(agent_process: AgentProcess, launch: Launch) -> Launch:
+    """The same on one node: so many ranks."""
+    return lambda world, *phases: launch([agent_process.address] * world, *phases)
 
 
 def names_of_model(found: dict[str, str]) -> dict[str, str]:
@@ -60,9 +74,7 @@ def names_of_model(found: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is ")
-def test_sharded_state_in_any_number_of_ranks(
-    run: Callable[..., dict[str, Facts]], agent_process: AgentProcess
-) -> None:
+def test_sharded_state_in_any_number_of_ranks(run: Launch, agent_process: AgentProcess) -> None:
     first = run(2, "save", "tensor_parallel")
     saved = first["save"][0]["saved"]
     for rank in first["save"]:
@@ -90,7 +102,7 @@ def test_sharded_state_in_any_number_of_ranks(
         assert rank["200"] == digests(alone)
 
 
-def test_saves_in_the_background_and_saves_that_fail(run: Callable[..., dict[str, Facts]]) -> None:
+def test_saves_in_the_background_and_saves_that_fail(run: Launch) -> None:
     found = run(2, "resharding", "sharded_tensors", "asynchronous", "failing")
     for rank in found["resharding"]:
         assert len(rank) == 9
@@ -122,8 +134,27 @@ def filled(value: float) -> str:
     return str(digests({"own": torch.full((2,), value)})["own"])
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is ")
+def test_nodes_that_are_lost_take_nothing_with_them(
+    start_cluster: Callable[..., AgentCluster], launch: Launch
+) -> None:
+    cluster = start_cluster(2, options="[parity]\nparities = 1\n[nvme]\ninterval = 'off'")
+    nodes = [cluster["n1"], cluster["n2"]]
+    found = launch([node.address for node in nodes], "resharding", "protected")
+    for rank in found["resharding"]:
+        assert len(rank) == 9
+        assert all(rank.values()), rank
+    cluster.kill("n2")
+    cluster.wipe("n2", nvme=True)
+    state = {"w": torch.zeros(100_000), "step": 0}
+    reader = EverstepReader(JOB, agent=nodes[0].address)
+    dcp.load(state, storage_reader=reader, checkpoint_id=50)
+    assert digests(state) == found["protected"][0] == found["protected"][1]
+    reader.close()
+
+
 @pytest.mark.long
-def test_meshes_of_two_dimensions(run: Callable[..., dict[str, Facts]]) -> None:
+def test_meshes_of_two_dimensions(run: Launch) -> None:
     for rank in run(4, "two_dimensions")["two_dimensions"]:
         assert len(rank) == 16
         assert all(rank.values()), rank
