@@ -22,6 +22,7 @@ VERBS = (
     "verify",
     "inspect",
     "export",
+    "import",
     "gc",
     "doctor",
     "demo",
