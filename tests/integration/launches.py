@@ -32,11 +32,11 @@ class Launches:
         self._device = device
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, world: int, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, world: int, *arguments: str, **environ: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(world), str(Path(__file__).parent / "fsdp_ranks.py")]
         command += ["--out", str(self.out), "--device", self._device, *arguments]
-        environ = {"EVERSTEP_AGENT": self.agent.address, "OMP_NUM_THREADS": "1"}
+        environ |= {"EVERSTEP_AGENT": self.agent.address, "OMP_NUM_THREADS": "1"}
         # What cuBLAS asks for where results must not depend on how kernels overlap.
         environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         with (self.out / "torchrun.log").open("ab") as log:
@@ -75,6 +75,15 @@ class Launches:
         """Restore, and go on to the end."""
         running = self.start(world, "resume", "--kinds", *kinds, "--name", NAMES[world])
         assert running.wait(_LIMIT_S) == 0, self.said()
+
+    def die_restoring(self, world: int, kind: str) -> None:
+        """Every rank is killed once it has copied, and before it has handed anything over."""
+        (self.out / "torchrun.log").unlink()
+        killed = {"EVERSTEP_FAILPOINTS": "client.restore.copied=kill"}
+        running = self.start(world, "resume", "--kinds", kind, "--name", "killed", **killed)
+        assert running.wait(_LIMIT_S) != 0
+        assert not list(self.out.glob("killed-*")), self.said()
+        assert "SIGKILL" in self.said(), self.said()
 
     def said(self) -> str:
         return (self.out / "torchrun.log").read_text()[-6000:]

@@ -74,3 +74,18 @@ def test_fsdp_over_tensor_parallelism(start_launches: Callable[[], Launches]) ->
     seen.check_restored("four", same_end=True)
     for name in ("two", "one"):
         seen.check_restored(name, same_end=False)
+
+
+@pytest.mark.long
+def test_a_restore_that_is_killed_is_repeated(start_launches: Callable[[], Launches]) -> None:
+    """By other processes, of which there are as many, or not."""
+    launches = start_launches()
+    launches.save_and_die(2, ["fsdp"])
+    launches.die_restoring(3, "fsdp")
+    launches.resume(2, ["fsdp"])
+    launches.die_restoring(2, "fsdp")
+    launches.resume(3, ["fsdp"])
+    seen = Seen(launches.out, "fsdp")
+    seen.check_saved()
+    seen.check_restored("two", same_end=True)
+    seen.check_restored("three", same_end=False)
