@@ -126,9 +126,8 @@ class _Packing:
         """Two names of one memory are one leaf, so it must lie at one place of both tensors."""
         if not tensor.numel():
             return tensor
-        return (
-            tensor if self._places.setdefault(place(tensor), placed) == placed else tensor.clone()
-        )
+        first = self._places.setdefault(place(tensor), placed)
+        return tensor if first == placed else tensor.clone()
 
     def finish(self, plan: SavePlan, rank: int) -> None:
         for fqn, (shape, chunks) in self._chunks.items():
