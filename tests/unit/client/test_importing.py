@@ -72,13 +72,13 @@ def read_now(thing: Any) -> Any:
 
 def test_a_pickle_is_read_as_data() -> None:
     thing = {"a": [1, -2, 2**70, 1.5, None, True, b"x"], ("t", 1): {"s"}, "o": OrderedDict(k="v")}
+    calls = [("_codecs", "encode"), ("__builtin__", "set"), ("builtins", "set")]
+    allowed = [("collections", "OrderedDict"), *calls]
     for protocol in (2, 3, 4, 5):
-        data = pickle.dumps(thing, protocol=protocol)
-        allowed = [("collections", "OrderedDict"), ("_codecs", "encode"), ("__builtin__", "set")]
-        if protocol < 3:  # bytes and sets are calls there
-            assert unpickled(data, allowed, "here").keys() == thing.keys()
-        else:
-            assert unpickled(data, allowed, "here") == thing
+        found = unpickled(pickle.dumps(thing, protocol=protocol), allowed, "here")
+        assert found.keys() == thing.keys()
+        if protocol > 3:  # bytes or sets are calls before
+            assert found == thing
 
 
 def test_a_pickle_that_would_execute_something_is_refused(tmp_path: Path) -> None:
