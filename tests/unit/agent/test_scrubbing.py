@@ -71,7 +71,7 @@ def test_what_is_not_mended_yet_is_looked_at_soon() -> None:
 @given(st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=60))
 def test_nothing_that_stays_waits_for_ever(arrivals: list[set[int]]) -> None:
     """Whatever else comes and goes, an item that is held is looked at in its turn."""
-    course = Course(settled_s=0, rest_s=0)
+    course = Course(settled_s=0, rest_s=0.5)
     looks = 0
     for turn, others in enumerate(arrivals):
         held = [item(99), *(item(number) for number in others)]
