@@ -1,12 +1,13 @@
 """Restoring into another layout, beside dcp.load from tmpfs and the same layout.
 
-``python -m benchmarks.reshard [--rounds N] [--parameters P] [--short]``. Four ranks with FSDP2, or two
-by two with tensor parallelism, snapshot once and save with dcp.save to tmpfs. Then every round
-starts ranks of each layout anew, which build their model and optimizer (as dcp.load demands) and do
-both, in turns: ``client.restore()`` from memory and ``dcp.load``, each from a barrier to the last
-rank's end, and compare the bytes. One launch more looks at the ranks' anonymous memory instead: what
-it grows by over the live shards; mapped arenas are shared pages of a file and not among it.
-Last, the time that ``snapshot()`` takes of a model with 5000 leaves (`benchmarks/reshard_leaves.py`).
+``python -m benchmarks.reshard [--rounds N] [--parameters P] [--short]``. Four ranks with FSDP2, or
+two by two with tensor parallelism, snapshot once and save with dcp.save to tmpfs. Then every round
+starts ranks of each layout anew, which build their model and optimizer (as dcp.load demands) and
+do both, in turns: ``client.restore()`` from memory and ``dcp.load``, each from a barrier to the
+last rank's end, and compare the bytes. One launch more looks at the ranks' anonymous memory
+instead: what it grows by over the live shards; mapped arenas are shared pages of a file and not
+among it. Last, the time that ``snapshot()`` takes of a model with 5000 leaves
+(`benchmarks/reshard_leaves.py`).
 """
 
 import argparse
@@ -58,9 +59,7 @@ def run(rounds: int, parameters: int, leaves: int) -> Report:
     return report
 
 
-def _times(
-    report: Report, answers: dict[tuple[str, str], list[list[dict[str, Any]]]]
-) -> None:
+def _times(report: Report, answers: dict[tuple[str, str], list[list[dict[str, Any]]]]) -> None:
     medians = {}
     for (saved, layout), launches in answers.items():
         label, key = f"{saved} to {layout}", f"{saved}_{layout}"
@@ -75,7 +74,9 @@ def _times(
         report.target(f"{label}, dcp.load over restore", ratio, 2, at_least=True)
         if saved != layout:
             report.target(f"{label}, over the unchanged layout", ours / unchanged, 1.5)
-        moved = [sum(r["moved"] for r in ranks) / sum(r["bytes"] for r in ranks) for ranks in launches]
+        moved = [
+            sum(r["moved"] for r in ranks) / sum(r["bytes"] for r in ranks) for ranks in launches
+        ]
         report.target(f"{label}, bytes moved over needed", statistics.median(moved), 1.1)
 
 

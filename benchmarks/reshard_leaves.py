@@ -1,9 +1,9 @@
 """The host time of `snapshot()` for a model of many small leaves, its layout unchanged.
 
 Plain modules with AdamW, the same under `fully_shard`, and DTensors in a plain module. Every round
-is one optimizer step and one snapshot, the one before it committed. What the time goes into is
-measured apart: seeing that nothing has changed, copying at once what is small (leaves below 16 KiB),
-and the rest, which is mostly asking the agent for a slot.
+is one snapshot, the one before it committed. What the time goes into is
+measured apart: seeing that nothing has changed, copying at once what is small (leaves below
+16 KiB) and sampling the rest, and asking the agent for a slot.
 """
 
 import statistics
@@ -55,21 +55,21 @@ def _rounds(
     address: str, name: str, model: torch.nn.Module, optimizer: Any, rounds: int
 ) -> dict[str, list[float]]:
     import everstep
+    from everstep.client.recollecting import Recollecting
+    from everstep.client.snapshotting import Snapshotting
     from everstep.snapshot.capture import Capture
 
-    client = everstep.connect(name.replace(" ", "-"), agent=address, rank=0, world=1)
+    client = everstep.connect(name.replace(", ", "-"), agent=address, rank=0, world=1)
     objects = {"model": model} | ({"optimizer": optimizer} if optimizer else {})
     client.attach(**objects)
     parts: dict[str, float] = {}
     found: dict[str, list[float]] = {"all": [], "collect": [], "copy": [], "slot": []}
     undo = [
-        _timed(parts, "collect", client._recollecting, "collect"),
-        _timed(parts, "slot", client, "_offer"),
+        _timed(parts, "collect", Recollecting, "collect"),
+        _timed(parts, "slot", Snapshotting, "_offer"),
         _timed(parts, "copy", Capture, "begin"),
     ]
     for step in range(1, rounds + 4):
-        if optimizer:
-            optimizer.step()
         begun = time.perf_counter()
         handle = client.snapshot(step)
         taken = time.perf_counter() - begun
@@ -111,7 +111,7 @@ def _model(leaves: int, elements: int) -> torch.nn.Module:
 def _adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
     optimizer.step()
     return optimizer
 
@@ -145,24 +145,21 @@ def _fsdp(leaves: int) -> tuple[torch.nn.Module, Any]:
 
 def _spread(leaves: int) -> tuple[torch.nn.Module, Any]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard
 
     mesh = init_device_mesh("cpu", (1,))
-
-    def deal(_: str, module: torch.nn.Module, mesh: Any) -> None:
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            spread = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
-            module.register_parameter(key, torch.nn.Parameter(spread))
-
     model = _model(leaves // 4, SMALL)
-    distribute_module(model, mesh, deal)
+    for module in model.children():
+        for key, parameter in list(module.named_parameters()):
+            spread = DTensor.from_local(parameter.detach(), mesh, [Shard(0)], run_check=False)
+            module.register_parameter(key, torch.nn.Parameter(spread))
     return model, _adamw(model)
 
 
 _KINDS: dict[str, Callable[[int], tuple[torch.nn.Module, Any]]] = {
     "module": _small,
     "AdamW": _trained,
-    "AdamW lazy": _lazy,
+    "AdamW, large": _lazy,
     "DTensor": _spread,
     "FSDP2": _fsdp,
 }

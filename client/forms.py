@@ -20,7 +20,7 @@ import torch
 
 from everstep.client.attachment import encoded, optimizer_tree
 from everstep.snapshot import tree
-from everstep.snapshot.placement import is_distributed, local_of
+from everstep.snapshot.placement import is_distributed
 from everstep.snapshot.tree import Flat
 
 _SCALARS = frozenset({type(None), bool, int, float, str})
@@ -37,6 +37,8 @@ _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
 _NOT_KEPT = "_non_persistent_buffers_set"
 _HELD = (*_CONTAINERS, *_HOOKS, _NOT_KEPT)
 _held = operator.itemgetter(*_HELD)
+_local = operator.attrgetter("_local_tensor")
+"""As `placement.local_of`, of what is known to be distributed."""
 _OPTIMIZER_HOOKS = ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks")
 
 
@@ -68,8 +70,9 @@ class Sources:
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor], *, gradients: bool) -> None:
-        self._given = list({id(tensor): tensor for tensor in tensors}.values())
-        self._spread = any(map(is_distributed, self._given))
+        given = list({id(tensor): tensor for tensor in tensors}.values())
+        self._spread = [tensor for tensor in given if is_distributed(tensor)]
+        self._whole = [tensor for tensor in given if not is_distributed(tensor)]
         self._gradients = gradients
         self._shapes: list[torch.Size] = []
         self._strides: list[tuple[int, ...]] = []
@@ -99,7 +102,7 @@ class Sources:
 
     def _tensors(self) -> list[torch.Tensor]:
         """This rank's memory: of distributed tensors it may be another one than before."""
-        return list(map(local_of, self._given)) if self._spread else self._given
+        return [*self._whole, *map(_local, self._spread)] if self._spread else self._whole
 
     def _look(self, tensors: list[torch.Tensor]) -> tuple[list[object], ...]:
         """All but shapes; the layout is strided, for others have no address.
