@@ -357,8 +357,7 @@ class Members:
             # Two processes cannot listen at one address: the older one is most likely gone.
             if entry.node_id == self.rules.node_id:
                 return True
-            if self._liveness.silence_s(entry.node_id, now_s) >= 2 * self.rules.heartbeat_s:
-                return False
+            return self._liveness.silence_s(entry.node_id, now_s) < 2 * self.rules.heartbeat_s
         return self._liveness.alive(entry.node_id, now_s)
 
     def _grant(self, claim: Claim, now_s: float) -> None:

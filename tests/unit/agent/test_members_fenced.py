@@ -137,14 +137,6 @@ def test_refusals_before_a_silence_are_not_the_last_word() -> None:
     assert members.expelled
 
 
-def test_who_was_silent_stays_lost_for_the_one_that_takes_over() -> None:
-    two = Members(rules("n2", "new"), SEEDS)
-    two.learned(View([entry("n1", 1, "dead"), entry("n2", 2, "new")]), 0)
-    assert [two.coordinator(now_s) for now_s in (0, 4.9, 5.0)] == ["n1", "n1", "n2"]
-    one = Members(rules("n1", "new"), SEEDS)
-    assert not two.claimed(one.claim(), 5.1).refusal
-
-
 def test_a_new_process_of_the_coordinator_is_reported_to_at_once() -> None:
     two = Members(rules("n2", "new"), SEEDS)
     two.learned(View([entry("n1", 1, "before"), entry("n2", 2, "new")]), 0)
