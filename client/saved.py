@@ -192,6 +192,8 @@ class Saved:
         Raises:
             Refused: If two things get the same name.
         """
+        if not terms.rename:
+            return
         now = {name: self._renamed(name, terms) for name in self.forms}
         self._sources = {new: old for old, new in now.items() if new != old}
         if not self._sources:
