@@ -19,6 +19,7 @@
     │   ├── Fenced                 this agent's place was taken: it writes nothing any more
     │   ├── OutOfSpace             memory or disk does not hold what was asked; nothing was written
     │   ├── NotCapturable          a leaf cannot be expressed without pickle; names path and type
+    │   │   └── Misplaced          tensors cannot lie where they are said to; lists all of them
     │   ├── StateMismatch          model and snapshot differ; lists missing, unexpected, reshaped
     │   └── PermissionRefused      the peer's uid may not talk to this agent
     ├── AgentFault                 the agent has a bug; report it
