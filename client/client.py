@@ -26,7 +26,7 @@ from everstep.client.capturing import Capturing
 from everstep.client.channel import Channel
 from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits, Stats
-from everstep.client.restoring import Restoring
+from everstep.client.restoring import Restored, Restoring
 from everstep.client.session import Session
 from everstep.client.snapshotting import Snapshotting
 from everstep.client.terms import Rename, Terms
@@ -71,10 +71,7 @@ class Client:
         self.interval = interval
         self.limits = limits
         self.stats = Stats()
-        self.rejected: tuple[str, ...] = ()
-        self.restored_from: tuple[str, ...] = ()
-        self.restored_notes: tuple[str, ...] = ()
-        self.restored_bytes = 0
+        self._note(Restored(None))
         self._channel = Channel(address)
         self._attachments: dict[str, Attachment] = {}
         self._ddp: set[str] = set()
@@ -264,10 +261,8 @@ class Client:
         A rank that `joined` live takes the newest step that the running incarnation has committed,
         once, and nobody else restores. If nothing is committed yet it begins as all its ranks did.
 
-        The launch may have another number of ranks than the one that saved, and another mesh: each
-        rank takes the bytes that its shards want from whoever has them. State that every rank has
-        for itself is not merged: `on_resize` says what becomes of it. Random generators of ranks
-        that were there before go on, those of new ranks are seeded anew. See docs/resharding.md.
+        The launch may have other ranks than the one that saved, and another mesh: each takes the
+        bytes that its shards want from whoever has them. See docs/resharding.md.
 
         Args:
             to: This step instead of the newest.
@@ -277,14 +272,12 @@ class Client:
             only: Parts ("model"), or patterns of modules' leaves ("model/encoder.*"): nothing else
                 is loaded.
             exclude: The same: these stay as they are.
-            rename: For a model whose leaves have other names now: from each old prefix to the new
-                one ("model/encoder." to "model/trunk."), or a function of the name. Optimizer state
-                follows its parameters.
+            rename: From each old prefix of names to the new one ("model/encoder." to
+                "model/trunk."), or a function of the name. Optimizer state follows its parameters.
             cast: Accept modules' tensors and trees of another dtype, and convert the values.
             partial: Accept that nothing attached here takes some of the leaves: others do.
-            on_resize: For state that differs from rank to rank, where there are other ranks now:
-                from a part or a pattern of leaves to "keep", "rank0", "sum", "drop" or "refuse",
-                which is the default (`everstep.client.resizing`).
+            on_resize: What becomes of state that every rank has for itself, where there are other
+                ranks now: from a part or pattern to "keep", "rank0", "sum", "drop" or "refuse".
 
         Returns:
             The step, or None if this job has no snapshot at all.
@@ -296,6 +289,18 @@ class Client:
             Refused: If this process has captured snapshots already: that is what `rewind` is for;
                 or if it joined live and has restored already.
         """
+        self._check_may_restore()
+        parts = tuple(only), tuple(exclude)
+        rules = rename or {}, dict(on_resize or {})
+        terms = Terms(weights_only, force, partial, cast, *parts, *rules)
+        restored = self._restoring.restore(self._attachments, terms, to=to, levels=levels)
+        if self.joined:
+            self._restored = restored.step is not None
+            self._arranger.join(restored.replicated if self._restored else None)
+        self._note(restored)
+        return restored.step
+
+    def _check_may_restore(self) -> None:
         if self._capturing.begun:
             # What was decided at the start may have been overwritten since.
             raise Refused(
@@ -307,25 +312,13 @@ class Client:
                 "this rank joined a running job and has restored already; by now the others may "
                 "have committed another step. Nothing was loaded. Connect anew to join again."
             )
-        terms = Terms(
-            weights_only=weights_only,
-            force=force,
-            partial=partial,
-            cast=cast,
-            only=tuple(only),
-            exclude=tuple(exclude),
-            rename=rename or {},
-            on_resize=dict(on_resize or {}),
-        )
-        restored = self._restoring.restore(self._attachments, terms, to=to, levels=levels)
-        if self.joined:
-            self._restored = restored.step is not None
-            self._arranger.join(restored.replicated if self._restored else None)
+
+    def _note(self, restored: Restored) -> None:
+        """What the last restore has used and done."""
         self.rejected = restored.rejected
         self.restored_from = restored.levels
         self.restored_notes = restored.notes
         self.restored_bytes = restored.moved_bytes
-        return restored.step
 
     def peek(self, name: str, to: int | None = None) -> tuple[int, object] | None:
         """Look at what `restore` would bring back, without touching anything.

@@ -75,8 +75,7 @@ class AgentUnavailable(Retryable):
     """
 
     def __init__(self, address: str, detail: str) -> None:
-        self.address = address
-        self.detail = detail
+        self.address, self.detail = address, detail
         super().__init__(
             f"no agent answers at {address}: {detail}. Training is not affected and committed "
             f"snapshots are safe; look at it with `everstep status --agent {address}`."
@@ -93,9 +92,7 @@ class DeadlineExceeded(Retryable):
     """
 
     def __init__(self, waited_for: str, timeout_s: float, late: tuple[str, ...] = ()) -> None:
-        self.waited_for = waited_for
-        self.timeout_s = timeout_s
-        self.late = late
+        self.waited_for, self.timeout_s, self.late = waited_for, timeout_s, late
         who = f"; still missing: {', '.join(late)}" if late else ""
         super().__init__(f"{waited_for} did not happen within {timeout_s:g} s{who}.")
 
@@ -109,8 +106,7 @@ class PeerUnavailable(Retryable):
     """
 
     def __init__(self, peer: str, detail: str) -> None:
-        self.peer = peer
-        self.detail = detail
+        self.peer, self.detail = peer, detail
         super().__init__(
             f"the agent of {peer} did not deliver: {detail}. Nothing was changed here; what it "
             "holds counts as lost until it answers again. See `everstep status`."
@@ -126,8 +122,7 @@ class PeerBusy(Retryable):
     """
 
     def __init__(self, peer: str, detail: str) -> None:
-        self.peer = peer
-        self.detail = detail
+        self.peer, self.detail = peer, detail
         super().__init__(
             f"the agent of {peer} has no room for more right now: {detail}. Nothing was changed; "
             "it is asked again."
@@ -158,8 +153,7 @@ class ArenaLost(Retryable):
     """
 
     def __init__(self, job: str, rank: int) -> None:
-        self.job = job
-        self.rank = rank
+        self.job, self.rank = job, rank
         super().__init__(
             f"the arena of rank {rank} of job {job!r} is gone: its directory was emptied. What "
             "was only in memory is lost, snapshots on NVMe are untouched. The next snapshot "
@@ -176,8 +170,7 @@ class NotPersisted(Retryable):
     """
 
     def __init__(self, step: int, reason: str) -> None:
-        self.step = step
-        self.reason = reason
+        self.step, self.reason = step, reason
         super().__init__(
             f"step {step} is committed in memory but not on NVMe: {reason} The next flush tries "
             "again."
@@ -193,8 +186,7 @@ class WriteFailed(Retryable):
     """
 
     def __init__(self, where: str, cause: OSError) -> None:
-        self.where = where
-        self.cause = cause
+        self.where, self.cause = where, cause
         super().__init__(
             f"writing {where} failed: {cause}. The file was discarded, since after a failed write "
             "or fsync its bytes cannot be trusted; older snapshots are untouched, and the next "
@@ -215,8 +207,7 @@ class InvalidName(Refused):
     """
 
     def __init__(self, kind: str, name: str) -> None:
-        self.kind = kind
-        self.name = name
+        self.kind, self.name = kind, name
         super().__init__(
             f"{name!r} is no valid {kind} name: use 1 to 128 of letters, digits, '.', '_' and "
             "'-', not starting with a dot. Nothing was written."
@@ -232,8 +223,7 @@ class InvalidConfiguration(Refused):
     """
 
     def __init__(self, option: str, problem: str, source: str = "") -> None:
-        self.option = option
-        self.source = source
+        self.option, self.source = option, source
         where = f" in {source}" if source else ""
         super().__init__(f"{option}{where}: {problem}.")
 
@@ -305,8 +295,7 @@ class Fenced(Refused):
     """
 
     def __init__(self, node_id: str, by: str) -> None:
-        self.node_id = node_id
-        self.by = by
+        self.node_id, self.by = node_id, by
         super().__init__(
             f"the place of {node_id} in the cluster is held by {by} now, so this agent takes no "
             "snapshots. What it held is kept and not used. Stop it, or restart it to join anew."
@@ -356,6 +345,11 @@ class NotCapturable(Refused):
         )
 
 
+def _listed(names: tuple[str, ...]) -> str:
+    more = f"\n    and {len(names) - 20} more" if len(names) > 20 else ""
+    return "".join(f"\n    {name}" for name in names[:20]) + more
+
+
 class Misplaced(NotCapturable):
     """Tensors are said to lie where they cannot, or two are called the same.
 
@@ -364,16 +358,10 @@ class Misplaced(NotCapturable):
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
+        self.problems, self.type_name = problems, "tensor"
         self.path, _, self.detail = problems[0].partition(": ")
-        self.type_name = "tensor"
-        shown = "".join(f"\n    {problem}" for problem in problems[:20])
-        more = f"\n    and {len(problems) - 20} more" if len(problems) > 20 else ""
-        EverstepError.__init__(
-            self,
-            "what is attached cannot be what its placements say. Nothing was captured or loaded."
-            f"{shown}{more}",
-        )
+        summary = "what is attached is not what placements say. Nothing was captured or loaded."
+        EverstepError.__init__(self, summary + _listed(problems))
 
 
 class StateMismatch(Refused):
@@ -410,9 +398,7 @@ class StateMismatch(Refused):
             ("said differently by different ranks of the snapshot", contradictory),
         ):
             if names:
-                shown = "".join(f"\n    {name}" for name in names[:20])
-                more = f"\n    and {len(names) - 20} more" if len(names) > 20 else ""
-                lines.append(f"  {title}, {len(names)}:{shown}{more}")
+                lines.append(f"  {title}, {len(names)}:{_listed(names)}")
         super().__init__("\n".join(lines))
 
 
@@ -437,8 +423,7 @@ class AgentFault(EverstepError):
     """
 
     def __init__(self, address: str, detail: str) -> None:
-        self.address = address
-        self.detail = detail
+        self.address, self.detail = address, detail
         super().__init__(
             f"the agent at {address} failed unexpectedly: {detail}. Committed snapshots are as "
             "they were. This is a bug: please report it with the agent's log."
@@ -458,8 +443,7 @@ class ShardCorrupt(Damaged):
     """
 
     def __init__(self, where: str, units: tuple[int, ...]) -> None:
-        self.where = where
-        self.units = units
+        self.where, self.units = where, units
         shown = ", ".join(map(str, units[:8])) + (", ..." if len(units) > 8 else "")
         super().__init__(
             f"{where}: {len(units)} unit(s) of 1 MiB do not match their digest ({shown}). "
@@ -475,8 +459,7 @@ class FormatInvalid(Damaged):
     """
 
     def __init__(self, where: str, problem: str) -> None:
-        self.where = where
-        self.problem = problem
+        self.where, self.problem = where, problem
         super().__init__(f"{where}: {problem}. This copy is not used.")
 
 
@@ -489,8 +472,7 @@ class TooFewSymbols(Damaged):
     """
 
     def __init__(self, needed: int, had: int) -> None:
-        self.needed = needed
-        self.had = had
+        self.needed, self.had = needed, had
         super().__init__(
             f"rebuilding what is lost takes {needed} members of the parity group and {had} are "
             "left. Nothing was rebuilt and nothing changed; an agent that comes back with its "
@@ -507,8 +489,7 @@ class NothingRecoverable(Damaged):
     """
 
     def __init__(self, job: str, rejected: tuple[str, ...]) -> None:
-        self.job = job
-        self.rejected = rejected
+        self.job, self.rejected = job, rejected
         detail = "".join(f"\n    {line}" for line in rejected)
         super().__init__(
             f"job {job!r} has snapshots, but none can be restored whole:{detail}\n"
