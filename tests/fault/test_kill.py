@@ -13,6 +13,7 @@ from harness import Node, Trainer, TrainerDied, Zygote, failpoints_in_source, un
 
 SEVERAL_NODES = (
     "agent.encode.",
+    "agent.gather.",
     "agent.join.",
     "agent.mend.",
     "agent.rebuild.",
