@@ -8,7 +8,7 @@ may be out of date a moment later.
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -299,7 +299,14 @@ def _on_disk(store: NvmeLevel, job: str) -> Iterator[Held]:
             commit.committed_unix_s,
             True,
         )
-    for path in sorted((store.root / job).iterdir()):
+    directory = store.root / job
+    # A job that is in memory alone has none; and it may go at any time.
+    with suppress(FileNotFoundError):
+        yield from _begun(store, job, sorted(directory.iterdir()), committed)
+
+
+def _begun(store: NvmeLevel, job: str, paths: list[Path], committed: set[int]) -> Iterator[Held]:
+    for path in paths:
         step = parse_step_directory(path.name)
         if step is not None and step not in committed and not (path / "commit").exists():
             yield from _unfinished(store, job, path)

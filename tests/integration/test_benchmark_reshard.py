@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_short_run_moves_what_is_needed_and_no_more() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.reshard", "--short"]

@@ -188,6 +188,20 @@ def test_list_has_sizes_and_ages_of_both_levels(cli: Cli, training: Training) ->
     assert all(row["bytes"] > 0 and row["age_s"] < 300 and row["committed"] for row in rows)
 
 
+def test_a_job_that_is_in_memory_alone_is_listed(cli: Cli, agent_process: AgentProcess) -> None:
+    """Nothing of it was ever flushed: it has no directory on NVMe."""
+    client = everstep.connect(
+        job="alone", interval=1, nvme_interval=1 << 30, agent=agent_process.address
+    )
+    client.attach(tree={"x": torch.ones(3)})
+    assert client.snapshot(1).wait("memory")
+    assert agent_process.nvme_dir is not None
+    assert not (agent_process.nvme_dir / "alone").exists()
+    rows = cli("list", "--json").document["snapshots"]
+    assert [(row["job"], row["level"], row["step"]) for row in rows] == [("alone", "memory", 1)]
+    client.close(timeout=0)
+
+
 def test_verify_finds_damage_in_either_level(
     cli: Cli, training: Training, agent_process: AgentProcess
 ) -> None:

@@ -271,7 +271,7 @@ def grown(*words: object, data: bytes = b"", home: Path) -> int:
     return int(json.loads(ended.stderr.splitlines()[-1])["grown"])
 
 
-@pytest.mark.parametrize("form", ["torch", "dcp"])
+@pytest.mark.parametrize("form", ["torch", pytest.param("dcp", marks=pytest.mark.long)])
 def test_memory_does_not_grow_with_the_state(
     run: Run, job: str, shared_agent: AgentProcess, tmp_path: Path, form: str
 ) -> None:
