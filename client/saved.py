@@ -6,6 +6,7 @@ that values which differ between ranks are told, not merged; and that names are 
 live objects have, if they were renamed meanwhile. Reads no tensor, touches no live object.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,7 @@ class Saved:
     holdings: Holdings = field(default_factory=lambda: Holdings({}))
     _records: Mapping[int, Record] = field(default_factory=dict)
     _sources: dict[str, str] = field(default_factory=dict)
+    _terms: Terms | None = None
 
     @classmethod
     def of(
@@ -198,9 +200,8 @@ class Saved:
         self._sources = {new: old for old, new in now.items() if new != old}
         if not self._sources:
             return
-        if len(set(now.values())) < len(now):
-            seen: set[str] = set()
-            twice = sorted({n for n in now.values() if n in seen or seen.add(n)})  # type: ignore[func-returns-value]
+        twice = sorted(name for name, count in Counter(now.values()).items() if count > 1)
+        if twice:
             raise Refused(f"rename gives several leaves the name {', '.join(twice[:5])}.")
         self.forms = {now[name]: form for name, form in self.forms.items()}
         self.aliases = {now[n]: now[of] for n, of in self.aliases.items() if n in now}
@@ -209,8 +210,6 @@ class Saved:
         self.values = {self._renamed(path, terms): json for path, json in self.values.items()}
         self.containers = {self._renamed(p, terms): kind for p, kind in self.containers.items()}
         self._terms = terms
-
-    _terms: Terms | None = None
 
     def _named(self, path: str) -> str:
         return path if self._terms is None else self._renamed(path, self._terms)

@@ -159,16 +159,6 @@ class ShardReader:
             raise self.corrupt(bad)
 
 
-def units_read(ranges: Iterable[Range] | Table, image_bytes: int) -> list[range]:
-    """All units that `ShardReader` looks at for these ranges, and more: whole blocks, ascending."""
-    units = unit_count(image_bytes)
-    blocks = {span.start // _BLOCK_UNITS for span in _spans(ranges)}
-    return [
-        range(block * _BLOCK_UNITS, min((block + 1) * _BLOCK_UNITS, units))
-        for block in sorted(blocks)
-    ]
-
-
 def units_of(ranges: Iterable[Range] | Table, image_bytes: int) -> list[range]:
     """All units that `ShardReader` looks at for these ranges, and no others, ascending."""
     found: list[range] = []

@@ -302,6 +302,8 @@ def test_parts_leaves_names_and_types(agent_process: AgentProcess) -> None:
     other = build(zeros=True, names=("first", "b"))
     with pytest.raises(StateMismatch):
         restored(other)
+    with pytest.raises(Refused, match=r"several leaves the name model/b\.bias, model/b\.weight"):
+        restored(other, rename={"model/a.": "model/b."})
     found = restored(other, rename={"model/a.": "model/first."})
     assert found["first.weight"] == weights["a.weight"]
     moment = other["optimizer"].state[other["model"]["first"].weight]["exp_avg"]

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everstep.proto.ids import UNIT_BYTES
-from everstep.snapshot.reading import ShardReader, _spans, units_read
+from everstep.snapshot import reading as snapshot_reading
+from everstep.snapshot.reading import ShardReader, _spans
 
 from .shards import Folder, flip, some
 
@@ -108,5 +109,6 @@ def test_spans(ranges: list[tuple[int, int]]) -> None:
     assert all(span.start // BLOCK == (span.stop - 1) // BLOCK for span in spans)
     # Long ones: no two of a block could have been one.
     assert all(a.stop < b.start or b.start % BLOCK == 0 for a, b in itertools.pairwise(spans))
-    read = {unit for part in units_read(ranges, 61 * UNIT_BYTES) for unit in part}
-    assert read >= set(units_of(ranges))
+    parts = snapshot_reading.units_of(ranges, 61 * UNIT_BYTES)
+    assert [unit for part in parts for unit in part] == units_of(ranges)
+    assert all(a.stop < b.start for a, b in itertools.pairwise(parts))
