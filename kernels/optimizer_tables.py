@@ -6,6 +6,7 @@ how they are used: that is stated in `client/optim/codecs`.
 """
 
 import struct
+from itertools import pairwise
 
 
 def single(value: float) -> float:
@@ -18,7 +19,7 @@ def single(value: float) -> float:
 
 def thresholds(values: tuple[float, ...]) -> tuple[float, ...]:
     """Between ascending values: a code is the number of thresholds that are less than x."""
-    return tuple(single((low + high) / 2) for low, high in zip(values, values[1:], strict=False))
+    return tuple(single((low + high) / 2) for low, high in pairwise(values))
 
 
 _MAGNITUDES = (0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875)
@@ -41,7 +42,7 @@ def _dynamic_map(signed: bool) -> tuple[float, ...]:
     for exponent in range(7):
         count = 2**exponent if signed else 2 ** (exponent + 1)
         bounds = _linspace(count + 1)
-        for low, high in zip(bounds, bounds[1:], strict=False):
+        for low, high in pairwise(bounds):
             value = single(10 ** (exponent - 6) * single(single(low + high) / 2))
             values += [value, -value] if signed else [value]
     return tuple(sorted(values))

@@ -12,6 +12,7 @@ what contracts or approximates in torch: no addcmul or add(alpha=), no division 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import prod
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -25,6 +26,18 @@ CODES, SCALES, CORRECTION = "codes", "scales", "correction"
 
 SMALLEST_NORMAL = 2.0**-126
 _INFINITY_BITS = 0x7F800000
+
+
+class Form(NamedTuple):
+    """What a tensor is like.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Parts(NamedTuple):
@@ -81,10 +94,21 @@ class Codec(ABC):
     def _decode(self, parts: Parts, role: Role, block: int, rows: int, row: int) -> torch.Tensor:
         """fp32 [rows, row]."""
 
+    @abstractmethod
+    def forms(self, shape: Sequence[int], role: Role, block: int) -> dict[str, Form]:
+        """Shape and dtype of each part of a state tensor of that shape, by the part's name."""
+
     def bytes_of(self, shape: Sequence[int], role: Role, block: int) -> int:
         """What the parts of a state tensor of that shape take."""
-        rows, row = rows_of(shape)
-        return rows * (row + 4 * blocks_of(row, block))
+        forms = self.forms(shape, role, block).values()
+        return sum(prod(form.shape) * form.dtype.itemsize for form in forms)
+
+
+def scales_form(shape: Sequence[int], block: int, each: int = 1) -> Form:
+    """Of scales that every block has one of, or several."""
+    rows, row = rows_of(shape)
+    blocks = (rows, blocks_of(row, block))
+    return Form(blocks if each == 1 else (*blocks, each), torch.float32)
 
 
 def rows_of(shape: Sequence[int]) -> tuple[int, int]:

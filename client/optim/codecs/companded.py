@@ -5,19 +5,21 @@ the square root before linear uint8 for second moments. Different: blocks of 64 
 (theirs 32 with fp16, which flushes the scales of tiny gradients to zero), blocks lie within rows,
 and a second moment that is not zero never gets the code 0.
 
-Arithmetic, signed, s = max|x| of the block: ``z = clamp(x * r, -1, 1)``, r = 1 / s (0 if s < 2^-126);
-``c = (z + z) / (1 + |z|)``; ``code = rint(c * 127)``. Decode: ``f = float(code)``;
+Arithmetic, signed, s = max|x| of the block: ``z = clamp(x * r, -1, 1)``, r = 1 / s (0 if
+s < 2^-126); ``c = (z + z) / (1 + |z|)``; ``code = rint(c * 127)``. Decode: ``f = float(code)``;
 ``z = f / (254 - |f|)``; ``x = z * s``.
 Second, u = sqrt(v), s = max u: ``code = clamp(rint(u * r), 1, 255)``, r = 255 / s, 0 if u is.
 Decode: ``d = s * float32(1 / 255)``; ``u = float(code) * d``; ``v = u * u``.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
 from everstep.client.optim.codecs.codec import (
     Codec,
+    Form,
     Parts,
     Role,
     finite_or_zero,
@@ -25,6 +27,7 @@ from everstep.client.optim.codecs.codec import (
     largest,
     out_of_blocks,
     quotient,
+    scales_form,
 )
 from everstep.kernels.optimizer_tables import single
 
@@ -50,6 +53,11 @@ class Companded(Codec):
             return out_of_blocks(root * root, row)
         z = torch.div(codes, 254.0 - codes.abs())
         return out_of_blocks(z * scales, row)
+
+    def forms(self, shape: Sequence[int], role: Role, block: int) -> dict[str, Form]:
+        """Shape and dtype of each part."""
+        codes = torch.uint8 if role == "second" else torch.int8
+        return {"codes": Form(tuple(shape), codes), "scales": scales_form(shape, block)}
 
 
 def _signed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

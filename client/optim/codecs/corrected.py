@@ -10,12 +10,11 @@ Decode: ``float(t) + float(code) * (h * float32(1 / 127))``, with h = 0 where E 
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import ClassVar
 
 import torch
 
-from everstep.client.optim.codecs.codec import Codec, Parts, Role
+from everstep.client.optim.codecs.codec import Codec, Form, Parts, Role
 from everstep.kernels.optimizer_tables import single
 
 _LEAST_EXPONENT = 9
@@ -40,9 +39,12 @@ class Corrected(Codec):
         assert parts.correction is not None
         return joined(parts.codes, parts.correction).reshape(rows, row)
 
-    def bytes_of(self, shape: Sequence[int], role: Role, block: int) -> int:
-        """What the parts of a state tensor of that shape take."""
-        return 3 * prod(shape)
+    def forms(self, shape: Sequence[int], role: Role, block: int) -> dict[str, Form]:
+        """Shape and dtype of each part."""
+        return {
+            "codes": Form(tuple(shape), torch.bfloat16),
+            "correction": Form(tuple(shape), torch.int8),
+        }
 
 
 def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

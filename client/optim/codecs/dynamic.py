@@ -9,12 +9,14 @@ thresholds between the ascending values that are less than z. Second: if v > 0 a
 is 0, the next code. Decode: ``value[code] * s``.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
 from everstep.client.optim.codecs.codec import (
     Codec,
+    Form,
     Parts,
     Role,
     finite_or_zero,
@@ -23,6 +25,7 @@ from everstep.client.optim.codecs.codec import (
     largest,
     out_of_blocks,
     quotient,
+    scales_form,
 )
 from everstep.kernels.optimizer_tables import DYNAMIC_SECOND, DYNAMIC_SIGNED, thresholds
 
@@ -58,3 +61,7 @@ class Dynamic(Codec):
         codes = in_blocks(parts.codes.reshape(rows, row), block)
         values = in_table(DYNAMIC_SECOND if role == "second" else DYNAMIC_SIGNED, codes)
         return out_of_blocks(values[codes.long()] * parts.scales.unsqueeze(-1), row)
+
+    def forms(self, shape: Sequence[int], role: Role, block: int) -> dict[str, Form]:
+        """Shape and dtype of each part."""
+        return {"codes": Form(tuple(shape), torch.uint8), "scales": scales_form(shape, block)}

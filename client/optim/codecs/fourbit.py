@@ -5,8 +5,8 @@ k / 16 for k = 1..16, both with blocks of 128: the fused variant that the author
 ("2nd_moment_group_128"; the rank-1 scales of the paper are `fourbit_rank1`). Different: blocks lie
 within rows and the low half of a byte is the even element.
 
-Arithmetic, signed, s = max|x|: ``z = x * r``, r = 1 / s (0 if s < 2^-126); the code is the number of
-FOURBIT_SIGNED's thresholds that are less than z. Decode: ``value[code] * s``.
+Arithmetic, signed, s = max|x|: ``z = x * r``, r = 1 / s (0 if s < 2^-126); the code is the number
+of FOURBIT_SIGNED's thresholds that are less than z. Decode: ``value[code] * s``.
 Second, s = max v: ``k = clamp(rint(v * (16 / s)), 1, 16)`` (16 if s < 2^-120); the code is k - 1.
 Decode: ``float(code + 1) * (s * 0.0625)``.
 Codes are uint8 [rows, ceil(row / 2)]; the upper half of a row's odd last byte is 0.
@@ -19,9 +19,9 @@ import torch
 
 from everstep.client.optim.codecs.codec import (
     Codec,
+    Form,
     Parts,
     Role,
-    blocks_of,
     finite_or_zero,
     in_blocks,
     in_table,
@@ -29,6 +29,7 @@ from everstep.client.optim.codecs.codec import (
     out_of_blocks,
     quotient,
     rows_of,
+    scales_form,
 )
 from everstep.kernels.optimizer_tables import FOURBIT_SIGNED, thresholds
 
@@ -61,10 +62,13 @@ class FourBit(Codec):
             return out_of_blocks((codes.float() + 1.0) * (scales * 0.0625), row)
         return out_of_blocks(in_table(FOURBIT_SIGNED, codes)[codes.long()] * scales, row)
 
-    def bytes_of(self, shape: Sequence[int], role: Role, block: int) -> int:
-        """What the parts of a state tensor of that shape take."""
+    def forms(self, shape: Sequence[int], role: Role, block: int) -> dict[str, Form]:
+        """Shape and dtype of each part."""
         rows, row = rows_of(shape)
-        return rows * (-(-row // 2) + 4 * blocks_of(row, block))
+        return {
+            "codes": Form((rows, -(-row // 2)), torch.uint8),
+            "scales": scales_form(shape, block),
+        }
 
 
 def packed(codes: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """FP8 (E4M3) codes whose blocks are stretched over the whole range: COAT, arXiv 2410.19313.
 
-The authors (NVlabs/COAT, coat/optimizer) store three numbers a block: g = sqrt(M mu), k and a scale,
-for M = max|x| and mu = min nonzero |x|. All three follow from (M, mu), which are stored here, and
+The authors (NVlabs/COAT, coat/optimizer) store three numbers a block: g = sqrt(M mu), k and a
+scale, for M = max|x| and mu = min nonzero |x|. All follow from (M, mu), which are stored here, and
 their code = e4m3((|x| / g)^k / ((M / g)^k / 448)) is 448 (|x| / M)^k, which is computed here. Kept
 from them: blocks of 128, k = floor(16 log2(448^2 / 2) / log2(M / mu)) / 16, E4M3 for both moments.
 Different: k is at most 16 (theirs is infinite in a block of one magnitude), zeros have the code 0
@@ -48,15 +48,15 @@ import torch
 from everstep.client.optim.codecs.codec import (
     SMALLEST_NORMAL,
     Codec,
+    Form,
     Parts,
     Role,
-    blocks_of,
     finite_or_zero,
     in_blocks,
     largest,
     out_of_blocks,
     quotient,
-    rows_of,
+    scales_form,
 )
 from everstep.kernels.optimizer_tables import FP8_EXP2, FP8_LOG2, FP8_RANGE, single
 
@@ -109,10 +109,12 @@ class Fp8(Codec):
         values = most.unsqueeze(-1) * relative
         return out_of_blocks(torch.where(codes >= 128, -values, values), row)
 
-    def bytes_of(self, shape: Sequence[int], role: Role, block: int) -> int:
-        """What the parts of a state tensor of that shape take."""
-        rows, row = rows_of(shape)
-        return rows * (row + 8 * blocks_of(row, block))
+    def forms(self, shape: Sequence[int], role: Role, block: int) -> dict[str, Form]:
+        """Shape and dtype of each part."""
+        return {
+            "codes": Form(tuple(shape), torch.uint8),
+            "scales": scales_form(shape, block, each=2),
+        }
 
 
 def log2_of(values: torch.Tensor) -> torch.Tensor:

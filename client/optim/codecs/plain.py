@@ -1,12 +1,11 @@
 """State as it is: fp32, or rounded to bf16."""
 
 from collections.abc import Sequence
-from math import prod
 from typing import ClassVar
 
 import torch
 
-from everstep.client.optim.codecs.codec import Codec, Parts, Role
+from everstep.client.optim.codecs.codec import Codec, Form, Parts, Role
 
 
 class Plain(Codec):
@@ -26,9 +25,9 @@ class Plain(Codec):
     def _decode(self, parts: Parts, role: Role, block: int, rows: int, row: int) -> torch.Tensor:
         return parts.codes.clone().reshape(rows, row)
 
-    def bytes_of(self, shape: Sequence[int], role: Role, block: int) -> int:
-        """What the parts of a state tensor of that shape take."""
-        return 4 * prod(shape)
+    def forms(self, shape: Sequence[int], role: Role, block: int) -> dict[str, Form]:
+        """Shape and dtype of each part."""
+        return {"codes": Form(tuple(shape), torch.float32)}
 
 
 class Bf16(Codec):
@@ -47,6 +46,6 @@ class Bf16(Codec):
     def _decode(self, parts: Parts, role: Role, block: int, rows: int, row: int) -> torch.Tensor:
         return parts.codes.float().reshape(rows, row)
 
-    def bytes_of(self, shape: Sequence[int], role: Role, block: int) -> int:
-        """What the parts of a state tensor of that shape take."""
-        return 2 * prod(shape)
+    def forms(self, shape: Sequence[int], role: Role, block: int) -> dict[str, Form]:
+        """Shape and dtype of each part."""
+        return {"codes": Form(tuple(shape), torch.bfloat16)}
