@@ -1,0 +1,360 @@
+"""Any torch optimizer, with its state in a codec between steps.
+
+Owns the wrapper. The optimizer itself becomes an engine without state: for each step, parameter by
+parameter (or group by group), states are decoded, the optimizer's own step runs on them, and they
+are encoded again. So between steps there are codes alone, in checkpoints too, and during one there
+is one parameter's state in full precision beside them. The step costs the optimizer's own eager
+time and two passes of a codec; the optimizers of this package do both in one fused pass.
+
+Promises: what cannot be held is refused when the optimizer is wrapped, with the reason; what is
+held as it is, is told (`kept`, and once in the log). Numbers in groups that the optimizer changes
+(a step counter, an annealed rate) change once a step, however many parts it is taken in.
+
+Does not promise to notice that an optimizer mixes parameters in its step (a norm over all of them):
+optimizers of `torch.optim` are taken a parameter at a time, others a group at a time.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, Literal, cast, overload
+
+import torch
+
+from everstep.client.optim.codecs import (
+    ROLES,
+    Codec,
+    Parts,
+    Role,
+    codec_named,
+    rows_of,
+    valid_block,
+)
+from everstep.client.optim.codecs.codec import CODES, CORRECTION, SCALES
+from everstep.client.optim.state_names import LEFT_AS_THEY_ARE, ROLE_OF_STATE
+from everstep.proto.errors import Refused
+from everstep.snapshot.placement import local_of
+
+log = logging.getLogger("everstep")
+
+MIN_ELEMENTS = 4096
+SHORTEST_ROW = 16
+_DTYPE = "dtype"
+_WEIGHT_CODEC = "bf16+8"
+_PROBE_SIZE = 8
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class NotCompressible(Refused):
+    """The optimizer has state, or works in a way, that codes between steps cannot hold.
+
+    Attributes:
+        optimizer: Its class.
+        problem: What it is.
+    """
+
+    def __init__(self, optimizer: str, problem: str) -> None:
+        self.optimizer, self.problem = optimizer, problem
+        super().__init__(
+            f"{optimizer} cannot be compressed: {problem}. Nothing was changed; use it as it is."
+        )
+
+
+def compress(
+    optimizer: torch.optim.Optimizer,
+    codec: str = "int8",
+    *,
+    block: int | None = None,
+    roles: Mapping[str, str] | None = None,
+    min_elements: int = MIN_ELEMENTS,
+    at_a_time: Literal["parameter", "group"] | None = None,
+) -> "Compressed":
+    """Keep an optimizer's elementwise state in a codec between steps.
+
+    Use the result in the optimizer's place, also for LR schedulers and hooks: the one given is
+    taken over and must not be used any more.
+
+    Args:
+        optimizer: Fresh, or one that has stepped: its state is encoded at once.
+        codec: For states, unless a group has a "codec" of its own. Weight-like states (averaged or
+            anchored parameters) take "bf16+8" in place of codecs that are not for weights.
+        block: Elements that share a scale; None: the codec's own.
+        roles: By state name, "signed", "second" or "weight" where the name is not known, or "keep".
+        min_elements: Parameters of fewer keep their states as they are.
+        at_a_time: How much is in full precision during a step; None: a parameter where the
+            optimizer is torch's, else a group.
+
+    Raises:
+        NotCompressible: If it has state that codes cannot hold; the reason says which.
+        ValueError: If an argument is none of its possible values.
+    """
+    return Compressed(optimizer, codec, block, dict(roles or {}), min_elements, at_a_time)
+
+
+class Compressed(torch.optim.Optimizer):
+    """A torch optimizer whose state is codes; made by `compress`.
+
+    Attributes:
+        engine: The optimizer that does the arithmetic; has no state between steps.
+        kept: Why a state, by its name, stays as it is.
+    """
+
+    def __init__(
+        self,
+        engine: torch.optim.Optimizer,
+        codec: str,
+        block: int | None,
+        roles: dict[str, str],
+        min_elements: int,
+        at_a_time: str | None,
+    ) -> None:
+        for name, role in roles.items():
+            if role not in (*ROLES, "keep"):
+                raise ValueError(f"roles[{name!r}]={role!r} is not one of {ROLES} or 'keep'")
+        if at_a_time not in (None, "parameter", "group"):
+            raise ValueError(f"at_a_time={at_a_time!r} is not 'parameter' or 'group'")
+        valid_block(codec_named(codec), block)
+        _check(engine)
+        self.engine = engine
+        self.kept: dict[str, str] = {}
+        self._codec, self._block = codec, block
+        self._roles = {**ROLE_OF_STATE, **dict.fromkeys(LEFT_AS_THEY_ARE, "keep"), **roles}
+        self._min_elements = min_elements
+        torchs = type(engine).__module__.startswith("torch.optim")
+        self._whole_groups = (at_a_time or ("parameter" if torchs else "group")) == "group"
+        self._probe(engine.param_groups)
+        self._taken_over = False
+        super().__init__(engine.param_groups, engine.defaults)
+        self._taken_over = True
+        for group in self.param_groups:
+            self._set_defaults(group)
+            for parameter in group["params"]:
+                self._take(group, parameter)
+        engine.state.clear()
+
+    def _set_defaults(self, group: dict[str, Any]) -> None:
+        group.setdefault("codec", self._codec)
+        group.setdefault("block", self._block)
+        valid_block(codec_named(group["codec"]), group["block"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as the optimizer itself would."""
+        if not self._taken_over:
+            self.param_groups.append(param_group)
+            return
+        self.engine.param_groups = self.param_groups
+        self.engine.add_param_group(param_group)
+        self._set_defaults(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load codes, or the state of the optimizer uncompressed: the next step encodes it."""
+        groups = state_dict["param_groups"]
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = (index for group in groups for index in group["params"])
+        live = (parameter for group in self.param_groups for parameter in group["params"])
+        for index, parameter in zip(saved, live, strict=True):
+            if index in state_dict["state"]:
+                values = state_dict["state"][index].items()
+                self.state[parameter] = {
+                    key: _placed(value, key, parameter, index, groups) for key, value in values
+                }
+        for group in self.param_groups:
+            self._set_defaults(group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of the optimizer, on decoded state."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        numbers = _numbers(self.engine)
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            parts = [parameters] if self._whole_groups else [[p] for p in parameters]
+            before = {key: value for key, value in group.items() if key != "params"}
+            tensors = [(v, v.clone()) for v in before.values() if isinstance(v, torch.Tensor)]
+            for part in filter(None, parts):
+                vars(self.engine).update(numbers)
+                for tensor, value in tensors:
+                    tensor.copy_(value)
+                self._step_of(group, before, part)
+        return loss
+
+    def _step_of(
+        self, group: dict[str, Any], before: dict[str, Any], parameters: list[torch.Tensor]
+    ) -> None:
+        engine, sub = self.engine, {**before, "params": parameters}
+        for parameter in parameters:
+            if parameter in self.state:
+                engine.state[parameter] = self._decoded(group, parameter)
+        engine.param_groups = [sub]
+        try:
+            _own_step(engine)
+        finally:
+            engine.param_groups = self.param_groups
+            for parameter in parameters:
+                self._take(group, parameter)
+        group.update({key: value for key, value in sub.items() if key != "params"})
+
+    def _take(self, group: dict[str, Any], parameter: torch.Tensor) -> None:
+        """Encode what the engine has for a parameter."""
+        state = self.engine.state.pop(parameter, None)
+        if not state:
+            return
+        encoded: dict[str, Any] = {}
+        for name, value in state.items():
+            if not self._coded(parameter, name, value):
+                encoded[name] = value
+                continue
+            codec, role, block = self._by_name(group, name)
+            if codec.plain and value.dtype == torch.float32:
+                encoded[name] = value
+                continue
+            parts = codec.encode(local_of(value), role, block)
+            for part, tensor in parts.named().items():
+                encoded[f"{name}.{part}"] = tensor
+            if value.dtype != torch.float32:
+                encoded[f"{name}.{_DTYPE}"] = torch.empty(0, dtype=value.dtype)
+        self.state[parameter] = encoded
+
+    def _decoded(self, group: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+        stored = self.state[parameter]
+        state: dict[str, Any] = {}
+        for key, value in stored.items():
+            name, _, part = key.rpartition(".")
+            if part == CODES and name:
+                codec, role, block = self._by_name(group, name)
+                scales, correction = (stored.get(f"{name}.{p}") for p in (SCALES, CORRECTION))
+                kind = stored.get(f"{name}.{_DTYPE}")
+                dtype = torch.float32 if kind is None else kind.dtype
+                # As the optimizer itself made it: fused kernels want the parameter's strides.
+                state[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                whole = local_of(state[name])
+                parts = Parts(value, scales, correction)
+                whole.copy_(codec.decode(parts, role, block, whole.shape))
+            elif part not in (SCALES, CORRECTION, _DTYPE) or not name:
+                state[key] = value
+        return state
+
+    def _by_name(self, group: dict[str, Any], name: str) -> tuple[Codec, Role, int]:
+        role = cast(Role, self._roles[name])
+        codec = codec_named(group["codec"])
+        if role not in codec.kernel_names:
+            codec = codec_named(_WEIGHT_CODEC)
+        return codec, role, valid_block(codec, group["block"])
+
+    def _coded(self, parameter: torch.Tensor, name: str, value: Any) -> bool:
+        """Whether a state is held as codes; what cannot be held at all is refused."""
+        if not isinstance(value, torch.Tensor):
+            if not isinstance(value, _PLAIN):
+                what = f"its state {name!r} is a {type(value).__name__}, not a tensor or a number"
+                raise NotCompressible(type(self.engine).__name__, what)
+            return False
+        if not value.is_floating_point() or value.numel() == 1:
+            return False
+        if value.shape != parameter.shape:
+            return self._keep(name, "its shape is not the parameter's")
+        if name not in self._roles:
+            return self._keep(name, "its name is not known; roles= can say what it is")
+        if self._roles[name] == "keep":
+            return self._keep(name, LEFT_AS_THEY_ARE.get(name, "as said by roles="))
+        local = local_of(value)
+        return local.numel() >= self._min_elements and rows_of(local.shape)[1] >= SHORTEST_ROW
+
+    def _keep(self, name: str, reason: str) -> bool:
+        if name not in self.kept:
+            self.kept[name] = reason
+            log.warning("%s: state %r stays as it is: %s", type(self.engine).__name__, name, reason)
+        return False
+
+    def _probe(self, groups: list[dict[str, Any]]) -> None:
+        """See what state the optimizer makes, on stand-ins, before anything is changed."""
+        seen = set()
+        for number, group in enumerate(groups):
+            for parameter in group["params"]:
+                shape = tuple(min(size, _PROBE_SIZE) for size in parameter.shape)
+                if (number, len(shape)) not in seen and prod(shape):
+                    seen.add((number, len(shape)))
+                    stand_in = torch.full(shape, 0.5, dtype=parameter.dtype)
+                    stand_in = torch.nn.Parameter(stand_in.to(parameter.device))
+                    for name, value in _made_for(self.engine, group, stand_in).items():
+                        self._coded(stand_in, name, value)
+
+
+def _made_for(
+    engine: torch.optim.Optimizer, group: dict[str, Any], stand_in: torch.nn.Parameter
+) -> dict[str, Any]:
+    """The state of one step of a stand-in; nothing else changes."""
+    groups, numbers = engine.param_groups, _numbers(engine)
+    tensors = [(v, v.clone()) for v in group.values() if isinstance(v, torch.Tensor)]
+    others = set(engine.state)
+    stand_in.grad = torch.full_like(stand_in, 0.01)
+    engine.param_groups = [{**group, "params": [stand_in]}]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            _own_step(engine)
+    except Exception as problem:
+        log.debug("%s does not step on a stand-in: %s", type(engine).__name__, problem)
+    finally:
+        engine.param_groups = groups
+        vars(engine).update(numbers)
+        for tensor, value in tensors:
+            tensor.copy_(value)
+    state = dict(engine.state.pop(stand_in, {}))
+    strays = [key for key in engine.state if key not in others and not torch.is_tensor(key)]
+    for key in strays:
+        del engine.state[key]
+    if strays:
+        what = f"its state {strays[0]!r} belongs to no parameter"
+        raise NotCompressible(type(engine).__name__, what)
+    return state
+
+
+def _check(engine: torch.optim.Optimizer) -> None:
+    problem = None
+    if isinstance(engine, torch.optim.LBFGS):
+        problem = "its state is lists of past steps, of all parameters in one"
+    elif any(group.get("differentiable") for group in engine.param_groups):
+        problem = "differentiable=True needs the state of the step in the graph"
+    elif engine._optimizer_step_pre_hooks or engine._optimizer_step_post_hooks:
+        problem = "it has step hooks, which would run for each part; register them on the result"
+    elif hasattr(engine.step, "_wrapped_by_lr_sched"):
+        problem = "an LR scheduler holds it; make the scheduler for the result"
+    elif any("codec" in g for g in engine.param_groups) and not _torchs(engine):
+        problem = "it holds codes already"
+    if problem is not None:
+        raise NotCompressible(type(engine).__name__, problem)
+
+
+def _torchs(engine: torch.optim.Optimizer) -> bool:
+    return not type(engine).__module__.startswith(__name__.rpartition(".")[0])
+
+
+def _numbers(engine: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer counts outside of its groups."""
+    return {k: v for k, v in vars(engine).items() if isinstance(v, (bool, int, float))}
+
+
+def _own_step(engine: torch.optim.Optimizer) -> None:
+    """The step without hooks: those of the whole step run once, around it."""
+    step: Any = type(engine).step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    step(engine)
+
+
+def _placed(
+    value: Any, key: str, parameter: torch.Tensor, index: int, groups: list[dict[str, Any]]
+) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if key == "step":
+        return torch.optim.Optimizer._process_value_according_to_param_policy(
+            parameter, value.clone(), index, groups, key
+        )
+    return value.to(local_of(parameter).device, copy=True)
