@@ -16,7 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define EVERSTEP_ABI 3
+#define EVERSTEP_ABI 4
 #define EVERSTEP_DIGEST_BYTES 16
 #define EVERSTEP_EXPORT __attribute__((visibility("default")))
 
@@ -97,6 +97,43 @@ typedef int (*everstep_copy_function)(void* target, const void* source, size_t b
 // one's error, or 0; `done` is how many rows succeeded, which is the index of the one that failed.
 EVERSTEP_EXPORT int everstep_copy_each(everstep_copy_function copy, const everstep_copy* copies,
                                        uint64_t count, int kind, void* stream, uint64_t* done);
+
+// One optimizer step. Numbers of codecs and methods, and the order of a method's states and
+// scalars, are those of kernels/optimizer_work.py. Types are 0 fp32, 1 bf16, 2 fp16.
+#define EVERSTEP_OPTIMIZER_CHUNK 512
+#define EVERSTEP_OPTIMIZER_STATES 3
+#define EVERSTEP_OPTIMIZER_SCALARS 16
+
+typedef struct {
+    uint8_t* codes;
+    float* scales;        // null if the codec has none
+    int8_t* correction;   // of bf16_int8 only
+    uint32_t codec;
+    uint32_t block;
+} everstep_optimizer_state;
+
+// A tensor's chunks are its rows' ones, in order: each row is cut into chunks, the last shorter.
+typedef struct {
+    void* parameter;
+    const void* gradient;
+    int8_t* correction;   // what a bf16 parameter lacks of its master value, or null
+    float* direction;     // of the methods that write or read one
+    uint64_t rows;
+    uint64_t row;
+    uint64_t first_chunk; // of the table; ascending
+    uint64_t seed;        // of stochastic rounding to bf16; 0 rounds to nearest
+    uint32_t parameter_type;
+    uint32_t gradient_type;
+    everstep_optimizer_state states[EVERSTEP_OPTIMIZER_STATES];
+    float scalars[EVERSTEP_OPTIMIZER_SCALARS];
+} everstep_optimizer_tensor;
+
+// Steps the chunks [first_chunk, first_chunk + chunk_count) of a table. Gradients are multiplied
+// by *grad_scale (by 1 if it is null); nothing is done if *found_inf is not 0 (it may be null).
+EVERSTEP_EXPORT void everstep_optimizer_step(const everstep_optimizer_tensor* tensors,
+                                             uint64_t tensor_count, int method,
+                                             const float* grad_scale, const float* found_inf,
+                                             uint64_t first_chunk, uint64_t chunk_count, int isa);
 
 #ifdef __cplusplus
 }

@@ -2,8 +2,8 @@
 
 Owns the search for the library and the check that it was built from these sources' ABI. Promises
 that an import either yields a library that fits or raises ImportError with the way out. Does not
-check arguments: `digest`, `capture`, `gf256` and `cuda_runtime` do, and nobody else calls
-`library`.
+check arguments: `digest`, `capture`, `gf256`, `cuda_runtime` and `optimizer_native` do, and nobody
+else calls `library`.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from everstep import kernels
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-ABI = 3
+ABI = 4
 LIBRARY_NAME = "libeverstep_kernels.so"
 DIGEST_BYTES = 16
 
@@ -45,6 +45,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "everstep_gf256_dots": (
         None,
         (_ADDRESS, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ISA),
+    ),
+    "everstep_optimizer_step": (
+        None,
+        (_ADDRESS, _SIZE, ctypes.c_int, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _ISA),
     ),
     "everstep_copy_each": (
         ctypes.c_int,

@@ -1,0 +1,145 @@
+// Between a chunk of a coded state and a buffer of fp32. Included by optimizer_step.h, within the
+// unnamed namespace.
+
+// 4-bit codes lie two in a byte, the even element in the low half; a row begins with a new byte.
+inline void unpack(const uint8_t* stored, uint64_t bytes, uint8_t* codes) {
+    for (uint64_t i = 0; i < bytes; ++i) {
+        codes[2 * i] = stored[i] & 15;
+        codes[2 * i + 1] = stored[i] >> 4;
+    }
+}
+
+inline void pack(const uint8_t* codes, uint64_t bytes, uint8_t* stored) {
+    for (uint64_t i = 0; i < bytes; ++i) {
+        stored[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+    }
+}
+
+template <class C>
+inline uint8_t* codes_of(const Place& place, const everstep_optimizer_state& state) {
+    if (!C::kNibbles) return state.codes + place.first();
+    return state.codes + place.row * ((place.tensor->row + 1) / 2) + place.offset / 2;
+}
+
+template <class C>
+inline float* scales_of(const Place& place, const everstep_optimizer_state& state) {
+    const uint64_t blocks_of_row = (place.tensor->row + state.block - 1) / state.block;
+    return state.scales + (place.row * blocks_of_row + place.offset / state.block) * C::kScales;
+}
+
+// The element as its codec measures it, which is taken into the block's extremes.
+template <class C>
+inline Float measured(Float x, Int& most, Int& least) {
+    const Float measure = C::measure(x);
+    const Int size = V::both(V::bits(measure), V::integers(INT32_MAX));
+    most = V::unsigned_most(most, size);
+    // One less, so that zero is the greatest.
+    if (C::kScales == 2) least = V::unsigned_least(least, V::difference(size, V::integers(1)));
+    return measure;
+}
+
+// From `measured` elements and their extremes to codes, one a byte, and scales.
+template <class C>
+inline void encode_block(const float* measures, uint64_t count, Int most, Int least,
+                         uint8_t* codes, float* scales) {
+    const uint32_t greatest = V::unsigned_most_of(most);
+    if (greatest >= 0x7F800000) {
+        for (int i = 0; i < C::kScales; ++i) scales[i] = float_of(0x7FC00000);
+        memset(codes, 0, count);
+        return;
+    }
+    const uint32_t smallest = C::kScales == 2 ? V::unsigned_least_of(least) + 1 : 0;
+    const typename C::Encoding encoding(greatest, smallest);
+    for (int i = 0; i < C::kScales; ++i) scales[i] = encoding.scales[i];
+    for (uint64_t at = 0; at < count; at += V::kLanes) {
+        V::store_bytes(codes + at, encoding(V::load(measures + at)));
+    }
+}
+
+inline uint64_t lesser(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+template <class C>
+void decode_blocks(const Place& place, const everstep_optimizer_state& state, float* buffer) {
+    using Code = typename C::Code;
+    alignas(64) uint8_t bytes[kChunk];
+    const uint8_t* stored = codes_of<C>(place, state);
+    const uint8_t* codes = stored;
+    if (C::kNibbles) {
+        unpack(stored, (place.count + 1) / 2, bytes);
+        codes = bytes;
+    } else if (!place.whole()) {
+        memcpy(bytes, stored, place.count);
+        codes = bytes;
+    }
+    if (codes == bytes) memset(bytes + place.count, 0, place.padded() - place.count);
+    const float* scales = scales_of<C>(place, state);
+    for (uint64_t begin = 0; begin < place.padded(); begin += state.block) {
+        const typename C::Decoding decoding(scales);
+        scales += C::kScales;
+        const uint64_t end = lesser(begin + state.block, place.padded());
+        for (uint64_t at = begin; at < end; at += V::kLanes) {
+            const Int code = V::load_bytes(reinterpret_cast<const Code*>(codes) + at);
+            V::store(buffer + at, decoding(code));
+        }
+    }
+}
+
+template <class C>
+void encode_blocks(const Place& place, const everstep_optimizer_state& state, float* buffer) {
+    alignas(64) uint8_t bytes[kChunk];
+    uint8_t* stored = codes_of<C>(place, state);
+    uint8_t* codes = C::kNibbles || !place.whole() ? bytes : stored;
+    float* scales = scales_of<C>(place, state);
+    for (uint64_t begin = 0; begin < place.padded(); begin += state.block) {
+        const uint64_t end = lesser(begin + state.block, place.padded());
+        Int most = V::integers(0), least = V::integers(-1);
+        for (uint64_t at = begin; at < end; at += V::kLanes) {
+            V::store(buffer + at, measured<C>(V::load(buffer + at), most, least));
+        }
+        encode_block<C>(buffer + begin, end - begin, most, least, codes + begin, scales);
+        scales += C::kScales;
+    }
+    if (C::kNibbles) {
+        if (place.count % 2) bytes[place.count] = 0;
+        pack(bytes, (place.count + 1) / 2, stored);
+    } else if (codes == bytes) {
+        memcpy(stored, bytes, place.count);
+    }
+}
+
+// `buffer` has room for a chunk.
+inline void decode_state(const Place& place, const everstep_optimizer_state& state,
+                         float* buffer) {
+    switch (state.codec) {
+        case kBf16: return read_bf16(place, state.codes, buffer);
+        case kBf16Int8: return read_corrected(place, state.codes, state.correction, buffer);
+        case kInt8Signed: return decode_blocks<Int8Signed>(place, state, buffer);
+        case kInt8Second: return decode_blocks<Int8Second>(place, state, buffer);
+        case kDynamicSigned: return decode_blocks<Dynamic<false>>(place, state, buffer);
+        case kDynamicSecond: return decode_blocks<Dynamic<true>>(place, state, buffer);
+        case kFourbitSigned: return decode_blocks<FourbitSigned>(place, state, buffer);
+        case kFourbitSecond: return decode_blocks<FourbitSecond>(place, state, buffer);
+        case kFp8Signed: return decode_blocks<Fp8<false>>(place, state, buffer);
+        case kFp8Second: return decode_blocks<Fp8<true>>(place, state, buffer);
+        default: memcpy(buffer, at_first<float>(place, state.codes), place.count * 4);
+    }
+    memset(buffer + place.count, 0, (place.padded() - place.count) * 4);
+}
+
+// Changes the buffer, which is zero beyond the place's end.
+inline void encode_state(const Place& place, const everstep_optimizer_state& state,
+                         float* buffer) {
+    switch (state.codec) {
+        case kBf16: return write_bf16(place, buffer, state.codes);
+        case kBf16Int8: return write_corrected(place, buffer, state.codes, state.correction);
+        case kInt8Signed: return encode_blocks<Int8Signed>(place, state, buffer);
+        case kInt8Second: return encode_blocks<Int8Second>(place, state, buffer);
+        case kDynamicSigned: return encode_blocks<Dynamic<false>>(place, state, buffer);
+        case kDynamicSecond: return encode_blocks<Dynamic<true>>(place, state, buffer);
+        case kFourbitSigned: return encode_blocks<FourbitSigned>(place, state, buffer);
+        case kFourbitSecond: return encode_blocks<FourbitSecond>(place, state, buffer);
+        case kFp8Signed: return encode_blocks<Fp8<false>>(place, state, buffer);
+        case kFp8Second: return encode_blocks<Fp8<true>>(place, state, buffer);
+        default: memcpy(at_first<float>(place, state.codes), buffer, place.count * 4);
+    }
+}

@@ -1,0 +1,92 @@
+// The constants of kernels/optimizer_tables.py, made anew when compiled, and ordered for searches.
+// Included by optimizer_step.h, within the unnamed namespace.
+
+// An ascending map. Its thresholds are the nodes of a search tree: 1 is the root, 2n and 2n + 1 are
+// below n.
+template <int count>
+struct Map {
+    alignas(64) float values[count];
+    alignas(64) float halves[count];
+};
+
+template <int count>
+constexpr void set_halves(Map<count>& map) {
+    for (int width = 1; width < count; width *= 2) {
+        const int stride = count / width;
+        for (int place = 0; place < width; ++place) {
+            const int below = stride * place + stride / 2 - 1;
+            const double sum = static_cast<double>(map.values[below]) + map.values[below + 1];
+            map.halves[width + place] = static_cast<float>(sum / 2);
+        }
+    }
+}
+
+constexpr Map<16> fourbit_map() {
+    Map<16> map = {{-.8875f, -.6625f, -.4375f, -.2125f, -.0775f, -.0325f, -.0055f, 0, .0055f,
+                    .0325f, .0775f, .2125f, .4375f, .6625f, .8875f, 1},
+                   {}};
+    set_halves(map);
+    return map;
+}
+
+// torch.linspace(0.1, 1, steps)[i].
+constexpr float tenth_to_one(int i, int steps) {
+    const double start = 0.1f;
+    const double step = static_cast<float>(static_cast<float>(1 - start) / (steps - 1.0));
+    return static_cast<float>(i < steps / 2 ? start + step * i : 1 - step * (steps - 1 - i));
+}
+
+// bitsandbytes' create_dynamic_map.
+constexpr Map<256> dynamic_map(bool sign) {
+    constexpr double decades[7] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1};
+    Map<256> map = {};
+    const int zero = sign ? 127 : 0;
+    int at = zero + 1;
+    for (int exponent = 0; exponent < 7; ++exponent) {
+        const int count = sign ? 1 << exponent : 2 << exponent;
+        for (int i = 0; i < count; ++i, ++at) {
+            const double low = tenth_to_one(i, count + 1);
+            const float middle = static_cast<float>(low + tenth_to_one(i + 1, count + 1)) / 2;
+            const float value = static_cast<float>(decades[exponent] * middle);
+            map.values[at] = value;
+            if (sign) map.values[zero - (at - zero)] = -value;
+        }
+    }
+    map.values[at] = 1;
+    set_halves(map);
+    return map;
+}
+
+constexpr Map<16> kFourbit = fourbit_map();
+constexpr Map<256> kDynamicOfSigned = dynamic_map(true);
+constexpr Map<256> kDynamicOfSecond = dynamic_map(false);
+
+// The thresholds that are less than x.
+inline Int search16(Float x, const Map<16>& map) {
+    Int node = V::integers(1);
+    node = V::twice_and(node, x, V::broadcast(map.halves[1]));
+    node = V::twice_and(node, x, V::lookup8(map.halves, node));
+    node = V::twice_and(node, x, V::lookup8(map.halves, node));
+    node = V::twice_and(node, x, V::lookup8(map.halves + 8, node));
+    return V::both(node, V::integers(15));
+}
+
+inline Int search256(Float x, const Map<256>& map) {
+    Int node = V::integers(1);
+    node = V::twice_and(node, x, V::broadcast(map.halves[1]));
+    node = V::twice_and(node, x, V::lookup8(map.halves, node));
+    node = V::twice_and(node, x, V::lookup8(map.halves, node));
+    node = V::twice_and(node, x, V::lookup8(map.halves + 8, node));
+    node = V::twice_and(node, x, V::lookup16(map.halves + 16, node));
+    for (int level = 5; level < 8; ++level) {
+        node = V::twice_and(node, x, V::lookup(map.halves, node));
+    }
+    return V::both(node, V::integers(255));
+}
+
+// Of log2(1 + t) = t * (c0 + ...) and 2^f = 1 + f * (c0 + ...).
+constexpr float kLog2[6] = {1.442553162574768f,   -0.7182819247245789f, 0.45827075839042664f,
+                            -0.27953803539276123f, 0.12345138192176819f, -0.026457414031028748f};
+constexpr float kExp2[4] = {0.6930185556411743f, 0.24144551157951355f, 0.051950547844171524f,
+                            0.013581248000264168f};
+constexpr float kFp8Range = 265.8353575f;
