@@ -23,7 +23,7 @@ def _import_for_interpreter() -> str:
         return "triton was imported before tests/unit/kernels/conftest.py"
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        for name in ("xxh3", "gather"):
+        for name in ("xxh3", "gather", "optimizer"):
             importlib.import_module(f"everstep.kernels.{name}_program_triton")
         importlib.import_module("triton.experimental.gluon")  # by the first launch, if not here
     finally:

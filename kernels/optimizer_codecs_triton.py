@@ -1,0 +1,331 @@
+"""Codecs of optimizer state as device code: how a tile is decoded, and encoded again.
+
+Owns `load_state` and `store_state`, which choose a codec by its name at compile time, and the
+places that a tile of blocks has in a tensor's elements, bytes and scales. Gives the bits of
+`client/optim/codecs`; needs a launch with ``enable_fp_fusion=False``. A new codec is a branch in
+the two of them. bf16 is handled as 16 bits: the interpreter's own conversion does not round.
+"""
+
+import triton
+import triton.language as tl
+
+from everstep.kernels.optimizer_fourbit_triton import fourbit_decode, fourbit_encode
+from everstep.kernels.optimizer_fp8_triton import (
+    fp8_decode,
+    fp8_encode,
+    fp8_inverse,
+    fp8_sixteenths,
+)
+
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+SMALLEST_FOURBIT = tl.constexpr(2.0**-120)
+INFINITE = tl.constexpr(0x7F800000)
+NAN = tl.constexpr(0x7FC00000)
+# Added to a number within 2**22 it leaves the number rounded to even in the low bits of the sum.
+ROUNDER = tl.constexpr(12582912.0)
+# Where the tables of `optimizer_triton.maps` begin.
+SIGNED_VALUES = tl.constexpr(0)
+SIGNED_LIMITS = tl.constexpr(256)
+SECOND_VALUES = tl.constexpr(512)
+SECOND_LIMITS = tl.constexpr(768)
+
+
+@triton.jit
+def tile(
+    first,
+    total,
+    row,
+    across,
+    UNIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FLAT: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Where the items of a tile lie: elements, or what holds `UNIT` of them.
+
+    Args:
+        first: The first block of the tile.
+        total: Blocks of the tensor.
+        row: Elements of a row.
+        across: Blocks of a row.
+        UNIT: Elements to an item.
+        COLUMNS: Items to a block.
+        BLOCKS: Blocks to a tile.
+        FLAT: Rows are whole blocks: the tensor is one long row.
+        VECTOR: What a row is a multiple of, if not `FLAT`.
+
+    Returns:
+        The place of the first item, that of each from there, and which of them exist.
+    """
+    block = tl.arange(0, BLOCKS)
+    column = tl.arange(0, COLUMNS)
+    number = first + block
+    if FLAT:
+        start = first.to(tl.int64) * COLUMNS
+        place = (block * COLUMNS)[:, None] + column[None, :]
+        inside = (number < total)[:, None] & (column < COLUMNS)[None, :]
+    else:
+        if VECTOR % UNIT == 0:
+            items = (row // VECTOR) * (VECTOR // UNIT)
+        else:
+            items = (row + (UNIT - 1)) // UNIT
+        line = number // across
+        passed = (number - line * across) * COLUMNS
+        start = first.to(tl.int64) * 0
+        place = (line.to(tl.int64) * items + passed)[:, None] + column[None, :]
+        inside = (number < total)[:, None] & (column[None, :] < (items - passed)[:, None])
+    return start, place, inside
+
+
+@triton.jit
+def pointer(address, start, TYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """A typed pointer to an item of what lies at an address."""
+    return tl.multiple_of(address.to(tl.pointer_type(TYPE)), ALIGNMENT) + start
+
+
+@triton.jit
+def _spread(value, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One value a block as one value an element."""
+    wide = tl.broadcast_to(value[:, :, None], (BLOCKS, PARTS, BLOCK))
+    return tl.reshape(wide, (BLOCKS, PARTS * BLOCK))
+
+
+@triton.jit
+def _maximum(x, inside, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The greatest magnitude of each block; NaN if there is an infinity or a NaN."""
+    bits = tl.where(inside, x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, 0)
+    bits = tl.max(tl.reshape(bits, (BLOCKS, PARTS, BLOCK)), axis=2)
+    return tl.where(bits >= INFINITE, NAN, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _minimum(x, inside, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The least magnitude of each block that is not 0; 0 if there is none."""
+    bits = tl.where(inside, x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, 0)
+    # Below 0, which becomes the largest number, all others come in their order.
+    bits = tl.min(tl.reshape(bits - 1, (BLOCKS, PARTS, BLOCK)), axis=2) + 1
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _ratio(value, scale, LEAST: tl.constexpr):
+    """``value / scale``, or 0 where the scale is too small or NaN."""
+    return tl.where(scale >= LEAST, tl.div_rn(tl.full(scale.shape, value, tl.float32), scale), 0.0)
+
+
+@triton.jit
+def to_bf16(x):
+    """The bits of the nearest bf16, ties to even."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16)
+
+
+@triton.jit
+def from_bf16(bits):
+    """The value of a bf16."""
+    return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _half_step(bits):
+    """Half the distance of a bf16 from the next one, and whether corrections count it."""
+    field = (bits.to(tl.int32) >> 7) & 0xFF
+    half = (tl.maximum(field - 8, 0) << 23).to(tl.float32, bitcast=True)
+    return half, (field >= 9) & (field < 255)
+
+
+@triton.jit
+def split(x):
+    """A value as a bf16 and the correction that it lacks: bits, int8."""
+    bits = to_bf16(x)
+    half, counts = _half_step(bits)
+    # A power of two: multiplying by its inverse is the same.
+    inverse = (0x7F000000 - half.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    lack = ((x - from_bf16(bits)) * inverse) * 127.0
+    lack = tl.minimum(tl.maximum(lack + ROUNDER, ROUNDER - 127.0), ROUNDER + 127.0)
+    code = lack.to(tl.int32, bitcast=True)
+    return bits, tl.where(counts, code, 0).to(tl.int8)
+
+
+@triton.jit
+def merge(bits, code):
+    """The value that `split` was given, but for its last bits."""
+    half, _ = _half_step(bits)
+    return from_bf16(bits) + code.to(tl.float32) * (half * (1 / 127))
+
+
+@triton.jit
+def _nearest(z, limits):
+    """How many of 255 ascending limits lie below each value: a binary search."""
+    code = (z * 0.0).to(tl.int32)
+    for level in tl.static_range(8):
+        half = 128 >> level
+        code = tl.where(z > tl.load(limits + code + (half - 1)), code + half, code)
+    return code
+
+
+@triton.jit
+def _decode(CODEC: tl.constexpr, code, scale, maps):
+    """Values of codes that have one scale."""
+    if CODEC == "int8_signed":
+        f = code.to(tl.int8, bitcast=True).to(tl.float32)
+        x = tl.div_rn(f, 254.0 - tl.abs(f)) * scale
+    elif CODEC == "int8_second":
+        u = code.to(tl.float32) * (scale * (1 / 255))
+        x = u * u
+    elif CODEC == "dynamic_signed":
+        x = tl.load(maps + SIGNED_VALUES + code.to(tl.int32)) * scale
+    elif CODEC == "dynamic_second":
+        x = tl.load(maps + SECOND_VALUES + code.to(tl.int32)) * scale
+    elif CODEC == "fourbit_signed":
+        x = fourbit_decode(code.to(tl.int32)) * scale
+    else:
+        tl.static_assert(CODEC == "fourbit_second")
+        x = (code.to(tl.int32) + 1).to(tl.float32) * (scale * 0.0625)
+    return x
+
+
+@triton.jit
+def _encode(CODEC: tl.constexpr, x, ratio, maps):
+    """Codes of finite values that have one scale; `ratio` is 1, 16 or 255 divided by it."""
+    if CODEC == "int8_signed":
+        z = tl.minimum(tl.maximum(x * ratio, -1.0), 1.0)
+        c = tl.div_rn(z + z, 1.0 + tl.abs(z)) * 127.0
+        code = (c + ROUNDER).to(tl.int32, bitcast=True)
+    elif CODEC == "int8_second":
+        rounded = tl.maximum(x * ratio + ROUNDER, ROUNDER + 1.0)
+        rounded = tl.minimum(rounded, ROUNDER + 255.0).to(tl.int32, bitcast=True)
+        code = tl.where(x == 0.0, 0, rounded)
+    elif CODEC == "dynamic_signed":
+        code = _nearest(x * ratio, maps + SIGNED_LIMITS)
+    elif CODEC == "dynamic_second":
+        code = _nearest(x * ratio, maps + SECOND_LIMITS)
+        code = tl.where((x > 0.0) & (code == 0), 1, code)
+    elif CODEC == "fourbit_signed":
+        code = fourbit_encode(x * ratio)
+    else:
+        tl.static_assert(CODEC == "fourbit_second")
+        rounded = tl.maximum(x * ratio + ROUNDER, ROUNDER + 1.0)
+        rounded = tl.minimum(rounded, ROUNDER + 16.0).to(tl.int32, bitcast=True)
+        code = tl.where(ratio > 0.0, rounded - 1, 15)
+    return code
+
+
+@triton.jit
+def load_state(
+    CODEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    addresses,
+    maps,
+    first,
+    total,
+    row,
+    across,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FLAT: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One state of a tile in fp32. `addresses` holds those of codes, scales and corrections."""
+    start, place, inside = tile(first, total, row, across, 1, WIDTH, BLOCKS, FLAT, VECTOR)
+    address = tl.load(addresses)
+    if CODEC == "fp32":
+        x = tl.load(pointer(address, start, tl.float32, 4 * VECTOR) + place, inside, other=0.0)
+    elif CODEC == "bf16":
+        x = from_bf16(tl.load(pointer(address, start, tl.uint16, 2 * VECTOR) + place, inside, 0))
+    elif CODEC == "bf16_int8":
+        bits = tl.load(pointer(address, start, tl.uint16, 2 * VECTOR) + place, inside, other=0)
+        corrections = pointer(tl.load(addresses + 2), start, tl.int8, VECTOR)
+        x = merge(bits, tl.load(corrections + place, inside, other=0))
+    else:
+        PARTS: tl.constexpr = WIDTH // BLOCK
+        scales, block, exists = tile(first, total, row, across, BLOCK, PARTS, BLOCKS, FLAT, 1)
+        EACH: tl.constexpr = 2 if CODEC == "fp8_signed" or CODEC == "fp8_second" else 1
+        scales = pointer(tl.load(addresses + 1), scales * EACH, tl.float32, 4)
+        scale = tl.load(scales + block * EACH, exists, other=0.0)
+        if CODEC == "fourbit_signed" or CODEC == "fourbit_second":
+            HALF: tl.constexpr = WIDTH // 2
+            start, place, inside = tile(first, total, row, across, 2, HALF, BLOCKS, FLAT, VECTOR)
+            codes = pointer(address, start, tl.uint8, (VECTOR + 1) // 2)
+            pair = tl.load(codes + place, inside, other=0)
+            code = tl.reshape(tl.join(pair & 15, pair >> 4), (BLOCKS, WIDTH))
+        else:
+            code = tl.load(pointer(address, start, tl.uint8, VECTOR) + place, inside, other=0)
+        wide = _spread(scale, BLOCKS, PARTS, BLOCK)
+        if EACH == 2:
+            least = tl.load(scales + block * EACH + 1, exists, other=0.0)
+            sixteenths = fp8_sixteenths(scale, least)
+            root = tl.div_rn(tl.full(scale.shape, 16.0, tl.float32), sixteenths)
+            x = fp8_decode(code, wide, _spread(root, BLOCKS, PARTS, BLOCK))
+        else:
+            x = _decode(CODEC, code, wide, maps)
+    return x
+
+
+@triton.jit
+def store_state(
+    CODEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    addresses,
+    x,
+    maps,
+    first,
+    total,
+    row,
+    across,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FLAT: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Encode one state of a tile; arguments as for `load_state`."""
+    start, place, inside = tile(first, total, row, across, 1, WIDTH, BLOCKS, FLAT, VECTOR)
+    address = tl.load(addresses)
+    if CODEC == "fp32":
+        tl.store(pointer(address, start, tl.float32, 4 * VECTOR) + place, x, inside)
+    elif CODEC == "bf16":
+        tl.store(pointer(address, start, tl.uint16, 2 * VECTOR) + place, to_bf16(x), inside)
+    elif CODEC == "bf16_int8":
+        bits, code = split(x)
+        tl.store(pointer(address, start, tl.uint16, 2 * VECTOR) + place, bits, inside)
+        corrections = pointer(tl.load(addresses + 2), start, tl.int8, VECTOR)
+        tl.store(corrections + place, code, inside)
+    else:
+        PARTS: tl.constexpr = WIDTH // BLOCK
+        if CODEC == "int8_second":
+            x = tl.sqrt_rn(x)
+        scale = _maximum(x, inside, BLOCKS, PARTS, BLOCK)
+        scales, block, exists = tile(first, total, row, across, BLOCK, PARTS, BLOCKS, FLAT, 1)
+        EACH: tl.constexpr = 2 if CODEC == "fp8_signed" or CODEC == "fp8_second" else 1
+        scales = pointer(tl.load(addresses + 1), scales * EACH, tl.float32, 4)
+        tl.store(scales + block * EACH, scale, exists)
+        if EACH == 2:
+            least = _minimum(x, inside, BLOCKS, PARTS, BLOCK)
+            least = tl.where(scale == scale, least, scale)
+            tl.store(scales + block * EACH + 1, least, exists)
+            ratio = fp8_inverse(scale)
+        elif CODEC == "fourbit_second":
+            ratio = _ratio(16.0, scale, SMALLEST_FOURBIT)
+        elif CODEC == "int8_second":
+            ratio = _ratio(255.0, scale, SMALLEST_NORMAL)
+        else:
+            ratio = _ratio(1.0, scale, SMALLEST_NORMAL)
+        wide = _spread(ratio, BLOCKS, PARTS, BLOCK)
+        if EACH == 2:
+            sixteenths = _spread(fp8_sixteenths(scale, least), BLOCKS, PARTS, BLOCK)
+            code = fp8_encode(x, wide, sixteenths, CODEC == "fp8_second")
+        else:
+            code = _encode(CODEC, x, wide, maps)
+        # Where the scale is NaN, and in what pads the last byte of a row.
+        whole = _spread((scale == scale).to(tl.int32), BLOCKS, PARTS, BLOCK) != 0
+        code = tl.where(whole & inside, code, 0).to(tl.uint8)
+        if CODEC == "fourbit_signed" or CODEC == "fourbit_second":
+            HALF: tl.constexpr = WIDTH // 2
+            start, place, inside = tile(first, total, row, across, 2, HALF, BLOCKS, FLAT, VECTOR)
+            low, high = tl.split(tl.reshape(code, (BLOCKS, HALF, 2)))
+            codes = pointer(address, start, tl.uint8, (VECTOR + 1) // 2)
+            tl.store(codes + place, low | (high << 4), inside)
+        else:
+            tl.store(pointer(address, start, tl.uint8, VECTOR) + place, code, inside)

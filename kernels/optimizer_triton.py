@@ -1,0 +1,346 @@
+"""One optimizer step of many tensors of a GPU in one launch.
+
+Owns `Table`, which knows where the tensors of some works lie and launches
+`optimizer_program_triton` for them on torch's current stream: one launch for all works of the same
+method, codecs, types and alignment. Addresses and scalars lie in tables on the device; what has
+changed since the last step is copied from pinned memory on the same stream, and nothing waits for
+the device. Gives the bits of the reference in `client/optim`. Promises to hold neither tensors nor
+gradients alive: callers do. Importing it imports neither torch nor triton.
+
+The first launch of a kind compiles for some seconds; another tensor or another step never does.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy
+
+from everstep.kernels import optimizer_tables
+from everstep.kernels.optimizer_work import (
+    CODECS,
+    METHODS,
+    SCALARS_AT_MOST,
+    STATES_AT_MOST,
+    CodedState,
+    Work,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+PROGRAM_COLUMNS = 18
+"""int64 words of a tensor in the table; `optimizer_program_triton` has their meaning."""
+
+_PLAIN_WIDTH = 128
+_BLOCKS = (16, 32, 64, 128, 256, 512)
+_WRITES_NO_PARAMETER = frozenset({"hessian", "adam_direction", "momentum_direction"})
+_READS_NO_PARAMETER = frozenset({"hessian", "momentum_direction"})
+_DIRECTED = {"adam_direction": "written", "momentum_direction": "written", "apply": "read"}
+
+
+class Launch(NamedTuple):
+    """How the work is laid out; every choice gives the same bits, and another one compiles anew.
+
+    Attributes:
+        elements: Of a program.
+        warps: Of a program.
+    """
+
+    elements: int = 2048
+    warps: int = 4
+
+
+DEFAULT = Launch()
+
+
+class Kind(NamedTuple):
+    """What the works of one launch have in common, by the names of the program's arguments."""
+
+    READ: str
+    WRITTEN: str
+    GRADIENTS: str
+    CODEC_A: str
+    CODEC_B: str
+    CODEC_C: str
+    BLOCK_A: int
+    BLOCK_B: int
+    BLOCK_C: int
+    WIDTH: int
+    FLAT: bool
+    VECTOR: int
+
+
+class Table:
+    """Works of one device and one method, and where they lie."""
+
+    def __init__(self, works: list[Work], method: str, launch: Launch = DEFAULT) -> None:
+        """Lays out the tables for these works.
+
+        Args:
+            works: What every later `refresh` gets, too, as many of the same sizes.
+            method: One of `optimizer_work.METHODS`.
+            launch: How to lay out the work.
+
+        Raises:
+            ValueError: If a work has other states, scalars or types than the method and the
+                kernels know.
+        """
+        import torch
+
+        if method not in METHODS:
+            raise ValueError(f"method {method!r}: known are {', '.join(METHODS)}")
+        self._method = method
+        self._launch = launch
+        self._device = works[0].parameter.device if works else torch.device("cpu")
+        self._maps = torch.tensor(maps(), dtype=torch.float32, device=self._device)
+        self._one = torch.ones(1, dtype=torch.float32, device=self._device)
+        self._parts: list[_Part] = []
+        self._kinds: list[Kind] = []
+        self.refresh(works)
+
+    def refresh(self, works: list[Work]) -> None:
+        """Take the addresses, scalars and seeds of the next step over.
+
+        Args:
+            works: As many as before, of the same sizes.
+
+        Raises:
+            ValueError: As for a new table.
+        """
+        kinds = [kind_of(work, self._method, addresses_of(work)) for work in works]
+        if kinds != self._kinds:
+            chosen: dict[Kind, list[int]] = {}
+            for place, kind in enumerate(kinds):
+                chosen.setdefault(kind, []).append(place)
+            self._kinds = kinds
+            self._parts = [
+                _Part(kind, places, works, self._launch, self._device)
+                for kind, places in chosen.items()
+            ]
+        for part in self._parts:
+            part.refresh(works)
+
+    def step(
+        self, grad_scale: "torch.Tensor | None" = None, found_inf: "torch.Tensor | None" = None
+    ) -> None:
+        """Take a step, on the current stream.
+
+        Args:
+            grad_scale: fp32, one on the device: what gradients are multiplied by; 1 if None.
+            found_inf: fp32, one on the device: if it is not 0, nothing is written.
+        """
+        import torch
+
+        scale = self._one if grad_scale is None else self._checked(grad_scale, "grad_scale")
+        guard = self._one if found_inf is None else self._checked(found_inf, "found_inf")
+        from everstep.kernels import optimizer_program_triton
+
+        index = self._device.index if self._device.type == "cuda" else -1
+        with torch.cuda.device(index if index is not None else torch.cuda.current_device()):
+            for part in self._parts:
+                optimizer_program_triton.advance[(part.programs,)](
+                    part.owners,
+                    part.table,
+                    part.scalars,
+                    self._maps,
+                    scale,
+                    guard,
+                    METHOD=self._method,
+                    DIRECTED=_DIRECTED.get(self._method, ""),
+                    BLOCKS=part.blocks,
+                    GUARDED=found_inf is not None,
+                    num_warps=part.warps,
+                    enable_fp_fusion=False,
+                    **part.kind._asdict(),
+                )
+
+    def _checked(self, value: "torch.Tensor", name: str) -> "torch.Tensor":
+        import torch
+
+        if value.dtype != torch.float32 or value.numel() != 1 or value.device != self._device:
+            raise ValueError(
+                f"{name} is {value.dtype} {tuple(value.shape)} on {value.device}: one fp32 on "
+                f"{self._device} is wanted"
+            )
+        return value
+
+
+class _Part:
+    """The works of one kind: their rows in the host's tables and in the device's."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        places: list[int],
+        works: list[Work],
+        launch: Launch,
+        device: "torch.device",
+    ) -> None:
+        import torch
+
+        self.kind = kind
+        self.blocks = max(1, launch.elements // kind.WIDTH)
+        self.warps = launch.warps
+        self._places = places
+        self._addresses: list[tuple[int, ...]] = [()] * len(places)
+        self._numbers: list[tuple[float, ...]] = [()] * len(places)
+        self._rows = numpy.zeros((len(places), PROGRAM_COLUMNS), numpy.int64)
+        self._values = numpy.zeros((len(places), SCALARS_AT_MOST), numpy.float32)
+        counts = numpy.zeros(len(places), numpy.int64)
+        for row, place in enumerate(places):
+            lines, length = shape_of(works[place])
+            across = -(-length // kind.WIDTH)
+            counts[row] = -(-lines * across // self.blocks)
+            self._rows[row, :4] = 0, lines * across, length, across
+        self._rows[1:, 0] = counts.cumsum()[:-1]
+        self.programs = int(counts.sum())
+        if self.programs >= 1 << 31:
+            raise ValueError(f"{self.programs} programs in one launch: at most 2**31 - 1 can be")
+        owners = numpy.repeat(numpy.arange(len(places), dtype=numpy.int32), counts)
+        self.owners = torch.from_numpy(owners).to(device)
+        self.table = torch.empty(self._rows.shape, dtype=torch.int64, device=device)
+        self.scalars = torch.empty(self._values.shape, dtype=torch.float32, device=device)
+
+    def refresh(self, works: list[Work]) -> None:
+        """Copy what has changed."""
+        moved = valued = False
+        for row, place in enumerate(self._places):
+            work = works[place]
+            addresses = addresses_of(work)
+            if addresses != self._addresses[row]:
+                self._addresses[row] = addresses
+                self._rows[row, 4 : 4 + len(addresses)] = addresses
+                moved = True
+            if work.scalars != self._numbers[row]:
+                self._numbers[row] = work.scalars
+                self._values[row, : len(work.scalars)] = work.scalars
+                valued = True
+        if moved:
+            _send(self._rows, self.table)
+        if valued:
+            _send(self._values, self.scalars)
+
+
+def _send(rows: Any, target: "torch.Tensor") -> None:
+    """Copy to the device, behind what was launched before and without waiting for it."""
+    import torch
+
+    source = torch.from_numpy(rows)
+    # torch keeps pinned memory until the stream has passed, so that the next step has its own.
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+
+def maps() -> list[float]:
+    """What codecs look up, in the order that `optimizer_codecs_triton` has."""
+    made: list[float] = []
+    for values in (
+        optimizer_tables.DYNAMIC_SIGNED,
+        optimizer_tables.DYNAMIC_SECOND,
+    ):
+        made += [*values, *optimizer_tables.thresholds(values), 0.0]
+    return made
+
+
+def addresses_of(work: Work) -> tuple[int, ...]:
+    """The columns of a work's row that may change: addresses and the seed."""
+    found = [
+        work.parameter.data_ptr(),
+        0 if work.correction is None else work.correction.data_ptr(),
+        0 if work.gradient is None else work.gradient.data_ptr(),
+        0 if work.direction is None else work.direction.data_ptr(),
+        (work.seed & ((1 << 63) - 1)) - (work.seed & 1 << 63),
+    ]
+    for state in work.states:
+        found.append(state.codes.data_ptr())
+        found.append(0 if state.scales is None else state.scales.data_ptr())
+        found.append(0 if state.correction is None else state.correction.data_ptr())
+    return tuple(found)
+
+
+def kind_of(work: Work, method: str, addresses: tuple[int, ...]) -> Kind:
+    """Which launch a work belongs to.
+
+    Raises:
+        ValueError: If it is not what the method works on.
+    """
+    _check(work, method)
+    states = [*work.states, *[_NO_STATE] * (STATES_AT_MOST - len(work.states))]
+    blocks = [state.block if state.scales is not None else 0 for state in states]
+    width = max(blocks) or _PLAIN_WIDTH
+    _, row = shape_of(work)
+    parameter = _name(work.parameter)
+    held = "split" if work.correction is not None else parameter
+    written = "random" if work.seed and held == "bf16" else held
+    flat = row % width == 0
+    return Kind(
+        READ="" if method in _READS_NO_PARAMETER else held,
+        WRITTEN="" if method in _WRITES_NO_PARAMETER else written,
+        GRADIENTS="" if work.gradient is None else _name(work.gradient),
+        CODEC_A=states[0].codec,
+        CODEC_B=states[1].codec,
+        CODEC_C=states[2].codec,
+        BLOCK_A=blocks[0],
+        BLOCK_B=blocks[1],
+        BLOCK_C=blocks[2],
+        WIDTH=width,
+        FLAT=flat,
+        VECTOR=_vector(work, row, flat, addresses),
+    )
+
+
+def shape_of(work: Work) -> tuple[int, int]:
+    """Rows and elements of a row; one long row if no state has scales."""
+    if any(state.scales is not None for state in work.states):
+        return work.rows, work.row
+    return 1, work.rows * work.row
+
+
+def _vector(work: Work, row: int, flat: bool, addresses: tuple[int, ...]) -> int:
+    """How many elements a thread may take at once: those of 16 bytes of the widest type, or 1."""
+    sizes = [work.parameter.element_size(), 1]
+    sizes += [
+        tensor.element_size() for tensor in (work.gradient, work.direction) if tensor is not None
+    ]
+    sizes += [state.codes.element_size() for state in work.states]
+    vector = 16 // max(sizes[0], *sizes[2:], 2)
+    if not flat and row % vector:
+        return 1
+    words = [work.parameter.element_size(), 1, 0, 0, 0]
+    words[2] = 0 if work.gradient is None else work.gradient.element_size()
+    words[3] = 0 if work.direction is None else work.direction.element_size()
+    for state in work.states:
+        halved = state.codec.startswith("fourbit")
+        words += [0 if halved else state.codes.element_size(), 0, 1]
+        if halved and addresses[len(words) - 3] % (vector // 2):
+            return 1
+    aligned = all(
+        address % (vector * word) == 0
+        for address, word in zip(addresses, words, strict=True)
+        if word
+    )
+    return vector if aligned else 1
+
+
+_NO_STATE = CodedState("", 0, None)
+
+
+def _name(tensor: "torch.Tensor") -> str:
+    import torch
+
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    if tensor.dtype not in names:
+        raise ValueError(f"a tensor of {tensor.dtype}: fp32, fp16 and bf16 are possible")
+    return names[tensor.dtype]
+
+
+def _check(work: Work, method: str) -> None:
+    wanted = METHODS[method]
+    if len(work.states) != len(wanted.states) or len(work.scalars) != len(wanted.scalars):
+        raise ValueError(
+            f"{method} with {len(work.states)} states and {len(work.scalars)} scalars: it has "
+            f"{wanted.states} and {wanted.scalars}"
+        )
+    for state in work.states:
+        if state.codec not in CODECS:
+            raise ValueError(f"codec {state.codec!r}: known are {', '.join(CODECS)}")
+        if state.scales is not None and (state.block not in _BLOCKS):
+            raise ValueError(f"a block of {state.block}: {_BLOCKS} are possible")
