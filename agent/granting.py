@@ -44,8 +44,10 @@ def give_up_older(state: "State", job: Job, offer: events.Offer) -> None:
 def grant(state: "State", job: Job, snapshot: Snapshot, offer: events.Offer) -> Place | str:
     """The rank's slot for a step that is begun, or why there is none."""
     rank = offer.caller.rank
-    if rank in snapshot.granted:
-        return snapshot.granted[rank]
+    granted = snapshot.granted.get(rank)
+    # One that asks again has written nothing for this step, and may have another arena since.
+    if granted is not None and granted.generation == job.arenas[rank][-1].generation:
+        return granted
     written = _written(job, offer)
     place = job.free_place(rank, written)
     for old in job.evictable():

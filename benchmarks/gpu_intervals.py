@@ -111,9 +111,11 @@ def warm(client: Any, training: Training, state_s: float, limit_s: float) -> flo
     """Snapshot, waiting for each, until all slots seem to be pinned; returns the seconds it took.
 
     A slot that is not pinned yet is copied to in a slower way. Slots are taken in turns, so some
-    quick snapshots in a row are the sign.
+    quick snapshots in a row are the sign. The first one reserves them, which the limit leaves out.
     """
     begun = time.monotonic()
+    client.snapshot(training.steps_done).wait(timeout=300.0)
+    limit_s += time.monotonic() - begun
     quick = 0
     while quick < 6 and time.monotonic() - begun < limit_s:
         training.steps(1)

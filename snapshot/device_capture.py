@@ -2,14 +2,14 @@
 
 Owns the order of work on the device's lanes, from `begin` to the last byte in the slot. Promises
 that the slot gets the state at the moment of `begin`, whatever the lanes' speed: what is not
-copied when the update comes is cloned on the device first, and what cannot be cloned makes the
-update wait, on the device. Promises that `begin` and `fence` never wait for the device, except
-`fence` where the slot is not pinned and there is no memory for clones. Does not seal, digest on
-the host, start threads, or know of leaves elsewhere (see `snapshot/capture.py`).
+expected to be copied when the update comes is cloned on the device meanwhile, and what cannot be
+cloned makes the update wait, on the device. Promises that `begin` and `fence` never wait for the
+device, except `fence` where the slot is not pinned and there is no memory for clones. Does not
+seal, digest on the host, start threads, or know of leaves elsewhere (see `snapshot/capture.py`).
 
-    update  | clones, samples, B ....... F samples, clones of the rest, C | waits for W, D | update
-    copies  |                   B window .......... W                   C  rest ......... done
-    digests |                   B digests .. D
+    update  | small clones, samples, B ............ samples, F, clones of a rest | waits for W, D, C
+    copies  |                        B window ....... W, C clones .................... done
+    digests |                        B digests .. D, clones of what is beyond the window .. C
 
 Every tensor, clone and table that a lane reads is referenced from here until the host has seen a
 mark behind the last read: so `record_stream` is not needed, and memory comes back at once.
@@ -27,7 +27,7 @@ from everstep.snapshot import device_scratch
 from everstep.snapshot.device import REPLICA_SAMPLES, SAMPLES, Mark, Memory, Result
 from everstep.snapshot.device_moving import BATCH_ROWS, PinnedMover, Split, StagedMover
 from everstep.snapshot.device_part import CaptureStats, DevicePart
-from everstep.snapshot.device_plan import cut_rows, without_units
+from everstep.snapshot.device_plan import Table, cut_rows, without_units
 from everstep.snapshot.device_scratch import Scratch
 from everstep.snapshot.slot_digests import Claim
 
@@ -104,7 +104,8 @@ class DeviceCapture:
         self._lifted = False
         self._given_up = False
         self._trickled = False
-        self._limit: int | None = None
+        self._limit = 0
+        self._is_open = False
         self._skipped: NDArray[numpy.bool_] | None = None
         self._held: list[torch.Tensor] = []
         self._versions: list[int] = []
@@ -234,6 +235,8 @@ class DeviceCapture:
             self._replicas = device.sample(
                 "update", part.replicas, base, REPLICA_SAMPLES, self._seed
             )
+        self._limit = device.window.bytes(self._left_bytes)
+        self._allocate_ahead()
         self._begun = device.mark("update", timed=True)
         device.follow("copies", self._begun)
         self._opened = device.mark("copies", timed=True)
@@ -242,7 +245,32 @@ class DeviceCapture:
             self._accumulators = device.digest(part.unit_tables, base)
         self._digested = device.mark("digests")
         self.stats.clone_bytes = int(self._drains[:, 2].sum())
+        self._scratch.clone("digests")
         device.tenants.append(self)
+
+    def _allocate_ahead(self) -> None:
+        """Memory for clones of what will not have left the device when the update comes.
+
+        They are made beside forward and backward, which leave bandwidth unused, and not in the
+        update's way. What an incremental capture has to copy is not known before its digests.
+        """
+        is_measured = self._device.window.compute_s is not None
+        if self._claim or not self._mover.is_pinned or not is_measured:
+            return
+        ends = numpy.cumsum(self._live[:, 2])
+        first = int(numpy.searchsorted(ends, self._limit, "right"))
+        rest = self._live[first:]
+        cloned = self._allocate(rest)
+        self._live = numpy.concatenate([self._live[:first], rest[cloned:]])
+
+    def _allocate(self, rest: Table) -> int:
+        """Scratch for as many of the rows as there is memory for; return how many."""
+        if not len(rest):
+            return 0
+        most = self.part.options.scratch_bytes
+        cloned = self._scratch.allocate(rest, self._device.scratch_bytes(most))
+        self.stats.scratch_bytes += int(rest[:cloned, 2].sum())
+        return cloned
 
     @property
     def _is_worthless(self) -> bool:
@@ -255,14 +283,16 @@ class DeviceCapture:
     def _advance(self) -> None:
         self.moved = self._mover.pump()
         self._scratch.free()
-        if self._limit is None:
+        if not self._is_open:
             self._open()
         if self._skipped is None and self._known is not None and self.digests:
             self._skip(*self._known)
         knows_skips = not self._claim or not len(self.part.units) or self._skipped is not None
         if self._fenced is None and not self._closed:
             copied = self._copy_live(self._allowance())
-            if not copied and self._next == len(self._live) and knows_skips:
+            # Clones need not wait for the update.
+            done = not copied and self._next == len(self._live) and knows_skips
+            if done and self._drain_clones():
                 self._close()
         elif knows_skips and self._drain_clones() and self._mover.is_idle and self._has_digests():
             marks = [run[1] for run in (self._window, self._scratch.run) if run is not None]
@@ -272,8 +302,8 @@ class DeviceCapture:
                 self._collect()
 
     def _open(self) -> None:
-        """Decide how much is copied before the update, and what rather not."""
-        self._limit = self._device.window.bytes(self._left_bytes)
+        """Decide what is rather not copied before the update."""
+        self._is_open = True
         fits = len(self._claim.settled) == len(self.part.plan.touched)
         if self._claim and fits and len(self.part.units):
             expected = numpy.zeros_like(self.part.plan.touched)
@@ -309,7 +339,6 @@ class DeviceCapture:
 
     def _allowance(self) -> int:
         """How many bytes of the live leaves may have been enqueued by now."""
-        assert self._limit is not None
         # Without pinning, few bytes are under way at any time: the next update stops them soon.
         if self._lifted or not self._mover.is_pinned:
             return 1 << 62
@@ -349,17 +378,13 @@ class DeviceCapture:
         fenced = device.mark("update", timed=True)
         # The host may be far ahead of the device, and the thread that carries the capture late:
         # the window counts from the snapshot, whoever fills it.
-        if self._limit is None:
+        if not self._is_open:
             self._open()
-        while self._mover.is_pinned and self._copy_live(self._limit or 0):
+        while self._mover.is_pinned and self._copy_live(self._limit):
             pass
         rest = self._live[self._next :]
-        if len(rest):
-            cloned = self._scratch.clone(
-                rest, device.scratch_bytes(self.part.options.scratch_bytes)
-            )
-            self.stats.scratch_bytes = int(rest[:cloned, 2].sum())
-            rest = rest[cloned:]
+        rest = rest[self._allocate(rest) :]
+        self._scratch.clone("update")
         self.stats.direct_bytes += int(rest[:, 2].sum())
         while len(rest):
             count = self._mover.accept(rest[:BATCH_ROWS])
@@ -375,8 +400,9 @@ class DeviceCapture:
             device.follow("update", device.mark("copies"))
         elif self._window is not None:
             device.follow("update", self._window[1])
-        if self._digested is not None:
-            device.follow("update", self._digested)
+        for read in (self._digested, self._scratch.cloned):
+            if read is not None:
+                device.follow("update", read)
         self._fenced = fenced
         return True
 
@@ -469,7 +495,7 @@ class DeviceCapture:
         if self._window is not None and self._begun is not None:
             late_s = device.seconds(self._begun, self._window[1]) - compute_s
             # Late because it began late says nothing of how much fits.
-            if wait_s > LATE_START_S or (late_s <= 0 and self._next == len(self._live)):
+            if wait_s > LATE_START_S or (late_s <= 0 and not self.stats.scratch_bytes):
                 late_s = None
         device.window.observe_update(compute_s, late_s)
 

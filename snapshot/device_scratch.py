@@ -1,9 +1,9 @@
 """Clones of what an update would overtake, in device memory that is given back soon.
 
-Owns the scratch of one capture: its allocation in chunks, the clones on the update lane, their
-copies off the device, and the release of each chunk as soon as the host has seen that it was
-copied. Promises to take no more than its budget, and to clone what fits if there is less. Does
-not choose the budget, nor wait for anything.
+Owns the scratch of one capture: its allocation in chunks, the clones, their copies off the device,
+and the release of each chunk as soon as the host has seen that it was copied. Promises to take no
+more than its budget, and to clone what fits if there is less. Does not choose the budget, nor wait
+for anything.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ from collections import deque
 import numpy
 from numpy.typing import NDArray
 
-from everstep.snapshot.device import Device, Mark, Memory
+from everstep.snapshot.device import Device, Lane, Mark, Memory
 from everstep.snapshot.device_moving import BATCH_ROWS, Mover
 from everstep.snapshot.device_plan import Table, without_units
 
@@ -28,22 +28,28 @@ class Scratch:
     Attributes:
         run: The timed marks around the copies off the device, with their bytes; None before.
         accepted_bytes: What is on its way off the device, or has left it.
+        cloned: After the last clones; None before any.
     """
 
     def __init__(self, device: Device) -> None:
         self.run: tuple[Mark, Mark, int] | None = None
         self.accepted_bytes = 0
+        self.cloned: Mark | None = None
         self._device = device
-        self._cloned: Mark | None = None
+        self._awaited: Mark | None = None
+        self._tables: list[object] = []
+        self._wanted: list[Table] = []
         self._held: list[Memory] = []
         self._chunks: deque[tuple[Memory, Table]] = deque()
         self._freeing: deque[tuple[Mark, Memory]] = deque()
 
-    def clone(self, rows: Table, budget_bytes: int) -> int:
-        """Clone the first rows (offset, address, bytes), as many as fit; return how many."""
+    def allocate(self, rows: Table, budget_bytes: int) -> int:
+        """Memory for the first rows (offset, address, bytes), as many as fit; return how many.
+
+        To be called with the update lane current, and followed by `clone`.
+        """
         sizes = -(-rows[:, 2] // _PLACE_BYTES) * _PLACE_BYTES
         ends = numpy.concatenate([[0], numpy.cumsum(sizes)])
-        copies: list[Table] = []
         first = 0
         while first < len(rows):
             size = min(_chunk_bytes(int(ends[-1] - ends[first])), budget_bytes)
@@ -57,13 +63,17 @@ class Scratch:
             self._held.append(memory)
             places = memory.address + ends[first:last] - ends[first]
             offsets, sources, lengths = rows[first:last].T
-            copies.append(numpy.stack([places, sources, lengths], axis=1))
+            self._wanted.append(numpy.stack([places, sources, lengths], axis=1))
             self._chunks.append((memory, numpy.stack([offsets, places, lengths], axis=1)))
             first = last
-        if copies:
-            self._device.copy("update", numpy.concatenate(copies))
-            self._cloned = self._device.mark("update")
         return first
+
+    def clone(self, lane: Lane) -> None:
+        """Clone what was allocated for; on a lane that has come past the allocation."""
+        if self._wanted:
+            self._tables.append(self._device.clone(lane, numpy.concatenate(self._wanted)))
+            self.cloned = self._awaited = self._device.mark(lane)
+            self._wanted.clear()
 
     def drain(self, mover: Mover, skipped: NDArray[numpy.bool_] | None) -> bool:
         """Enqueue the copies off the device, as far as there is room; return whether all are.
@@ -72,9 +82,9 @@ class Scratch:
             mover: Takes them.
             skipped: Units to leave out; the same every time.
         """
-        if self._cloned is not None:
-            self._device.follow("copies", self._cloned)
-            self._cloned = None
+        if self._awaited is not None:
+            self._device.follow("copies", self._awaited)
+            self._awaited = None
             if skipped is not None:
                 self._chunks = deque((m, without_units(rows, skipped)) for m, rows in self._chunks)
             start = self._device.mark("copies", timed=True)
@@ -105,6 +115,7 @@ class Scratch:
         for memory in self._held:
             memory.release()
         self._held.clear()
+        self._tables.clear()
         self._chunks.clear()
         self._freeing.clear()
 

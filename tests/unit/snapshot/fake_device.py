@@ -183,6 +183,9 @@ class FakeDevice:
         for target, source, size in rows.tolist():
             self._enqueue(lane, self._moving(lane, target, source, size))
 
+    def clone(self, lane: Lane, rows: Table) -> None:
+        self.copy(lane, rows)
+
     def store(self, tensor: torch.Tensor, address: int, memory: Memory) -> None:
         def move() -> None:
             value = value_bytes(tensor.detach()).numpy().tobytes()
