@@ -78,7 +78,7 @@ def valid_block(codec: Codec, block: int | None) -> int:
     Raises:
         InvalidConfiguration: If blocks of that size do not fill a kernel's chunk.
     """
-    if block is None or codec.block == 0:
+    if not block or codec.block == 0:
         return codec.block
     fits = isinstance(block, int) and SMALLEST_BLOCK <= block <= CHUNK_ELEMENTS
     if not fits or CHUNK_ELEMENTS % block:

@@ -149,6 +149,14 @@ def largest(blocks: torch.Tensor) -> torch.Tensor:
     return torch.where(bits >= _INFINITY_BITS, nan, bits).view(torch.float32)
 
 
+def root_of(values: torch.Tensor) -> torch.Tensor:
+    """The square root to nearest even.
+
+    torch's own in fp32 is off by an ulp at times (it is MKL's). A root in fp64, rounded, is exact.
+    """
+    return values.double().sqrt().float()
+
+
 def quotient(number: float, scales: torch.Tensor, least: float = SMALLEST_NORMAL) -> torch.Tensor:
     """number / scale where scale >= least, else 0, also where it is NaN."""
     exact = torch.div(torch.full_like(scales, number), scales)

@@ -27,6 +27,7 @@ from everstep.client.optim.codecs.codec import (
     largest,
     out_of_blocks,
     quotient,
+    root_of,
     scales_form,
 )
 from everstep.kernels.optimizer_tables import single
@@ -69,7 +70,7 @@ def _signed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _second(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    roots = blocks.double().sqrt().float()  # torch on CPUs is off by an ulp otherwise
+    roots = root_of(blocks)
     scales = largest(roots)
     codes = (roots * quotient(255.0, scales).unsqueeze(-1)).round().clamp(1.0, 255.0)
     codes = torch.where(roots == 0, torch.zeros_like(codes), codes).nan_to_num(0.0)
