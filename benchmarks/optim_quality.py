@@ -54,35 +54,17 @@ def _torch_adamw(model: torch.nn.Module, rate: float) -> Optimizers:
     return [torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)]
 
 
-def _adamw(codec: str) -> Callable[[torch.nn.Module, float], Optimizers]:
+def _planned(
+    method: str, codec: str, decay: float = WEIGHT_DECAY
+) -> Callable[[torch.nn.Module, float], Optimizers]:
     def make(model: torch.nn.Module, rate: float) -> Optimizers:
-        from everstep.client import optim
+        from everstep.client.optim.plan import plan
 
-        plan = optim.plan(model, method="AdamW", codec=codec)
-        return [optim.AdamW(plan.groups, lr=rate, weight_decay=WEIGHT_DECAY)]
-
-    return make
-
-
-def _lion(codec: str) -> Callable[[torch.nn.Module, float], Optimizers]:
-    def make(model: torch.nn.Module, rate: float) -> Optimizers:
-        from everstep.client import optim
-
-        plan = optim.plan(model, method="Lion", codec=codec)
-        return [optim.Lion(plan.groups, lr=rate, weight_decay=WEIGHT_DECAY * 5)]
-
-    return make
-
-
-def _muon(codec: str) -> Callable[[torch.nn.Module, float], Optimizers]:
-    def make(model: torch.nn.Module, rate: float) -> Optimizers:
-        from everstep.client import optim
-
-        plan = optim.plan(model, method="Muon", codec=codec)
-        return plan.optimizers(
-            Muon={"lr": rate, "weight_decay": WEIGHT_DECAY},
-            AdamW={"lr": ADAMW_RATE, "weight_decay": WEIGHT_DECAY},
-        )
+        made = plan(model, method, codec)
+        options: dict[str, dict[str, float]] = {method: {"lr": rate, "weight_decay": decay}}
+        if method == "Muon":
+            options["AdamW"] = {"lr": ADAMW_RATE, "weight_decay": WEIGHT_DECAY}
+        return made.optimizers(**options)
 
     return make
 
@@ -93,13 +75,13 @@ _MUON_GRID = (5e-3, 1e-2, 2e-2, 4e-2)
 
 METHODS: dict[str, Method] = {
     "AdamW fp32": Method(_torch_adamw, _ADAMW_GRID),
-    "AdamW int8": Method(_adamw("int8"), _ADAMW_GRID, "AdamW fp32"),
-    "AdamW fp8": Method(_adamw("fp8"), _ADAMW_GRID, "AdamW fp32"),
-    "AdamW 4-bit": Method(_adamw("4bit"), _ADAMW_GRID, "AdamW fp32", within=0.01),
-    "AdamW dynamic": Method(_adamw("dynamic"), _ADAMW_GRID, "AdamW fp32"),
-    "AdamW bf16": Method(_adamw("bf16"), _ADAMW_GRID, "AdamW fp32"),
-    "Lion int8": Method(_lion("int8"), _LION_GRID),
-    "Muon int8": Method(_muon("int8"), _MUON_GRID),
+    "AdamW int8": Method(_planned("AdamW", "int8"), _ADAMW_GRID, "AdamW fp32"),
+    "AdamW fp8": Method(_planned("AdamW", "fp8"), _ADAMW_GRID, "AdamW fp32"),
+    "AdamW 4-bit": Method(_planned("AdamW", "4bit"), _ADAMW_GRID, "AdamW fp32", within=0.01),
+    "AdamW dynamic": Method(_planned("AdamW", "dynamic"), _ADAMW_GRID, "AdamW fp32"),
+    "AdamW bf16": Method(_planned("AdamW", "bf16"), _ADAMW_GRID, "AdamW fp32"),
+    "Lion int8": Method(_planned("Lion", "int8", 5 * WEIGHT_DECAY), _LION_GRID),
+    "Muon int8": Method(_planned("Muon", "int8"), _MUON_GRID),
 }
 
 _held: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -22,23 +22,22 @@ from typing import Any, Literal, cast, overload
 import torch
 
 from everstep.client.optim.codecs import (
+    MIN_ELEMENTS,
     ROLES,
     Codec,
     Parts,
     Role,
     codec_named,
-    rows_of,
+    left_plain,
     valid_block,
 )
 from everstep.client.optim.codecs.codec import CODES, CORRECTION, SCALES
 from everstep.client.optim.state_names import LEFT_AS_THEY_ARE, ROLE_OF_STATE
-from everstep.proto.errors import Refused
+from everstep.proto.errors import InvalidConfiguration, Refused
 from everstep.snapshot.placement import local_of
 
 log = logging.getLogger("everstep")
 
-MIN_ELEMENTS = 4096
-SHORTEST_ROW = 16
 _DTYPE = "dtype"
 _WEIGHT_CODEC = "bf16+8"
 _PROBE_SIZE = 8
@@ -86,7 +85,7 @@ def compress(
 
     Raises:
         NotCompressible: If it has state that codes cannot hold; the reason says which.
-        ValueError: If an argument is none of its possible values.
+        InvalidConfiguration: If an argument is none of its possible values.
     """
     return Compressed(optimizer, codec, block, dict(roles or {}), min_elements, at_a_time)
 
@@ -110,9 +109,11 @@ class Compressed(torch.optim.Optimizer):
     ) -> None:
         for name, role in roles.items():
             if role not in (*ROLES, "keep"):
-                raise ValueError(f"roles[{name!r}]={role!r} is not one of {ROLES} or 'keep'")
+                raise InvalidConfiguration(
+                    f"roles[{name!r}]", f"{role!r} is not one of {ROLES} or 'keep'"
+                )
         if at_a_time not in (None, "parameter", "group"):
-            raise ValueError(f"at_a_time={at_a_time!r} is not 'parameter' or 'group'")
+            raise InvalidConfiguration("at_a_time", f"{at_a_time!r} is not 'parameter' or 'group'")
         valid_block(codec_named(codec), block)
         _check(engine)
         self.engine = engine
@@ -212,10 +213,12 @@ class Compressed(torch.optim.Optimizer):
                 encoded[name] = value
                 continue
             codec, role, block = self._by_name(group, name)
-            if codec.plain and value.dtype == torch.float32:
+            local = local_of(value)
+            plain = codec.plain and value.dtype == torch.float32
+            if plain or left_plain(codec, local.shape, self._min_elements):
                 encoded[name] = value
                 continue
-            parts = codec.encode(local_of(value), role, block)
+            parts = codec.encode(local, role, block)
             for part, tensor in parts.named().items():
                 encoded[f"{name}.{part}"] = tensor
             if value.dtype != torch.float32:
@@ -263,8 +266,7 @@ class Compressed(torch.optim.Optimizer):
             return self._keep(name, "its name is not known; roles= can say what it is")
         if self._roles[name] == "keep":
             return self._keep(name, LEFT_AS_THEY_ARE.get(name, "as said by roles="))
-        local = local_of(value)
-        return local.numel() >= self._min_elements and rows_of(local.shape)[1] >= SHORTEST_ROW
+        return True
 
     def _keep(self, name: str, reason: str) -> bool:
         if name not in self.kept:

@@ -53,7 +53,7 @@ class Assigned(NamedTuple):
     reason: str
 
 
-def roles(
+def roles_of(
     model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]],
     overrides: Mapping[str, str] | None = None,
 ) -> dict[str, Assigned]:
