@@ -146,31 +146,27 @@ class Batches:
 
 def backward_of(model: nn.Module, first: torch.Tensor) -> Callable[[torch.Tensor], None]:
     """What fills the gradients for a batch; on CUDA a graph, since the model is small."""
+    device = first.device.type
 
-    def plain(tokens: torch.Tensor) -> None:
-        with torch.autocast(tokens.device.type, torch.bfloat16, cache_enabled=False):
+    def anew(tokens: torch.Tensor) -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
             loss = model(tokens)
         loss.backward()
 
-    if first.device.type != "cuda":
-
-        def anew(tokens: torch.Tensor) -> None:
-            model.zero_grad(set_to_none=True)
-            model(tokens).backward()
-
+    if device != "cuda":
         return anew
     held = first.clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            model.zero_grad(set_to_none=True)
-            plain(held)
+            anew(held)
     torch.cuda.current_stream().wait_stream(side)
     model.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        plain(held)
+        anew(held)
 
     def replay(tokens: torch.Tensor) -> None:
         held.copy_(tokens)

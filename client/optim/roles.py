@@ -20,9 +20,6 @@ ROLES = ("hidden", "embedding", "head", "vector")
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _EMBEDDING = re.compile(r"(^|_)(wte|wpe|emb|embed|embeds|embedding|embeddings|embedder)(_|$)")
 _EMBEDDING_NAMES = {
-    "cls_token",
-    "dist_token",
-    "mask_token",
     "register_tokens",
     "relative_attention_bias",
 }
@@ -122,7 +119,7 @@ def _not_a_matrix(name: str, shape: tuple[int, ...]) -> str | None:
         return f"{name.rpartition('.')[2]} is no matrix"
     if len(shape) < 2:
         return f"{len(shape)}-dimensional"
-    if sum(size > 1 for size in shape) < 2 and not _named_embedding(_parts(name)):
+    if sum(size > 1 for size in shape) < 2:
         return "one row or column"
     if len(shape) > 2 and shape[1] == 1:
         return "a convolution of single channels"
