@@ -30,7 +30,8 @@ from everstep.snapshot.capture import (
     identity,
     value_bytes,
 )
-from everstep.snapshot.device import CudaDevices, DeviceOptions
+from everstep.snapshot.device import DeviceOptions
+from everstep.snapshot.device_cuda import CudaDevices
 from everstep.snapshot.layout import Layout, LeafSpec, Part, encode, pack
 from everstep.snapshot.pinning import PinnedArena
 from everstep.snapshot.replicas import share

@@ -32,10 +32,15 @@ def _words(index, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _pairs_aligned(address, UNITS: tl.constexpr):
-    """Both lanes of each pair of blocks at multiples of 16: loads of 16 bytes."""
+def _pairs_aligned(address, clone, CLONES: tl.constexpr, UNITS: tl.constexpr):
+    """Both lanes of each pair of blocks at multiples of 16: loads of 16 bytes; copied on the way
+    to where a block is to be cloned."""
+    place = tl.arange(0, STRIPES * LANES)[:, None]
     block = tl.multiple_of(address.to(tl.pointer_type(tl.uint64)), 16)
-    words = tl.load(block[None, :] + tl.arange(0, STRIPES * LANES)[:, None])
+    words = tl.load(block[None, :] + place)
+    if CLONES:
+        target = tl.multiple_of(clone.to(tl.pointer_type(tl.uint64)), 16)
+        tl.store(target[None, :] + place, words, mask=(clone != 0)[None, :])
     pairs = words.reshape(STRIPES, PAIRS, 2, UNITS)
     return tl.split(pairs.permute(0, 1, 3, 2))
 
@@ -77,10 +82,18 @@ def _product(value, key):
 
 
 @triton.jit
-def _sums(address, even_key, odd_key, ALIGNMENT: tl.constexpr, UNITS: tl.constexpr):
+def _sums(
+    address,
+    clone,
+    even_key,
+    odd_key,
+    ALIGNMENT: tl.constexpr,
+    CLONES: tl.constexpr,
+    UNITS: tl.constexpr,
+):
     """What one block adds to the even and to the odd accumulators."""
     if ALIGNMENT == 16:
-        even, odd = _pairs_aligned(address, UNITS)
+        even, odd = _pairs_aligned(address, clone, CLONES, UNITS)
     elif ALIGNMENT == 8:
         even, odd = _pairs_of_words(address, UNITS)
     else:
@@ -97,9 +110,10 @@ def _scramble(accumulator, key):
 
 
 # Nothing may be specialized on a run-time value: each new one would compile in the training loop.
-@triton.jit(do_not_specialize=["table", "accumulators", "unit_count"])
+@triton.jit(do_not_specialize=["table", "clones", "accumulators", "unit_count"])
 def accumulate_units(
     table,
+    clones,
     accumulators,
     unit_count,
     INITIAL: tl.constexpr,
@@ -108,6 +122,7 @@ def accumulate_units(
     BLOCKS: tl.constexpr,
     SCATTERED: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    CLONES: tl.constexpr,
     UNITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -115,6 +130,7 @@ def accumulate_units(
 
     Args:
         table: An address for each unit, or with `SCATTERED` for each of its blocks.
+        clones: With `CLONES`, where each unit is copied to, at multiples of 16; 0 for nowhere.
         accumulators: Takes eight words for each of `unit_count` units.
         INITIAL: The accumulators to begin with.
         SECRET: The 24 words of the secret, as signed numbers.
@@ -122,11 +138,13 @@ def accumulate_units(
         BLOCKS: Of 1 KiB, in a unit.
         SCATTERED: Whether the blocks of a unit lie apart.
         ALIGNMENT: 16, 8 or 1: what all addresses are multiples of.
+        CLONES: Whether units are copied; only with an alignment of 16, and not `SCATTERED`.
         UNITS: Of one program, a power of two; `STAGES` of its pipeline, 1 for none.
     """
     row = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     # The rows past the end repeat the last unit and are not stored: no load needs a mask.
-    entry = table + tl.minimum(row, unit_count - 1).to(tl.int64) * (BLOCKS if SCATTERED else 1)
+    inner = tl.minimum(row, unit_count - 1).to(tl.int64)
+    entry = table + inner * (BLOCKS if SCATTERED else 1)
     stripe = tl.arange(0, STRIPES)[:, None, None]
     pair = tl.arange(0, PAIRS)[:, None]
     place = stripe + 2 * pair[None, :, :]
@@ -138,21 +156,24 @@ def accumulate_units(
     odd = zero + _words(2 * pair + 1, INITIAL)
 
     address = tl.load(entry)
+    clone = tl.load(clones + inner) if CLONES else address
+    clone_step = tl.where(clone != 0, BLOCK_BYTES, 0)
     for block in tl.range(0, BLOCKS - 1, num_stages=STAGES):
         if SCATTERED:
             following = tl.load(entry + (block + 1))  # early: the next loads need it
         else:
             following = address + BLOCK_BYTES
-        more_even, more_odd = _sums(address, even_key, odd_key, ALIGNMENT, UNITS)
+        more_even, more_odd = _sums(address, clone, even_key, odd_key, ALIGNMENT, CLONES, UNITS)
         even = _scramble(even + more_even, even_scramble)
         odd = _scramble(odd + more_odd, odd_scramble)
         address = following
+        clone += clone_step
 
     # A unit ends with a whole block, whose last stripe has a key of its own; no scramble follows.
     last = stripe == STRIPES - 1
     even_key = tl.where(last, _words(2 * pair, LAST_SECRET)[None, :, :], even_key)
     odd_key = tl.where(last, _words(2 * pair + 1, LAST_SECRET)[None, :, :], odd_key)
-    more_even, more_odd = _sums(address, even_key, odd_key, ALIGNMENT, UNITS)
+    more_even, more_odd = _sums(address, clone, even_key, odd_key, ALIGNMENT, CLONES, UNITS)
 
     inside = (row < unit_count)[None, :]
     target = accumulators + (row.to(tl.int64)[None, :] * LANES + 2 * pair)

@@ -92,23 +92,26 @@ def accumulate(
     accumulators: "torch.Tensor",
     alignment: int,
     *,
+    clones: "torch.Tensor | None" = None,
     unit_bytes: int = UNIT_BYTES,
     launch: Launch = DEFAULT,
 ) -> None:
-    """Digest whole units up to the merge, on the current stream.
+    """Digest whole units up to the merge, on the current stream, and clone some of them.
 
     Args:
         addresses: int64 [n]: of units without gaps, in the memory of this tensor's device.
         accumulators: int64 [n, 8], takes the result; unsigned words behind the signed type. On the
             same device, or in pinned host memory: no copy waits behind others then.
         alignment: What every address is a multiple of; 16 or more is fastest, then 8.
+        clones: int64 [n], as the addresses: where each unit is copied to by the same pass, at a
+            multiple of 16; 0 for nowhere. Only with an alignment of 16.
         unit_bytes: Of each unit, a multiple of 1024; another size compiles anew.
         launch: How to lay out the work.
 
     Raises:
         ValueError: If a tensor has another shape, type or device, or a number makes no sense.
     """
-    _launch(addresses, accumulators, alignment, unit_bytes, launch, scattered=False)
+    _launch(addresses, accumulators, alignment, unit_bytes, launch, clones=clones)
 
 
 def accumulate_blocks(
@@ -147,6 +150,7 @@ def prepare(device: "torch.device") -> None:
     for alignment in (16, 8, 1):
         accumulate(addresses, accumulators, alignment)
         accumulate_blocks(blocks, accumulators, alignment)
+    accumulate(addresses, accumulators, 16, clones=torch.zeros_like(addresses))
 
 
 def digests(accumulators: Words, unit_bytes: int = UNIT_BYTES) -> bytes:
@@ -221,7 +225,8 @@ def _launch(
     unit_bytes: int,
     launch: Launch,
     *,
-    scattered: bool,
+    scattered: bool = False,
+    clones: "torch.Tensor | None" = None,
 ) -> None:
     import torch
 
@@ -232,6 +237,10 @@ def _launch(
         raise ValueError(f"accumulators on {accumulators.device}, addresses on {table.device}")
     if alignment <= 0 or unit_bytes <= 0 or unit_bytes % BLOCK_BYTES:
         raise ValueError(f"an alignment of {alignment}, units of {unit_bytes} bytes")
+    if clones is not None:
+        _check(clones, (units,), "clones")
+        if alignment % 16:
+            raise ValueError(f"clones of units that are aligned to {alignment}, not to 16")
     if not units:
         return
     from everstep.kernels import xxh3_program_triton
@@ -239,6 +248,7 @@ def _launch(
     with torch.cuda.device(table.get_device()):
         xxh3_program_triton.accumulate_units[(-(-units // launch.units),)](
             table,
+            table if clones is None else clones,
             accumulators,
             units,
             INITIAL=_signed(_INITIAL),
@@ -247,6 +257,7 @@ def _launch(
             BLOCKS=blocks,
             SCATTERED=scattered,
             ALIGNMENT=16 if alignment % 16 == 0 else 8 if alignment % 8 == 0 else 1,
+            CLONES=clones is not None,
             UNITS=launch.units,
             STAGES=launch.stages,
             num_warps=launch.warps,

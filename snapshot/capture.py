@@ -32,13 +32,13 @@ from everstep.proto.ids import UNIT_BYTES
 from everstep.snapshot.device import (
     REPLICA_SAMPLES,
     SAMPLES,
-    CudaDevices,
     Device,
     DeviceOptions,
     Devices,
     is_ordered,
 )
 from everstep.snapshot.device_capture import DeviceCapture
+from everstep.snapshot.device_cuda import CudaDevices
 from everstep.snapshot.device_part import CaptureStats, DevicePart, DeviceSource
 from everstep.snapshot.digest import DIGEST_BYTES, unit_count, unit_digest
 from everstep.snapshot.layout import Layout, Leaf

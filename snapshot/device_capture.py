@@ -20,15 +20,15 @@ import threading
 import time
 
 import numpy
-import torch
 from numpy.typing import NDArray
 
 from everstep.snapshot import device_scratch
-from everstep.snapshot.device import REPLICA_SAMPLES, SAMPLES, Mark, Memory, Result
+from everstep.snapshot.device import Mark, Memory, Result
 from everstep.snapshot.device_moving import BATCH_ROWS, PinnedMover, Split, StagedMover
 from everstep.snapshot.device_part import CaptureStats, DevicePart
 from everstep.snapshot.device_plan import Table, cut_rows, without_units
 from everstep.snapshot.device_scratch import Scratch
+from everstep.snapshot.device_tripwire import Tripwire
 from everstep.snapshot.slot_digests import Claim
 
 log = logging.getLogger("everstep")
@@ -107,15 +107,10 @@ class DeviceCapture:
         self._limit = 0
         self._is_open = False
         self._skipped: NDArray[numpy.bool_] | None = None
-        self._held: list[torch.Tensor] = []
-        self._versions: list[int] = []
-        self._torn: set[str] = set()
+        self._tripwire = Tripwire(part, seed)
         self._block: Memory | None = None
         self._scratch = Scratch(part.device)
-        self._before: Result = None
-        self._after: Result = None
         self._accumulators: Result = None
-        self._replicas: Result = None
         self._begun: Mark | None = None
         self._opened: Mark | None = None
         self._digested: Mark | None = None
@@ -209,10 +204,7 @@ class DeviceCapture:
     def _begin(self) -> None:
         device, part = self._device, self.part
         plan = part.plan
-        # Aliases keep the storage of this moment, whatever becomes of the tensors' `.data`; they
-        # share the version counters.
-        self._held = [source.tensor.detach() for source in part.live]
-        self._versions = [tensor._version for tensor in self._held]
+        self._tripwire.hold()
         if plan.block_bytes:
             small = plan.block_bytes <= EARLY_CLONES_BYTES
             if small or plan.block_bytes <= device.room_bytes():
@@ -230,11 +222,7 @@ class DeviceCapture:
             device.copy("update", plan.copies.at(base))
         device.gather(part.gathers, base)
         device.gather(part.seams, base)
-        if device.has_kernels:
-            self._before = device.sample("update", part.sampled, base, SAMPLES, self._seed)
-            self._replicas = device.sample(
-                "update", part.replicas, base, REPLICA_SAMPLES, self._seed
-            )
+        self._tripwire.begin(base)
         self._limit = device.window.bytes(self._left_bytes)
         self._allocate_ahead()
         self._begun = device.mark("update", timed=True)
@@ -242,7 +230,9 @@ class DeviceCapture:
         self._opened = device.mark("copies", timed=True)
         device.follow("digests", self._begun)
         if part.unit_tables:
-            self._accumulators = device.digest(part.unit_tables, base)
+            tables = [one for one, _ in part.unit_tables]
+            clones = self._scratch.fuse(tables, len(plan.touched))
+            self._accumulators = device.digest(part.unit_tables, base, clones)
         self._digested = device.mark("digests")
         self.stats.clone_bytes = int(self._drains[:, 2].sum())
         self._scratch.clone("digests")
@@ -369,11 +359,8 @@ class DeviceCapture:
 
     def _fence(self, deadline_s: float) -> bool:
         device = self._device
-        self._compare_versions()
-        if device.has_kernels:
-            self._after = device.sample(
-                "update", self.part.sampled, self._base, SAMPLES, self._seed
-            )
+        self._tripwire.compare_versions()
+        self._tripwire.look_again("update")
         # Behind the samples, so that they are there once it is done.
         fenced = device.mark("update", timed=True)
         # The host may be far ahead of the device, and the thread that carries the capture late:
@@ -430,22 +417,13 @@ class DeviceCapture:
         if not self._mover.is_idle or not self._is_digested():
             return
         if self._closing is None:
-            if self._device.has_kernels:
-                self._after = self._device.sample(
-                    "copies", self.part.sampled, self._base, SAMPLES, self._seed
-                )
+            self._tripwire.look_again("copies")
             self._closing = self._device.mark("copies")
             self.moved = True
         elif self._closing.query():
-            self._compare_versions()
+            self._tripwire.compare_versions()
             self._closed = True
             self.moved = True
-
-    def _compare_versions(self) -> None:
-        now = [tensor._version for tensor in self._held]
-        if now != self._versions:
-            pairs = zip(self.part.live, self._versions, now, strict=True)
-            self._torn |= {source.leaf.name for source, old, new in pairs if old != new}
 
     def _is_digested(self) -> bool:
         return self._digested is not None and self._digested.query()
@@ -456,23 +434,13 @@ class DeviceCapture:
 
     def _collect(self) -> None:
         """Everything is in the slot: read what the kernels found."""
-        device, part = self._device, self.part
         # More than that, if bytes had left before it was known that the slot holds them.
         assert self._mover.done_bytes >= self._left_bytes, (
             self._mover.done_bytes,
             self._left_bytes,
         )
-        if device.has_kernels:
-            before, after = device.fingerprints(self._before), device.fingerprints(self._after)
-            self._torn |= {
-                source.leaf.name
-                for index, source in enumerate(part.live)
-                if before[8 * index : 8 * index + 8] != after[8 * index : 8 * index + 8]
-            }
-            self.replica_samples = device.fingerprints(self._replicas)
-        self.torn = tuple(
-            source.leaf.name for source in part.live if source.leaf.name in self._torn
-        )
+        self.torn = self._tripwire.torn()
+        self.replica_samples = self._tripwire.replica_samples()
         self._measure()
         self._finish()
 
@@ -519,8 +487,8 @@ class DeviceCapture:
         if self._block is not None:
             self._block.release()
         self._scratch.release()
-        self._block, self._held = None, []
-        self._before = self._after = self._accumulators = self._replicas = None
+        self._tripwire.release()
+        self._block = self._accumulators = None
         if self in self._device.tenants:
             self._device.tenants.remove(self)
         self.finished = True

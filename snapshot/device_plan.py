@@ -204,6 +204,51 @@ def without_units(rows: Table, skipped: NDArray[numpy.bool_]) -> Table:
     return table(kept)
 
 
+def split_clones(
+    rows: Table, tables: Sequence[UnitTable], unit_count: int
+) -> tuple[list[Table | None], Table]:
+    """Which clones the pass that digests whole units makes on its way, and which are left.
+
+    Args:
+        rows: (offset in the image, target, source, bytes), each within one leaf.
+        tables: The units that the device digests.
+        unit_count: Of the image.
+
+    Returns:
+        For each table the targets of its units, 0 for those that are not cloned so, or None if
+        none of them is; and the copies that are left, (target, source, bytes).
+    """
+    table_of = numpy.full(unit_count, -1)
+    position = numpy.zeros(unit_count, dtype=numpy.int64)
+    for number, one in enumerate(tables):
+        if not one.scattered and one.alignment == _ALIGNMENTS[0]:
+            table_of[one.units] = number
+            position[one.units] = numpy.arange(len(one.units))
+    offsets, targets, sources, sizes = rows.T
+    first, last = -(-offsets // UNIT_BYTES), (offsets + sizes) // UNIT_BYTES
+    fused = (first < last) & ((targets - offsets) % _ALIGNMENTS[0] == 0)
+    # Whole units of a row are digested alike: they lie in one leaf.
+    fused[fused] &= table_of[first[fused]] >= 0
+    counts = numpy.where(fused, last - first, 0)
+    ends = numpy.cumsum(counts)
+    units = numpy.arange(counts.sum()) + numpy.repeat(first - ends + counts, counts)
+    places = numpy.repeat(targets - offsets, counts) + units * UNIT_BYTES
+    clones: list[Table | None] = []
+    for number, one in enumerate(tables):
+        mine = table_of[units] == number
+        clones.append(numpy.zeros(len(one.units), dtype=numpy.int64) if mine.any() else None)
+        if (column := clones[-1]) is not None:
+            column[position[units[mine]]] = places[mine]
+    heads = numpy.where(fused, first * UNIT_BYTES - offsets, sizes)
+    rest = numpy.where(fused, last * UNIT_BYTES - offsets, sizes)
+    left = [
+        numpy.stack([targets, sources, heads], axis=1),
+        numpy.stack([targets + rest, sources + rest, sizes - rest], axis=1),
+    ]
+    joined = numpy.concatenate(left)
+    return clones, joined[joined[:, 2] > 0]
+
+
 def cut_rows(rows: Table, most_bytes: int) -> Table:
     """The rows (offset, address, bytes) cut to at most so many bytes each."""
     if not len(rows) or int(rows[:, 2].max()) <= most_bytes:

@@ -7,15 +7,16 @@ for anything.
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy
 from numpy.typing import NDArray
 
 from everstep.snapshot.device import Device, Lane, Mark, Memory
 from everstep.snapshot.device_moving import BATCH_ROWS, Mover
-from everstep.snapshot.device_plan import Table, without_units
+from everstep.snapshot.device_plan import Table, UnitTable, split_clones, without_units
 
-CHUNK_BYTES = 512 << 20
+CHUNK_BYTES = 1 << 30
 """Allocated at a time: one large piece may not be free in one place. All but the last are of this
 size, so that those of one capture fit where those of another were."""
 _SMALLEST_BYTES = 2 << 20
@@ -37,8 +38,8 @@ class Scratch:
         self.cloned: Mark | None = None
         self._device = device
         self._awaited: Mark | None = None
-        self._tables: list[object] = []
         self._wanted: list[Table] = []
+        self._left: Table | None = None
         self._held: list[Memory] = []
         self._chunks: deque[tuple[Memory, Table]] = deque()
         self._freeing: deque[tuple[Mark, Memory]] = deque()
@@ -46,7 +47,7 @@ class Scratch:
     def allocate(self, rows: Table, budget_bytes: int) -> int:
         """Memory for the first rows (offset, address, bytes), as many as fit; return how many.
 
-        To be called with the update lane current, and followed by `clone`.
+        To be called with the update lane current, and followed by `fuse`, maybe, and `clone`.
         """
         sizes = -(-rows[:, 2] // _PLACE_BYTES) * _PLACE_BYTES
         ends = numpy.concatenate([[0], numpy.cumsum(sizes)])
@@ -63,17 +64,28 @@ class Scratch:
             self._held.append(memory)
             places = memory.address + ends[first:last] - ends[first]
             offsets, sources, lengths = rows[first:last].T
-            self._wanted.append(numpy.stack([places, sources, lengths], axis=1))
+            self._wanted.append(numpy.stack([offsets, places, sources, lengths], axis=1))
             self._chunks.append((memory, numpy.stack([offsets, places, lengths], axis=1)))
             first = last
         return first
 
+    def fuse(self, tables: Sequence[UnitTable], unit_count: int) -> list[Table | None]:
+        """Leave to the pass that digests these units what it can clone; see `split_clones`."""
+        if not self._wanted:
+            return [None] * len(tables)
+        clones, self._left = split_clones(numpy.concatenate(self._wanted), tables, unit_count)
+        return clones
+
     def clone(self, lane: Lane) -> None:
-        """Clone what was allocated for; on a lane that has come past the allocation."""
-        if self._wanted:
-            self._tables.append(self._device.clone(lane, numpy.concatenate(self._wanted)))
-            self.cloned = self._awaited = self._device.mark(lane)
-            self._wanted.clear()
+        """Clone the rest of what was allocated for, on a lane that has come past the allocation
+        and, if there is one, past the pass that clones the others."""
+        if not self._wanted:
+            return
+        left = self._left if self._left is not None else numpy.concatenate(self._wanted)[:, 1:]
+        if len(left):
+            self._device.clone(lane, left)
+        self.cloned = self._awaited = self._device.mark(lane)
+        self._wanted, self._left = [], None
 
     def drain(self, mover: Mover, skipped: NDArray[numpy.bool_] | None) -> bool:
         """Enqueue the copies off the device, as far as there is room; return whether all are.
@@ -115,7 +127,6 @@ class Scratch:
         for memory in self._held:
             memory.release()
         self._held.clear()
-        self._tables.clear()
         self._chunks.clear()
         self._freeing.clear()
 

@@ -14,7 +14,8 @@ from everstep.kernels.cuda_runtime import CudaRuntime
 from everstep.kernels.digest import digest_units
 from everstep.proto.ids import UNIT_BYTES
 from everstep.snapshot.capture import Capture, CapturePlan, dtype_name
-from everstep.snapshot.device import CudaDevices, DeviceOptions
+from everstep.snapshot.device import DeviceOptions
+from everstep.snapshot.device_cuda import CudaDevices
 from everstep.snapshot.layout import Layout, LeafSpec, Part, pack
 from everstep.snapshot.pinning import PinnedArena
 from everstep.snapshot.slot_digests import SlotDigests

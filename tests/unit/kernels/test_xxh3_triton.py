@@ -92,6 +92,36 @@ def test_several_programs_share_the_units() -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("cloned", [(True, True, True), (False, True, False), (True, False, True)])
+def test_units_are_cloned_by_the_pass_that_digests_them(cloned: tuple[bool, ...]) -> None:
+    units = random_units(3, SMALL_UNIT_BYTES)
+    place = SMALL_UNIT_BYTES + GUARD_BYTES
+    memory = numpy.full(3 * place + GUARD_BYTES + 16, 0xA5, numpy.uint8)
+    before = memory.copy()
+    first = -memory.ctypes.data % 16 + 16
+    targets = [memory.ctypes.data + first + unit * place for unit in range(3)]
+    clones = torch.tensor([t if wanted else 0 for t, wanted in zip(targets, cloned, strict=True)])
+    sources = [units.ctypes.data + unit * SMALL_UNIT_BYTES for unit in range(3)]
+    accumulators = torch.empty((3, LANES), dtype=torch.int64)
+    xxh3_triton.accumulate(
+        torch.tensor(sources), accumulators, 16, clones=clones, unit_bytes=SMALL_UNIT_BYTES
+    )
+    found = accumulators.numpy().view(numpy.uint64)
+    assert numpy.array_equal(found, xxh3_triton.reference_accumulate(units))
+    for unit, wanted in enumerate(cloned):
+        begin = first + unit * place
+        if wanted:
+            before[begin : begin + SMALL_UNIT_BYTES] = units[unit]
+    assert numpy.array_equal(memory, before)
+
+
+def test_clones_of_unaligned_units_are_refused() -> None:
+    one = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="aligned to 8"):
+        xxh3_triton.accumulate(one, torch.zeros((1, LANES), dtype=torch.int64), 8, clones=one)
+
+
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("shift", [0, 8, 3])
 def test_blocks_may_lie_anywhere(shift: int) -> None:
     units = random_units(2, SMALL_UNIT_BYTES, 5)

@@ -100,6 +100,7 @@ class FakeDevice:
         self.now_s = 0.0
         self.fail_copies = False
         self.copied_off = 0
+        self.fused_clones = 0
         self._memory: list[FakeMemory] = []
 
     # What the test does.
@@ -211,9 +212,24 @@ class FakeDevice:
         self._enqueue(lane, look)
         return result
 
-    def digest(self, units: Sequence[tuple[UnitTable, Any]], base: int) -> Any:
+    def digest(
+        self,
+        units: Sequence[tuple[UnitTable, Any]],
+        base: int,
+        clones: Sequence[Table | None],
+    ) -> Any:
         assert self.has_kernels
         result = FakeResult()
+        for (table, addresses), targets in zip(units, clones, strict=True):
+            if targets is None:
+                continue
+            assert not table.scattered
+            assert table.alignment == 16
+            assert not (targets % 16).any()
+            rows = zip(targets.tolist(), addresses.at(base).tolist(), strict=True)
+            copies = [(target, source, 1 << 20) for target, source in rows if target]
+            self.fused_clones += len(copies)
+            self.copy("digests", numpy.array(copies, dtype=numpy.int64).reshape(-1, 3))
 
         def look() -> None:
             result.bytes = b"".join(

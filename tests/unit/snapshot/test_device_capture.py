@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from everstep.snapshot import device_capture
+from everstep.snapshot import device_capture, device_plan, device_scratch
 from everstep.snapshot.device import DeviceOptions
+from everstep.snapshot.window import FIRST_BIAS
 
 from .device_captures import MANY, ROUNDS, Setting, Taken, begun, some_setting
 
@@ -122,6 +123,63 @@ def test_the_window_is_copied_before_the_update_and_the_rest_cloned() -> None:
     setting.update()
     taken.settle(setting.device)
     taken.check()
+
+
+def large(monkeypatch: pytest.MonkeyPatch, window_bytes: int) -> Setting:
+    """State of which whole units lie in one piece, and of which so much leaves before an update."""
+    monkeypatch.setattr(device_plan, "PIECE_BYTES", 3_300_000)
+    monkeypatch.setattr(device_scratch, "CHUNK_BYTES", 32 << 20)
+    setting = Setting({f"t/{i}": torch.randn(6 * MANY) for i in range(4)})
+    setting.device.window.observe_update(window_bytes / 1e9 / FIRST_BIAS, None)
+    setting.device.window.observe_bandwidth(10**9, 1)
+    return setting
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_what_is_beyond_the_window_is_cloned_before_the_update_comes(
+    monkeypatch: pytest.MonkeyPatch, has_kernels: bool
+) -> None:
+    setting = large(monkeypatch, 10_000_000)
+    device = setting.device
+    device.has_kernels = has_kernels
+    taken = begun(setting)
+    device.run("update", "digests")
+    # Lanes that no update has passed yet: all the same, what was cloned leaves the device.
+    for _ in range(ROUNDS):
+        taken.capture.poll()
+        device.run()
+    assert device.copied_off == 24 * 4 * MANY
+    assert taken.capture.fence(1)
+    setting.update(lambda tensor: tensor.zero_())
+    taken.settle(device)
+    taken.check()
+    stats = taken.capture.stats
+    assert 6_000_000 < stats.window_bytes <= 10_000_000
+    assert stats.window_bytes + stats.scratch_bytes == 24 * 4 * MANY
+    # The digests' pass clones whole units on its way.
+    assert (device.fused_clones > 8) == has_kernels
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_clones_by_two_passes_are_the_state_of_the_snapshot(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    random = Random(seed)
+    setting = large(monkeypatch, random.randrange(28_000_000))
+    setting.device.free_for_scratch = random.choice([0, 5 << 20, 1 << 40])
+    taken = begun(setting, seed=seed)
+    for _ in range(random.choice([0, 5, 50])):
+        setting.device.random_step(random)
+        taken.capture.poll() if random.random() < 0.5 else None
+    assert taken.capture.fence(1)
+    setting.update(lambda tensor: tensor.zero_())
+    for _ in range(ROUNDS):
+        setting.device.random_step(random)
+        if random.random() < 0.3 and taken.capture.poll():
+            break
+    taken.check()
+    setting.device.run()
+    assert setting.device.used_bytes == 0
 
 
 def test_the_fence_fills_the_window_if_the_thread_did_not() -> None:

@@ -13,6 +13,7 @@ from everstep.snapshot.device_plan import (
     DeviceLeaf,
     cut_rows,
     plan_device,
+    split_clones,
     table,
     without_units,
 )
@@ -22,11 +23,11 @@ FAR = 1 << 40
 """Leaf at image offset x lies at FAR + 2 * x, so that addresses tell where a byte belongs."""
 
 
-def some_leaves(random: Random) -> tuple[list[DeviceLeaf], int]:
+def some_leaves(random: Random, multiple: int = 1) -> tuple[list[DeviceLeaf], int]:
     leaves = []
     end = 4096
     for _ in range(random.randrange(1, 30)):
-        size = int(4 ** random.uniform(1, 11))
+        size = -(-int(4 ** random.uniform(1, 11)) // multiple) * multiple
         if random.random() < 0.8:
             ordered = random.random() < 0.8
             skip = random.choice([0, 64])
@@ -83,6 +84,39 @@ def test_the_digests_read_the_bytes_of_the_unit(seed: int) -> None:
                 for within in (0, step // 2, step - 1):
                     found = image_offset(plan, leaves, address + within)
                     assert found == begin + within
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_clones_are_made_once_by_one_of_two_passes(seed: int) -> None:
+    random = Random(seed)
+    leaves, image_bytes = some_leaves(random, 64 if seed % 3 else 1)
+    plan = plan_device(leaves, image_bytes, digest=seed % 5 != 0)
+    live = cut_rows(plan.live, random.choice([700_000, 2_500_000, 1 << 30]))
+    live = live[random.randrange(len(live) + 1) :]
+    sizes = -(-live[:, 2] // 256) * 256 + random.choice([0, 8])
+    places = BASE + numpy.cumsum(sizes) - sizes
+    rows = numpy.stack([live[:, 0], places, live[:, 1], live[:, 2]], axis=1)
+    clones, left = split_clones(rows, plan.digested, len(plan.touched))
+    copies = [tuple(row) for row in left.tolist()]
+    for one, column in zip(plan.digested, clones, strict=True):
+        if column is not None:
+            assert not one.scattered
+            assert not (column % 16).any()
+            addresses = one.addresses.at(BASE)[column != 0].tolist()
+            copies += [
+                (to, by, UNIT_BYTES) for to, by in zip(column[column != 0], addresses, strict=True)
+            ]
+    made = numpy.zeros(int(sizes.sum()), dtype=numpy.uint8)
+    sources = numpy.zeros(len(made), dtype=numpy.int64)
+    for target, source, size in copies:
+        made[target - BASE : target - BASE + size] += 1
+        sources[target - BASE : target - BASE + size] = numpy.arange(source, source + size)
+    for _, place, source, size in rows.tolist():
+        inside = slice(place - BASE, place - BASE + size)
+        assert (made[inside] == 1).all()
+        assert (sources[inside] == numpy.arange(source, source + size)).all()
+        made[inside] = 0
+    assert not made.any()
 
 
 @pytest.mark.parametrize("seed", range(30))
