@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from everstep import dcp as dcp
     from everstep.client import Client, Extent, FlatExtent, Limits, Snapshot, Stats, connect
+    from everstep.client import optim as optim
     from everstep.client.adapters.accelerate import AccelerateCheckpointer as AccelerateCheckpointer
     from everstep.client.adapters.deepspeed import (
         DeepSpeedCheckpointEngine as DeepSpeedCheckpointEngine,
@@ -65,6 +66,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("everstep.proto.errors")
     if name == "dcp":
         return importlib.import_module("everstep.dcp")
+    if name == "optim":
+        return importlib.import_module("everstep.client.optim")
     if name in __all__:
         return getattr(importlib.import_module("everstep.client"), name)
     if name in _ADAPTERS:

@@ -1,9 +1,9 @@
 """The optimizer that all methods share: groups, state, scales of gradients, and the step.
 
-Owns what torch.optim.Optimizer asks of one, and the tables that kernels step. Promises that state is
-plain tensors under plain keys (`torch.load(weights_only=True)` reads it), that loading casts
-nothing, that the same bits come of any number of threads, and that a step without a found_inf never
-waits for a device. Does not promise the same bits as torch's optimizers: sums are bracketed
+Owns what torch.optim.Optimizer asks of one, and the tables that kernels step. Promises that state
+is plain tensors under plain keys (`torch.load(weights_only=True)` reads it), that loading casts
+nothing, that the same bits come of any number of threads, and that a step without a found_inf does
+not wait for a device. Does not promise the same bits as torch's optimizers: sums are bracketed
 otherwise.
 """
 
@@ -205,7 +205,7 @@ class Optimizer(torch.optim.Optimizer):
         table.step(grad_scale)
 
     def _step(self) -> None:
-        slots = self._with_gradients()
+        slots = self.with_gradients()
         scales = dict(self._scaled(slots))
         self.before_step(slots)
         self._count(slots)
@@ -219,7 +219,7 @@ class Optimizer(torch.optim.Optimizer):
             if slot.is_staged:
                 slot.local.copy_(slot.work.parameter)
 
-    def _with_gradients(self) -> list[Slot]:
+    def with_gradients(self) -> list[Slot]:
         """Slots of all parameters that have a gradient, which their works are given."""
         found, known, states = [], self._slots, self.state
         wanted, last = None, None
@@ -279,12 +279,13 @@ class Optimizer(torch.optim.Optimizer):
                 scale = scale * coefficient(total_norm(same, scale), clip_norm)
             for key, device in keys.items():
                 if scale is None:
-                    yield key, self._constant(device, key[1])
+                    yield key, self.constant(device, key[1])
                 else:
                     there = scale.to(device)
                     yield key, -there if key[1] else there
 
-    def _constant(self, device: torch.device, maximize: bool) -> torch.Tensor:
+    def constant(self, device: torch.device, maximize: bool = False) -> torch.Tensor:
+        """1, or -1, as an fp32 tensor that stays where it is."""
         kept = self._constants.get((device, maximize))
         if kept is None:
             kept = torch.full((1,), -1.0 if maximize else 1.0, device=device)
@@ -326,7 +327,7 @@ class Optimizer(torch.optim.Optimizer):
         self._constants: dict[tuple[torch.device, bool], torch.Tensor] = {}
         self._wanteds: dict[Any, Wanted] = {}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take a state over, as torch does, but with no dtype changed.
 
         Args:
@@ -358,8 +359,8 @@ class _Kept:
 class _Uncast(dict[Any, Any]):
     """The state of a state_dict, of which load_state_dict casts nothing.
 
-    torch casts state to the parameter's dtype, codes (to fp32) and scales (to bf16) alike, through a
-    function that a subclass cannot replace.
+    torch casts state to the parameter's dtype, codes (to fp32) and scales (to bf16) alike, through
+    a function that a subclass cannot replace.
     """
 
     def items(self) -> Any:

@@ -61,6 +61,11 @@ def update(method: str) -> Callable[[Update], Update]:
     return enter
 
 
+def sign_of(values: torch.Tensor) -> torch.Tensor:
+    """-1, 0 or 1; NaN where it is NaN, which torch's sign makes 0."""
+    return torch.where(values.isnan(), values, values.sign())
+
+
 class Table:
     """Works of one method, ready to be stepped any number of times."""
 

@@ -119,3 +119,54 @@ def _sharded(parameter: torch.Tensor) -> list[tuple[int, int]]:
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
+
+
+def summed(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks that have parts of a parameter; in place."""
+    for group in groups_of(parameter):
+        torch.distributed.all_reduce(local, group=group)
+    return local
+
+
+def summed_rows(
+    local: torch.Tensor, parameter: torch.Tensor, *, largest: bool = False
+) -> torch.Tensor:
+    """The sum over ranks that have parts of the same rows; in place.
+
+    Args:
+        local: A number for each of this rank's rows.
+        parameter: Theirs.
+        largest: The maximum over all ranks instead.
+    """
+    if not is_distributed(parameter):
+        return local
+    if largest:
+        for group in groups_of(parameter):
+            torch.distributed.all_reduce(local, torch.distributed.ReduceOp.MAX, group=group)
+        return local
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    for dimension, placement in enumerate(_placements(parameter)):
+        if placement.is_shard() and placement.dim != 0 and mesh.size(dimension) > 1:
+            torch.distributed.all_reduce(local, group=mesh.get_group(dimension))
+    return local
+
+
+def gathered(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """All of what this rank has a part of, as it has of a parameter."""
+    if not is_distributed(parameter):
+        return local
+    whole = spread_like(local, Form(tuple(parameter.shape), local.dtype), parameter)
+    full: torch.Tensor = whole.full_tensor()  # type: ignore[attr-defined]
+    return full
+
+
+def own_part(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that all ranks have."""
+    if not is_distributed(parameter):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    placed = everywhere.redistribute(placements=_placements(parameter))
+    return local_of(placed)
