@@ -284,7 +284,7 @@ def floor(results: Results, state_bytes: int) -> float:
     none = [
         value
         for key, value in results.figures.items()
-        if key in ("none_before_s", "device_every_1_none_s", "none_after_s")
+        if key in ("none_before_s", "waiting_every_1_none_s", "none_after_s")
     ]
     copy_s = state_bytes / results.figures["d2h_bytes_per_s"]
     return max(1.0, copy_s / middle(none))

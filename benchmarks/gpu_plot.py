@@ -19,6 +19,8 @@ _MEASURED = (
     ("host", "Everstep, digests on the host", "#6b8fb3", "v"),
     ("lazy", "lazy copy, fence before the update", "#f2b560", "^"),
 )
+_AT_EVERY_STEP = {"device": "waiting", "lazy": "lazy_waiting"}
+"""Where PCIe cannot carry a snapshot in a step, the step waits instead of skipping it."""
 _INTERVALS = (1, 2, 4, 8)
 _LAST = 512
 _RED, _PURPLE, _PINK, _GREY = "#c0392b", "#7d5ba6", "#d98cb3", "#777777"
@@ -52,10 +54,14 @@ def draw(source: Path, target: Path) -> None:
 def _measured(
     axes: "Axes", figures: dict[str, float], key: str, label: str, color: str, mark: str
 ) -> None:
-    points = [
-        (interval, max(_LEAST, figures[f"{key}_every_{interval}_inflation"] - 1))
+    names = {
+        interval: f"{_AT_EVERY_STEP.get(key, key) if interval == 1 else key}_every_{interval}"
         for interval in _INTERVALS
-        if f"{key}_every_{interval}_inflation" in figures
+    }
+    points = [
+        (interval, max(_LEAST, figures[f"{name}_inflation"] - 1))
+        for interval, name in names.items()
+        if f"{name}_inflation" in figures
     ]
     if points:
         intervals, extra = zip(*points, strict=True)
