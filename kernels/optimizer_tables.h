@@ -22,8 +22,9 @@ constexpr void set_halves(Map<count>& map) {
 }
 
 constexpr Map<16> fourbit_map() {
-    Map<16> map = {{-.8875f, -.6625f, -.4375f, -.2125f, -.0775f, -.0325f, -.0055f, 0, .0055f,
-                    .0325f, .0775f, .2125f, .4375f, .6625f, .8875f, 1},
+    // Four of them are not the fp32 numbers nearest to .0325 and .2125: see optimizer_tables.py.
+    Map<16> map = {{-.8875f, -.6625f, -.4375f, -.21249999f, -.0775f, -.0325000025f, -.0055f, 0,
+                    .0055f, .0325000025f, .0775f, .21249999f, .4375f, .6625f, .8875f, 1},
                    {}};
     set_halves(map);
     return map;
@@ -38,7 +39,7 @@ constexpr float tenth_to_one(int i, int steps) {
 
 // bitsandbytes' create_dynamic_map.
 constexpr Map<256> dynamic_map(bool sign) {
-    constexpr double decades[7] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1};
+    constexpr float decades[7] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1};
     Map<256> map = {};
     const int zero = sign ? 127 : 0;
     int at = zero + 1;
@@ -47,7 +48,7 @@ constexpr Map<256> dynamic_map(bool sign) {
         for (int i = 0; i < count; ++i, ++at) {
             const double low = tenth_to_one(i, count + 1);
             const float middle = static_cast<float>(low + tenth_to_one(i + 1, count + 1)) / 2;
-            const float value = static_cast<float>(decades[exponent] * middle);
+            const float value = decades[exponent] * middle;
             map.values[at] = value;
             if (sign) map.values[zero - (at - zero)] = -value;
         }

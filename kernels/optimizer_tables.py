@@ -22,28 +22,18 @@ def thresholds(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(single((low + high) / 2) for low, high in pairwise(values))
 
 
-_MAGNITUDES = (0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875)
+def _dynamic_map(signed: bool, bits: int = 8) -> tuple[float, ...]:
+    """bitsandbytes' create_dynamic_map(signed, bits - 1, bits) in the roundings of its tensors.
 
-FOURBIT_SIGNED = (
-    *(single(-value) for value in reversed(_MAGNITUDES)),
-    0.0,
-    *(single(value) for value in _MAGNITUDES),
-    1.0,
-)
-"""arXiv 2309.01507, dynamic exponent, 4 bits: no -1."""
-
-
-def _dynamic_map(signed: bool) -> tuple[float, ...]:
-    """bitsandbytes' create_dynamic_map in the roundings of its fp32 tensors, to the last bit.
-
-    Decade i (0 to 6) is split into 2^i intervals (2^(i+1) unsigned), whose midpoints are values.
+    With n = bits - 1 decades: decade i is split into 2^i intervals (2^(i+1) unsigned), whose
+    midpoints, times 10^(i+1-n) as fp32, are values. torchao has the same to the last bit.
     """
     values = [0.0, 1.0]
-    for exponent in range(7):
+    for exponent in range(bits - 1):
         count = 2**exponent if signed else 2 ** (exponent + 1)
-        bounds = _linspace(count + 1)
-        for low, high in pairwise(bounds):
-            value = single(10 ** (exponent - 6) * single(single(low + high) / 2))
+        decade = single(10.0 ** (exponent + 2 - bits))
+        for low, high in pairwise(_linspace(count + 1)):
+            value = single(decade * single(single(low + high) / 2))
             values += [value, -value] if signed else [value]
     return tuple(sorted(values))
 
@@ -60,6 +50,10 @@ def _linspace(steps: int) -> list[float]:
 
 DYNAMIC_SIGNED = _dynamic_map(signed=True)
 DYNAMIC_SECOND = _dynamic_map(signed=False)
+
+FOURBIT_SIGNED = _dynamic_map(signed=True, bits=4)
+"""arXiv 2309.01507, dynamic exponent, 4 bits: near +-.0055, .0325, .0775, .2125, .4375, .6625,
+.8875, and 0 and 1; no -1."""
 
 FP8_LOG2 = tuple(
     single(value)
