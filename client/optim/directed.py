@@ -86,6 +86,6 @@ def _directions(batch: list[Slot]) -> list[torch.Tensor]:
     """Room for directions, each beginning at 64 bytes."""
     sizes = [-(-slot.local.numel() // 16) * 16 for slot in batch]
     room = torch.empty(sum(sizes), dtype=torch.float32, device=batch[0].local.device)
-    pieces = room.split(sizes)
+    pieces = torch.split(room, sizes)
     shapes = [(piece, slot.local) for piece, slot in zip(pieces, batch, strict=True)]
     return [piece[: local.numel()].reshape(local.shape) for piece, local in shapes]

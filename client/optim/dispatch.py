@@ -44,22 +44,13 @@ def table(works: list[Work], method: str, device: torch.device, choice: Choice) 
         device: Theirs.
         choice: "reference" for torch alone.
     """
-    if choice == "auto" and all(_known(work) for work in works):
+    if choice == "auto":
         if device.type == "cpu":
             return _OnThreads(works, method)
         if device.type == "cuda" and _triton() is not None:
             stepper: Stepper = _triton().Table(works, method)
             return stepper
     return reference.Table(works, method)
-
-
-def _known(work: Work) -> bool:
-    """Whether kernels have the codecs; names that only the reference has are longer."""
-    return all(not state.codec.startswith(REFERENCE_ONLY) for state in work.states)
-
-
-REFERENCE_ONLY = "reference:"
-"""Begins the kernel names of codecs that kernels do not have."""
 
 
 @cache

@@ -189,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             method: One of `optimizer_work.METHODS`.
-            slots: Whose works they are.
+            slots: Whose works they are, all of one kind.
             works: As many.
             grad_scale: One fp32 on their device.
             key: Under which their table is kept for the next step; None: it is not.
@@ -199,25 +199,28 @@ class Optimizer(torch.optim.Optimizer):
             table = kept[1]
             table.refresh(works)
         else:
-            table = dispatch.table(works, method, works[0].parameter.device, self.kernels)
+            device, is_unknown = slots[0].kind
+            choice: dispatch.Choice = "reference" if is_unknown else self.kernels
+            table = dispatch.table(works, method, device, choice)
             if key is not None:
                 self._tables[method, key] = (slots, table)
         table.step(grad_scale)
 
     def _step(self) -> None:
         slots = self.with_gradients()
-        scales = dict(self._scaled(slots))
+        buckets = _buckets(slots)
+        scales = self._scales(buckets)
         self.before_step(slots)
         self._count(slots)
-        for slot in slots:
-            if slot.is_staged:
-                slot.work.parameter.copy_(slot.local)
-        for key, same in _buckets(slots).items():
-            self.advance(same, scales[key[:3]], key)
+        for key, same in buckets.items():
+            if same:
+                self.advance(same, scales[key], key)
         for slot in slots:
             slot.work.gradient = None
             if slot.is_staged:
                 slot.local.copy_(slot.work.parameter)
+        # Kernels write behind torch's back: autograd and captures go by the versions.
+        torch.autograd.graph.increment_version([t for slot in slots for t in slot.changed])
 
     def with_gradients(self) -> list[Slot]:
         """Slots of all parameters that have a gradient, which their works are given."""
@@ -235,54 +238,50 @@ class Optimizer(torch.optim.Optimizer):
                 slot = self._slot(parameter, group, wanted, ordinal)
             slot.group = group
             slot.work.gradient = _usable(slot, gradient)
-            if slot.work.rows and slot.work.row:
-                found.append(slot)
-            else:
-                slot.step += 1
+            if slot.is_staged:
+                slot.work.parameter.copy_(slot.local)
+            found.append(slot)
         return found
 
     def _count(self, slots: list[Slot]) -> None:
         """Count the step, and set what depends on its number."""
-        if not slots:
-            return
-        steps = [slot.step for slot in slots]
-        torch._foreach_add_(steps, 1.0)
         known: dict[tuple[int, int], tuple[float, ...]] = {}
-        for slot, tensor in zip(slots, steps, strict=True):
-            group, step = slot.group, int(tensor.item())
+        for slot in slots:
+            group, step, work = slot.group, int(slot.count) + 1, slot.work
+            slot.count[()] = step
             if self.scalars_differ:
-                slot.work.scalars = self.scalars(group, step, self.state[slot.parameter])
+                work.scalars = self.scalars(group, step, self.state[slot.parameter])
             else:
                 scalars = known.get((id(group), step))
                 if scalars is None:
                     scalars = known[id(group), step] = self.scalars(group, step, {})
-                slot.work.scalars = scalars
+                work.scalars = scalars
+            work.seed = 0
             if group["stochastic_rounding"]:
-                slot.work.seed = seed_of(group["seed"], slot.ordinal, step, slot.offset)
-            else:
-                slot.work.seed = 0
+                work.seed = seed_of(group["seed"], slot.ordinal, step, slot.offset)
 
-    def _scaled(self, slots: list[Slot]) -> Iterator[tuple[Any, torch.Tensor]]:
-        """What gradients are multiplied with, by device and what the groups ask for."""
+    def _scales(self, buckets: dict[Any, list[Slot]]) -> dict[Any, torch.Tensor]:
+        """What each bucket's gradients are multiplied with."""
         amplified = getattr(self, "grad_scale", None)
-        clips: dict[float | None, list[Slot]] = {}
-        for slot in slots:
-            clips.setdefault(slot.group["clip_norm"], []).append(slot)
-        for clip_norm, same in clips.items():
-            keys = {_key(slot): slot.local.device for slot in same}
+        by_clip: dict[float | None, list[Any]] = {}
+        for key in buckets:
+            by_clip.setdefault(key[3], []).append(key)
+        scales = {}
+        for clip_norm, keys in by_clip.items():
             scale = None
             if amplified is not None:
                 scale = amplified.float().reciprocal().reshape(1)
             if clip_norm is not None:
+                scale = self.constant(keys[0][0]) if scale is None else scale
+                norm = total_norm([slot for key in keys for slot in buckets[key]], scale)
+                scale = scale * coefficient(norm, clip_norm)
+            for key in keys:
+                device, _, maximize, _ = key
                 if scale is None:
-                    scale = torch.ones(1, device=same[0].local.device)
-                scale = scale * coefficient(total_norm(same, scale), clip_norm)
-            for key, device in keys.items():
-                if scale is None:
-                    yield key, self.constant(device, key[1])
+                    scales[key] = self.constant(device, maximize)
                 else:
-                    there = scale.to(device)
-                    yield key, -there if key[1] else there
+                    scales[key] = (-scale if maximize else scale).to(device)
+        return scales
 
     def constant(self, device: torch.device, maximize: bool = False) -> torch.Tensor:
         """1, or -1, as an fp32 tensor that stays where it is."""
@@ -390,17 +389,17 @@ def _usable(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
     return gradient if gradient.is_contiguous() else gradient.contiguous()
 
 
-def _key(slot: Slot) -> Any:
-    return slot.local.device, slot.group["maximize"], slot.group["clip_norm"]
-
-
 def _buckets(slots: list[Slot]) -> dict[Any, list[Slot]]:
-    """Slots that one table holds: of one device, one scale of gradients, one kind of kernel."""
+    """Slots that one table holds: device, kind of kernel, maximize, clip_norm."""
     found: dict[Any, list[Slot]] = {}
+    group, kind, bucket = None, None, []
     for slot in slots:
-        by_reference = any(s.codec.startswith(dispatch.REFERENCE_ONLY) for s in slot.work.states)
-        found.setdefault((*_key(slot), by_reference), []).append(slot)
-    return found
+        if slot.group is not group or slot.kind != kind:
+            group, kind = slot.group, slot.kind
+            bucket = found.setdefault((*kind, group["maximize"], group["clip_norm"]), [])
+        if slot.work.rows and slot.work.row:
+            bucket.append(slot)
+    return {key: same for key, same in found.items() if same or key[3] is not None}
 
 
 def _name(group: dict[str, Any], parameter: torch.Tensor, ordinal: int) -> str:

@@ -8,6 +8,7 @@ decode to zeros with every codec, so a new state is zeros.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from everstep.client.optim.spread import check_spread, offset_of, row_is_split, 
 from everstep.kernels.optimizer_work import CodedState, Work
 from everstep.proto.errors import InvalidConfiguration
 from everstep.snapshot.placement import local_of
+
+REFERENCE_ONLY = "reference:"
+"""Begins the kernel names of codecs that kernels do not have."""
 
 MASTER = "master.correction"
 STEP = "step"
@@ -64,8 +68,11 @@ class Slot:
         ordinal: Its place in the optimizer.
         offset: Of this rank's part.
         work: For kernels; its gradient is of the last step.
-        held: Keys and tensors of the state, to see whether they were replaced.
-        step: The count of steps, a tensor.
+        keys: Of the state's tensors.
+        tensors: These, to see whether they were replaced.
+        count: The count of steps, in the state's memory.
+        changed: What a step writes.
+        kind: Device, and whether kernels lack the codec.
         group: The options of the last step.
     """
 
@@ -78,8 +85,11 @@ class Slot:
     ordinal: int
     offset: int
     work: Work
-    held: list[tuple[str, torch.Tensor]]
-    step: torch.Tensor
+    keys: list[str]
+    tensors: list[torch.Tensor]
+    count: Any
+    changed: list[torch.Tensor]
+    kind: tuple[torch.device, bool]
     group: dict[str, Any] = field(default_factory=dict)
 
     def is_current(self, state: dict[str, Any], wanted: Wanted) -> bool:
@@ -91,10 +101,7 @@ class Slot:
             return False
         if local.data_ptr() != self.address:
             return False
-        for key, tensor in self.held:
-            if state.get(key) is not tensor:
-                return False
-        return True
+        return all(map(is_, map(state.get, self.keys), self.tensors))
 
     @property
     def is_staged(self) -> bool:
@@ -141,9 +148,7 @@ def made_slot(
         kernel = codec.kernel_names[role]
         coded.append(CodedState(kernel, block, locals_[CODES], scales, correction))
     correction = _master(parameter, state, wanted, held, name)
-    if not isinstance(state.get(STEP), torch.Tensor):
-        state[STEP] = torch.tensor(float(state.get(STEP, 0.0)), dtype=torch.float32)
-    held.append((STEP, state[STEP]))
+    held.append((STEP, _counted(state)))
     rows, row = rows_of(shape)
     stepped = local if local.is_contiguous() else local.detach().contiguous()
     work = Work(rows, row, stepped, None, tuple(coded), (), correction)
@@ -157,8 +162,11 @@ def made_slot(
         ordinal,
         offset_of(parameter),
         work,
-        held,
-        state[STEP],
+        [key for key, _ in held],
+        [tensor for _, tensor in held],
+        state[STEP].numpy(),
+        [local, *(local_of(tensor) for _, tensor in held)],
+        (local.device, any(one.codec.startswith(REFERENCE_ONLY) for one in coded)),
     )
 
 
@@ -277,6 +285,16 @@ def _check_parameter(parameter: torch.Tensor, local: torch.Tensor, name: str) ->
         raise InvalidConfiguration(name, f"its layout is {local.layout}, which is not stepped")
     if local.dtype not in _DTYPES:
         raise InvalidConfiguration(name, f"its dtype is {local.dtype}; fp32, fp16 and bf16 can be")
+
+
+def _counted(state: dict[str, Any]) -> torch.Tensor:
+    """The count of steps, as a number in the host's memory."""
+    step = state.get(STEP, 0.0)
+    fits = isinstance(step, torch.Tensor) and step.dtype == torch.float32 and step.dim() == 0
+    if not fits or step.device.type != "cpu":
+        state[STEP] = torch.tensor(float(step), dtype=torch.float32)
+    counted: torch.Tensor = state[STEP]
+    return counted
 
 
 def _master(

@@ -119,7 +119,8 @@ def _projected(slot: Slot, direction: torch.Tensor) -> torch.Tensor:
     along_rows = _without(weight, turned, rows, group["eps"])
     along_layer = _without(weight, turned, layer, group["eps"])
     turned.copy_(torch.where(by_rows, along_rows, torch.where(by_layer, along_layer, turned)))
-    return by_rows | by_layer
+    was: torch.Tensor = by_rows | by_layer
+    return was
 
 
 def _cosine(

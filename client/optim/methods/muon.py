@@ -2,8 +2,9 @@
 
 For hidden matrices; embeddings, heads and vectors belong to AdamW. Follows Keller Jordan's code: an
 average (not a sum), Nesterov, five Newton-Schulz iterations in bf16 with his coefficients, scale
-sqrt(max(1, rows / columns)); `adjust="match_rms_adamw"` is Moonlight's 0.2 sqrt(max(rows, columns)),
-with which AdamW's learning rates fit. Tensors of more dimensions are flattened after the first.
+sqrt(max(1, rows / columns)); `adjust="match_rms_adamw"` is Moonlight's, 0.2 sqrt(max(rows,
+columns)), with which AdamW's learning rates fit. Tensors of more dimensions are flattened after the
+first.
 Deviations: a matrix that ranks share is gathered by each of them and orthogonalised by each, where
 others share the work. The products are torch's: their bits may depend on threads and device.
 """
@@ -93,8 +94,8 @@ class Muon(DirectedOptimizer):
             if parameter.dim() < 2:
                 raise InvalidConfiguration(
                     f"params[{place}]",
-                    f"its shape is {tuple(parameter.shape)}, and Muon is for matrices; give vectors "
-                    "to AdamW (see everstep.optim.plan)",
+                    f"its shape is {tuple(parameter.shape)}, and Muon is for matrices; give "
+                    "vectors to AdamW (see everstep.optim.plan)",
                 )
 
     def scalars(self, group: dict[str, Any], step: int, state: dict[str, Any]) -> tuple[float, ...]:
@@ -131,4 +132,5 @@ def orthogonal(matrix: torch.Tensor, steps: int) -> torch.Tensor:
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if is_tall else x
+    made: torch.Tensor = x.T if is_tall else x
+    return made

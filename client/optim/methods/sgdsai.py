@@ -1,10 +1,10 @@
 """SGD-SaI, arXiv 2412.11768 (AnonymousAlethiometer/SGD_SaI): one learning rate a tensor, set once.
 
-The first gradient's signal-to-noise ratio, norm / (deviation + eps), scales a tensor's learning rate
-ever after. Follows the authors' code, version 1.0.4, which divides it by the largest of all tensors;
-`normalize=False` is the paper's and version 1.0.3's. Deviations: the ratio is state (theirs is
-computed anew after a restart), and that of a parameter which comes later is of its own first
-gradient. The largest is that of the tensors that this rank has.
+The first gradient's signal-to-noise ratio, norm / (deviation + eps), scales a tensor's learning
+rate ever after. Follows the authors' code, version 1.0.4, which divides it by the largest of all
+tensors; `normalize=False` is the paper's and version 1.0.3's. Deviations: the ratio is state
+(theirs is computed anew after a restart), and that of a parameter which comes later is of its own
+first gradient. The largest is that of the tensors that this rank has.
 """
 
 from typing import Any, ClassVar, Unpack

@@ -1,4 +1,4 @@
-"""SophiaG, arXiv 2305.14342 (Liuhong99/Sophia): momentum over an estimate of the Hessian's diagonal.
+"""SophiaG, arXiv 2305.14342 (Liuhong99/Sophia): momentum over an estimated Hessian diagonal.
 
 The estimate is Gauss-Newton-Bartlett's: every `hessian_interval` steps or so sample labels from the
 model, run another backward, and call `update_hessian`. Defaults are the authors' (rho 0.04 with

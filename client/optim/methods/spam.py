@@ -5,8 +5,8 @@ rate grows from a hundredth by a cosine over `warmup_steps`; an element whose sq
 `threshold` times its second moment is clipped to that, but not in the first `grace_steps` steps nor
 in as many after a reset; bias is corrected by all steps, not by those since the reset; eps is added
 before the correction. Deviations: all elements have moments (the authors' density of 1; there is no
-sparse variant), decay is decoupled and taken before the update, spikes are not hidden by `clip_norm`
-(they ask for gradients that were not clipped), and nothing is kept but the step.
+sparse variant), decay is decoupled and taken before the update, and nothing is kept but the step.
+Do not clip gradients by norm as well: the spikes would no longer be seen.
 """
 
 from math import cos, pi, sqrt
@@ -112,8 +112,8 @@ class SPAM(Optimizer):
         """Forget the moments where the step to come is a reset; zero bytes decode to zeros."""
         for slot in slots:
             interval = slot.group["reset_interval"]
-            if interval and (int(slot.step.item()) + 1) % interval == 0:
-                for key, tensor in slot.held:
+            if interval and (int(slot.count) + 1) % interval == 0:
+                for key, tensor in zip(slot.keys, slot.tensors, strict=True):
                     if key != STEP and key.startswith("exp_avg"):
                         local_of(tensor).zero_()
 
