@@ -9,13 +9,15 @@ the two of them. bf16 is handled as 16 bits: the interpreter's own conversion do
 import triton
 import triton.language as tl
 
-from everstep.kernels.optimizer_fourbit_triton import fourbit_decode, fourbit_encode
+from everstep.kernels import optimizer_lookups
+from everstep.kernels.optimizer_fourbit_triton import fourbit_encode
 from everstep.kernels.optimizer_fp8_triton import (
     fp8_decode,
     fp8_encode,
     fp8_inverse,
     fp8_sixteenths,
 )
+from everstep.kernels.optimizer_words_triton import divide_tame, look_up
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 SMALLEST_FOURBIT = tl.constexpr(2.0**-120)
@@ -23,11 +25,12 @@ INFINITE = tl.constexpr(0x7F800000)
 NAN = tl.constexpr(0x7FC00000)
 # Added to a number within 2**22 it leaves the number rounded to even in the low bits of the sum.
 ROUNDER = tl.constexpr(12582912.0)
-# Where the tables of `optimizer_triton.maps` begin.
-SIGNED_VALUES = tl.constexpr(0)
-SIGNED_LIMITS = tl.constexpr(256)
-SECOND_VALUES = tl.constexpr(512)
-SECOND_LIMITS = tl.constexpr(768)
+SIGNED_VALUES = tl.constexpr(optimizer_lookups.SIGNED_VALUES)
+SIGNED_LIMITS = tl.constexpr(optimizer_lookups.SIGNED_LIMITS)
+SECOND_VALUES = tl.constexpr(optimizer_lookups.SECOND_VALUES)
+SECOND_LIMITS = tl.constexpr(optimizer_lookups.SECOND_LIMITS)
+COMPANDED = tl.constexpr(optimizer_lookups.COMPANDED)
+FOURBIT_VALUES = tl.constexpr(optimizer_lookups.FOURBIT_VALUES)
 
 
 @triton.jit
@@ -92,17 +95,15 @@ def _spread(value, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _maximum(x, inside, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _maximum(bits, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """The greatest magnitude of each block; NaN if there is an infinity or a NaN."""
-    bits = tl.where(inside, x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, 0)
     bits = tl.max(tl.reshape(bits, (BLOCKS, PARTS, BLOCK)), axis=2)
     return tl.where(bits >= INFINITE, NAN, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _minimum(x, inside, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _minimum(bits, BLOCKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """The least magnitude of each block that is not 0; 0 if there is none."""
-    bits = tl.where(inside, x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, 0)
     # Below 0, which becomes the largest number, all others come in their order.
     bits = tl.min(tl.reshape(bits - 1, (BLOCKS, PARTS, BLOCK)), axis=2) + 1
     return bits.to(tl.float32, bitcast=True)
@@ -162,7 +163,7 @@ def _nearest(z, limits):
     code = (z * 0.0).to(tl.int32)
     for level in tl.static_range(8):
         half = 128 >> level
-        code = tl.where(z > tl.load(limits + code + (half - 1)), code + half, code)
+        code = tl.where(z > look_up(limits, code + (half - 1)), code + half, code)
     return code
 
 
@@ -170,17 +171,16 @@ def _nearest(z, limits):
 def _decode(CODEC: tl.constexpr, code, scale, maps):
     """Values of codes that have one scale."""
     if CODEC == "int8_signed":
-        f = code.to(tl.int8, bitcast=True).to(tl.float32)
-        x = tl.div_rn(f, 254.0 - tl.abs(f)) * scale
+        x = look_up(maps + COMPANDED, code.to(tl.int32)) * scale
     elif CODEC == "int8_second":
         u = code.to(tl.float32) * (scale * (1 / 255))
         x = u * u
     elif CODEC == "dynamic_signed":
-        x = tl.load(maps + SIGNED_VALUES + code.to(tl.int32)) * scale
+        x = look_up(maps + SIGNED_VALUES, code.to(tl.int32)) * scale
     elif CODEC == "dynamic_second":
-        x = tl.load(maps + SECOND_VALUES + code.to(tl.int32)) * scale
+        x = look_up(maps + SECOND_VALUES, code.to(tl.int32)) * scale
     elif CODEC == "fourbit_signed":
-        x = fourbit_decode(code.to(tl.int32)) * scale
+        x = look_up(maps + FOURBIT_VALUES, code.to(tl.int32)) * scale
     else:
         tl.static_assert(CODEC == "fourbit_second")
         x = (code.to(tl.int32) + 1).to(tl.float32) * (scale * 0.0625)
@@ -192,7 +192,7 @@ def _encode(CODEC: tl.constexpr, x, ratio, maps):
     """Codes of finite values that have one scale; `ratio` is 1, 16 or 255 divided by it."""
     if CODEC == "int8_signed":
         z = tl.minimum(tl.maximum(x * ratio, -1.0), 1.0)
-        c = tl.div_rn(z + z, 1.0 + tl.abs(z)) * 127.0
+        c = divide_tame(z + z, 1.0 + tl.abs(z)) * 127.0
         code = (c + ROUNDER).to(tl.int32, bitcast=True)
     elif CODEC == "int8_second":
         rounded = tl.maximum(x * ratio + ROUNDER, ROUNDER + 1.0)
@@ -256,9 +256,9 @@ def load_state(
         wide = _spread(scale, BLOCKS, PARTS, BLOCK)
         if EACH == 2:
             least = tl.load(scales + block * EACH + 1, exists, other=0.0)
-            sixteenths = fp8_sixteenths(scale, least)
-            root = tl.div_rn(tl.full(scale.shape, 16.0, tl.float32), sixteenths)
-            x = fp8_decode(code, wide, _spread(root, BLOCKS, PARTS, BLOCK))
+            sixteenths = fp8_sixteenths(scale, least, maps)
+            sixteenths = sixteenths.to(tl.int32)
+            x = fp8_decode(code, wide, _spread(sixteenths, BLOCKS, PARTS, BLOCK), maps)
         else:
             x = _decode(CODEC, code, wide, maps)
     return x
@@ -296,13 +296,16 @@ def store_state(
         PARTS: tl.constexpr = WIDTH // BLOCK
         if CODEC == "int8_second":
             x = tl.sqrt_rn(x)
-        scale = _maximum(x, inside, BLOCKS, PARTS, BLOCK)
+        bits = x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+        if not FLAT:  # else blocks are whole
+            bits = tl.where(inside, bits, 0)
+        scale = _maximum(bits, BLOCKS, PARTS, BLOCK)
         scales, block, exists = tile(first, total, row, across, BLOCK, PARTS, BLOCKS, FLAT, 1)
         EACH: tl.constexpr = 2 if CODEC == "fp8_signed" or CODEC == "fp8_second" else 1
         scales = pointer(tl.load(addresses + 1), scales * EACH, tl.float32, 4)
         tl.store(scales + block * EACH, scale, exists)
         if EACH == 2:
-            least = _minimum(x, inside, BLOCKS, PARTS, BLOCK)
+            least = _minimum(bits, BLOCKS, PARTS, BLOCK)
             least = tl.where(scale == scale, least, scale)
             tl.store(scales + block * EACH + 1, least, exists)
             ratio = fp8_inverse(scale)
@@ -314,13 +317,17 @@ def store_state(
             ratio = _ratio(1.0, scale, SMALLEST_NORMAL)
         wide = _spread(ratio, BLOCKS, PARTS, BLOCK)
         if EACH == 2:
-            sixteenths = _spread(fp8_sixteenths(scale, least), BLOCKS, PARTS, BLOCK)
-            code = fp8_encode(x, wide, sixteenths, CODEC == "fp8_second")
+            sixteenths = fp8_sixteenths(scale, least, maps)
+            sixteenths = tl.where(ratio > 0.0, sixteenths, 256.0)
+            sixteenths = _spread(sixteenths, BLOCKS, PARTS, BLOCK)
+            code = fp8_encode(x, wide, sixteenths, maps, CODEC == "fp8_second")
         else:
             code = _encode(CODEC, x, wide, maps)
-        # Where the scale is NaN, and in what pads the last byte of a row.
-        whole = _spread((scale == scale).to(tl.int32), BLOCKS, PARTS, BLOCK) != 0
-        code = tl.where(whole & inside, code, 0).to(tl.uint8)
+        kept = tl.where(scale == scale, 0xFF, 0)
+        code = code & _spread(kept, BLOCKS, PARTS, BLOCK)
+        if not FLAT:  # what pads the last byte of a row
+            code = tl.where(inside, code, 0)
+        code = code.to(tl.uint8)
         if CODEC == "fourbit_signed" or CODEC == "fourbit_second":
             HALF: tl.constexpr = WIDTH // 2
             start, place, inside = tile(first, total, row, across, 2, HALF, BLOCKS, FLAT, VECTOR)

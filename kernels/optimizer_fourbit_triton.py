@@ -1,8 +1,7 @@
 """The signed 4-bit codec as device code: arXiv 2309.01507's dynamic exponent map.
 
-Owns `fourbit_encode` and `fourbit_decode`. The map and its thresholds are the same on both sides
-of zero, but for the last value: so a code is looked up by its distance from zero's, with a few
-selections among constants. Looking it up in memory would move the tile to another layout and back.
+Owns `fourbit_encode`. The thresholds are the same on both sides of zero, but for the last one: a
+code is found by its distance from zero's, with a few selections among constants.
 """
 
 import numpy
@@ -11,24 +10,10 @@ import triton.language as tl
 
 from everstep.kernels import optimizer_tables
 
-_VALUES = optimizer_tables.FOURBIT_SIGNED
-_LIMITS = optimizer_tables.thresholds(_VALUES)
-assert all(_VALUES[7 - i] == -_VALUES[7 + i] for i in range(8))
+_LIMITS = optimizer_tables.thresholds(optimizer_tables.FOURBIT_SIGNED)
 assert all(_LIMITS[6 - i] == -_LIMITS[7 + i] for i in range(7))
-_V1, _V2, _V3, _V4, _V5, _V6, _V7 = (tl.constexpr(value) for value in _VALUES[8:15])
 _BITS = [int.from_bytes(numpy.float32(limit).tobytes(), "little") for limit in _LIMITS[7:]]
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7 = (tl.constexpr(bits) for bits in _BITS)
-
-
-@triton.jit
-def fourbit_decode(code):
-    """Values between -1 and 1 of int32 codes."""
-    distance = tl.abs(code - 7)
-    odd, second, third = (distance & 1) != 0, (distance & 2) != 0, (distance & 4) != 0
-    low = tl.where(second, tl.where(odd, _V3, _V2), tl.where(odd, _V1, 0.0))
-    high = tl.where(second, tl.where(odd, _V7, _V6), tl.where(odd, _V5, _V4))
-    value = tl.where(third, high, tl.where(distance == 8, 1.0, low))
-    return tl.where(code < 7, -value, value)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
-from everstep.kernels import optimizer_tables
+from everstep.kernels import optimizer_lookups
 from everstep.kernels.optimizer_work import (
     CODECS,
     METHODS,
@@ -91,7 +91,7 @@ class Table:
         self._method = method
         self._launch = launch
         self._device = works[0].parameter.device if works else torch.device("cpu")
-        self._maps = torch.tensor(maps(), dtype=torch.float32, device=self._device)
+        self._maps = torch.from_numpy(optimizer_lookups.table().copy()).to(self._device)
         self._one = torch.ones(1, dtype=torch.float32, device=self._device)
         self._parts: list[_Part] = []
         self._kinds: list[Kind] = []
@@ -227,17 +227,6 @@ def _send(rows: Any, target: "torch.Tensor") -> None:
     source = torch.from_numpy(rows)
     # torch keeps pinned memory until the stream has passed, so that the next step has its own.
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
-
-
-def maps() -> list[float]:
-    """What codecs look up, in the order that `optimizer_codecs_triton` has."""
-    made: list[float] = []
-    for values in (
-        optimizer_tables.DYNAMIC_SIGNED,
-        optimizer_tables.DYNAMIC_SECOND,
-    ):
-        made += [*values, *optimizer_tables.thresholds(values), 0.0]
-    return made
 
 
 def addresses_of(work: Work) -> tuple[int, ...]:
