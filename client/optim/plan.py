@@ -167,7 +167,9 @@ def plan(
         if not parameter.requires_grad:
             found.entries.append(Entry(name, shape, role, "", "fp32", 0, "frozen: no state"))
             continue
-        own = _OTHERWISE if method in _FOR_MATRICES and role != "hidden" else method
+        # Muon would flatten a stack of experts' matrices into one.
+        is_matrix = role == "hidden" and len(shape) != 3
+        own = _OTHERWISE if method in _FOR_MATRICES and not is_matrix else method
         chosen, why = asked.of(name, role)
         plain = left_plain(codec_named(chosen), tuple(parameter.shape))
         held = ("fp32", plain, None) if plain else (chosen, why, block)

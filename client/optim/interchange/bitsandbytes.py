@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from everstep.client.optim.codecs import Role
-from everstep.client.optim.interchange.blocks import Blocks, elements
+from everstep.client.optim.interchange.blocks import Blocks
 from everstep.proto.errors import InvalidConfiguration
 
 NESTED = "__bnb_optimizer_quant_state__"
 BLOCK = 256
-SMALLEST = 4096
+_NAMES = {"t_alpha": "alpha_warmup", "t_beta3": "beta3_warmup"}
 _AT_MOST = 2
 """Tensors of state that the format has."""
 
@@ -114,6 +114,20 @@ def _codes(state: torch.Tensor | Blocks) -> torch.Tensor:
     return state.codes if isinstance(state, Blocks) else state
 
 
-def wants_codes(shape: Sequence[int]) -> bool:
-    """Whether bitsandbytes itself would hold a parameter's state in codes."""
-    return elements(shape) >= SMALLEST
+def options_here(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options by the names that they have here."""
+    found = {here: group[there] for there, here in _NAMES.items() if there in group}
+    if "betas" in group and "momentum" not in group:
+        found["momentum"], found["dampening"] = group["betas"][:2]
+    return {**group, **found}
+
+
+def options_there(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options by bitsandbytes' names, with those that its step reads."""
+    found: dict[str, Any] = {"eps": 0.0, "alpha": 0.0, "t_alpha": None, "t_beta3": None, **group}
+    for there, here in _NAMES.items():
+        if here in found:
+            found[there] = found.pop(here)
+    if "momentum" in found:
+        found["betas"] = (found.pop("momentum"), found.pop("dampening", 0.0))
+    return found

@@ -7,7 +7,6 @@ the same block, and blocks that lie within rows. Else the record says why they a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -93,8 +92,3 @@ def encoded(values: torch.Tensor, codec: str, role: Role, block: int) -> Blocks:
     flat = values.float().reshape(-1)
     parts = codec_named(codec).encode(flat, role, block)
     return from_parts(parts, codec, role, block, flat.shape)
-
-
-def elements(shape: Sequence[int]) -> int:
-    """Of a tensor of that shape."""
-    return prod(shape)

@@ -21,7 +21,17 @@ from everstep.snapshot.placement import is_distributed
 
 Format: TypeAlias = Literal["torch", "bitsandbytes", "torchao"]
 FORMATS = ("torch", "bitsandbytes", "torchao")
-_OWN_OPTIONS = {"codec", "block", "min_elements", "master", "method", "role"}
+_OWN_OPTIONS = {
+    "block",
+    "clip_norm",
+    "codec",
+    "master",
+    "method",
+    "min_elements",
+    "role",
+    "seed",
+    "stochastic_rounding",
+}
 
 
 def export_state_dict(optimizer: Optimizer, to: Format = "torch") -> tuple[dict[str, Any], Account]:
@@ -51,6 +61,10 @@ def export_state_dict(optimizer: Optimizer, to: Format = "torch") -> tuple[dict[
             if optimizer.state.get(parameter):
                 state[index] = _exported(optimizer, live, parameter, index, to, account)
     kept = [{k: v for k, v in group.items() if k not in _OWN_OPTIONS} for group in groups]
+    if to == "bitsandbytes":
+        kept = [bitsandbytes.options_there(group) for group in kept]
+    if to == "torchao":
+        kept = [{**group, "lr": torch.tensor(float(group["lr"]))} for group in kept]
     return {"state": state, "param_groups": kept}, account
 
 

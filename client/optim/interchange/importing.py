@@ -54,6 +54,7 @@ def import_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Ac
 def _options(ours: Mapping[str, Any], foreign: Mapping[str, Any]) -> dict[str, Any]:
     """What both optimizers have in their groups: learning rate, betas and so on."""
     found = {}
+    foreign = bitsandbytes.options_here(foreign)
     for key in ours.keys() & foreign.keys() - {"params", "param_names"}:
         value = foreign[key]
         found[key] = value.item() if isinstance(value, torch.Tensor) else value

@@ -20,7 +20,6 @@ KINDS = {"OptimState8bit": "dynamic", "OptimState4bit": "4bit", "OptimStateFp8":
 """The codec that a class is like."""
 
 BLOCKS = {"dynamic": 256, "4bit": 128}
-SMALLEST = 4096
 
 
 def is_one(entry: Mapping[str, Any]) -> bool:
