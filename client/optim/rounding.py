@@ -23,9 +23,9 @@ def seed_of(seed: int, ordinal: int, step: int, offset: int = 0) -> int:
         step: Of this parameter.
         offset: First element of this rank's part, so that ranks do not round alike.
     """
-    mixed = seed & _LONG
-    for number in (ordinal, step, offset):
-        mixed = _mixed((mixed + number + 1) * 0x9E3779B97F4A7C15 & _LONG)
+    mixed = 0
+    for number in (seed, ordinal, step, offset):
+        mixed = _mixed((mixed ^ number) + 0x9E3779B97F4A7C15 & _LONG)
     return mixed or 1
 
 

@@ -136,7 +136,8 @@ def in_blocks(values: torch.Tensor, block: int) -> torch.Tensor:
 
 def out_of_blocks(blocks: torch.Tensor, row: int) -> torch.Tensor:
     """[rows, blocks, block] as contiguous [rows, row], without what was filled up."""
-    return blocks.reshape(blocks.shape[0], -1)[:, :row].contiguous()
+    rows, across, block = blocks.shape
+    return blocks.reshape(rows, across * block)[:, :row].contiguous()
 
 
 def largest(blocks: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ def packed(codes: torch.Tensor) -> torch.Tensor:
 def unpacked(codes: torch.Tensor, row: int) -> torch.Tensor:
     """What `packed` has packed."""
     pairs = torch.stack([codes & 15, codes >> 4], -1)
-    return pairs.reshape(codes.shape[0], -1)[:, :row]
+    return pairs.reshape(codes.shape[0], 2 * codes.shape[1])[:, :row]
 
 
 def _signed(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
