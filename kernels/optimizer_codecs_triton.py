@@ -160,7 +160,7 @@ def merge(bits, code):
 @triton.jit
 def _nearest(z, limits):
     """How many of 255 ascending limits lie below each value: a binary search."""
-    code = (z * 0.0).to(tl.int32)
+    code = tl.zeros(z.shape, tl.int32)
     for level in tl.static_range(8):
         half = 128 >> level
         code = tl.where(z > look_up(limits, code + (half - 1)), code + half, code)
