@@ -40,7 +40,7 @@ from everstep.snapshot.restore import Need, Restoration, Shard
 
 log = logging.getLogger("everstep")
 RNG_PATH = "rng"
-_THREADS_LIMIT = 12
+_THREADS_LIMIT = 16
 _LIVE_TRIES = 3
 
 

@@ -209,7 +209,7 @@ class DeviceFill:
         on_device = self._accelerator.can_digest
         if not (fits and on_device and self._begins_pinned(wanted)):
             # Needed for certain, here or else by `direct`.
-            self._pump.prepare()
+            self._pump.prepare(size)
         if not fits:
             return None
         chunks: list[_Chunk] = []

@@ -21,14 +21,17 @@ from everstep.snapshot.pinning import StagingRing
 
 _ALIGNMENT_BYTES = 16
 _PROGRAMS = "everstep.kernels.xxh3_program_triton"
+_found: list[CudaRuntime] = []
+"""The runtime, once it is loaded: to look for it takes some 10 ms of a `rewind()`."""
 
 
 def accelerator(device: torch.device) -> "CudaAccelerator | None":
     """The device as `DeviceFill` wants it; None for the CPU, and where there is no runtime."""
     if device.type != "cuda":
         return None
-    runtime = CudaRuntime.find()
-    return None if runtime is None else CudaAccelerator(device, runtime)
+    if not _found and (runtime := CudaRuntime.find()) is not None:
+        _found.append(runtime)
+    return CudaAccelerator(device, _found[0]) if _found else None
 
 
 class _CudaDigests:

@@ -21,9 +21,21 @@ def test_no_ring_before_somebody_needs_one() -> None:
     pump = RingPump(device, lambda _: pytest.fail("read"))
     pump.send([], lambda run, source: [], check=True)
     assert not device.rings
-    pump.prepare()
-    pump.prepare()
+    pump.prepare(1)
+    pump.prepare(1 << 40)
     assert len(device.rings) == 1
+    pump.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "lanes"), [(1, 1), (2 * BUFFER_BYTES + 1, 2), (1 << 40, LANES), (0, 1)]
+)
+def test_no_more_buffers_than_are_filled(size: int, lanes: int) -> None:
+    """Two for each thread, always: with fewer they would wait for each other's second one."""
+    device = FakeAccelerator()
+    pump = RingPump(device, lambda _: pytest.fail("read"))
+    pump.prepare(size)
+    assert device.rings[0]._buffers == 2 * lanes
     pump.close()
 
 
