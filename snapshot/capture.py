@@ -49,8 +49,8 @@ from everstep.snapshot.units import digest_in_place, plan_units
 SMALL_BYTES = 16 * 1024
 """Leaves below this are copied at once: cheaper than watching them."""
 _POLL_S = 0.003
-"""Copies take a hundred times as long, and whoever polls more often takes the interpreter's lock from
-the training thread more often."""
+"""Copies take a hundred times as long, and whoever polls more often takes the interpreter's lock
+from the training thread more often."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

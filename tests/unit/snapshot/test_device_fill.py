@@ -327,7 +327,7 @@ def test_pinned_memory_that_is_not_what_the_file_is(folder: Folder, small: None,
 
 
 @pytest.mark.parametrize(
-    "has", [lambda unit: unit < 22, lambda unit: unit >= 22, lambda unit: unit // 4 % 3 == 1]
+    "has", [lambda unit: unit < 22, lambda unit: unit >= 22, lambda unit: unit // 8 % 3 == 1]
 )
 def test_a_source_that_is_pinned_in_part(
     folder: Folder, small: None, has: Callable[[int], bool]
