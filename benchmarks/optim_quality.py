@@ -104,6 +104,9 @@ def _job(name: str, rate: float, seed: int, device: str, size: Size) -> Outcome:
 
 def _start(threads: int) -> None:
     torch.set_num_threads(threads)
+    if torch.cuda.device_count() > 1:
+        number = multiprocessing.current_process()._identity[0]
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def step_seconds(method: Method, rate: float, device: str, size: Size, rounds: int) -> list[float]:
