@@ -29,9 +29,10 @@ DEVICE = torch.device("cuda")
 FP32, BF16 = torch.float32, torch.bfloat16
 SECOND = ("v", "h")
 LAYOUTS = (
-    *(Launch(1024, 2), Launch(1024, 4), Launch(2048, 4), Launch(2048, 8)),
-    *(Launch(4096, 8), Launch(4096, 4), Launch(1024, 1), Launch(512, 2)),
+    *(Launch(2048, 4), Launch(1024, 4), Launch(512, 4), Launch(1024, 4, 2), Launch(512, 4, 4)),
+    *(Launch(1024, 4, 4), Launch(2048, 8, 2), Launch(512, 2, 4), Launch(2048, 4, 2)),
 )
+TUNED = ("int8", "4bit", "fp8", "lion_int8", "master")
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,9 +281,10 @@ def run_case(
     took = timed(table.step, rounds, 4)
     share = moved / took / rate
     torch.cuda.synchronize()
-    host = time.perf_counter()
+    numbers = scalars_of(case.method, 4)
     for work in works:
-        work.scalars = (*work.scalars,)
+        work.scalars = numbers
+    host = time.perf_counter()
     table.refresh(works)
     table.step()
     host = time.perf_counter() - host
@@ -344,7 +346,7 @@ def tune(report: Report, names: list[str], rate: float, rounds: int) -> None:
             torch.cuda.synchronize()
             compiled = time.perf_counter() - begun
             took = timed(table.step, rounds, 4)
-            key = f"{name}_{layout.elements}_{layout.warps}"
+            key = f"{name}_{layout.elements}_{layout.warps}_{layout.tiles}"
             text = f"{took * 1e3:8.3f} ms {moved / took / rate:6.1%}"
             print(f"  {key}: {text} (first {compiled:.1f} s)", flush=True)
             report.add(key, moved / took / rate, text, key)
@@ -355,7 +357,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, nargs="*", default=[50_000_000, 500_000_000])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--only", nargs="*", default=list(CASES))
+    parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--no-check", action="store_true")
     arguments = parser.parse_args()
     report = Report("optim_device")
@@ -363,7 +365,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     report.add("copy", rate, f"{rate / 1e12:.3f} TB/s", "copy_bytes_per_s")
     if arguments.tune:
-        tune(report, arguments.only, rate, arguments.rounds)
+        tune(report, arguments.only or list(TUNED), rate, arguments.rounds)
         report.print()
         return
     if not arguments.no_check:
@@ -371,7 +373,7 @@ def main() -> None:
     sets = {f"{count // 1_000_000}M": model_shapes(count) for count in arguments.parameters}
     sets["small"] = small_shapes(50_000_000)
     for label, shapes in sets.items():
-        for name in arguments.only:
+        for name in arguments.only or CASES:
             run_case(report, name, label, shapes, rate, arguments.rounds)
             torch.cuda.empty_cache()
         run_others(report, label, shapes, rate, arguments.rounds)

@@ -96,11 +96,12 @@ def advance(
     BLOCK_C: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
     FLAT: tl.constexpr,
     VECTOR: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
-    """Take one step of one tile.
+    """Take one step of a few tiles that follow each other.
 
     Args:
         owners: int32, the tensor of each program.
@@ -121,7 +122,8 @@ def advance(
         BLOCK_B: As `BLOCK_A`.
         BLOCK_C: As `BLOCK_A`.
         WIDTH: Elements to a block of the tile, a multiple of the three.
-        BLOCKS: How many make the tile.
+        BLOCKS: How many make a tile.
+        TILES: How many a program has.
         FLAT: Rows are whole blocks.
         VECTOR: Elements that addresses are aligned to; and rows, if not `FLAT`.
         GUARDED: Whether to look at `found_inf`.
@@ -130,7 +132,7 @@ def advance(
     owner = tl.load(owners + program).to(tl.int64)
     entry = table + owner * COLUMNS
     numbers = scalars + owner * SCALARS
-    first = (program - tl.load(entry + FIRST).to(tl.int32)) * BLOCKS
+    begin = (program - tl.load(entry + FIRST).to(tl.int32)) * (BLOCKS * TILES)
     total = tl.load(entry + TOTAL).to(tl.int32)
     row, across = tl.load(entry + ROW), tl.load(entry + ACROSS).to(tl.int32)
     parameter, correction = tl.load(entry + PARAMETER), tl.load(entry + CORRECTION)
@@ -139,53 +141,50 @@ def advance(
     if GUARDED:
         if tl.load(found_inf) != 0.0:
             return
-    start, place, inside = tile(first, total, row, across, 1, WIDTH, BLOCKS, FLAT, VECTOR)
-    p = tl.zeros((BLOCKS, WIDTH), tl.float32)
-    if READ == "split":
-        code = tl.load(pointer(correction, start, tl.int8, VECTOR) + place, inside, other=0)
-        bits = pointer(parameter, start, tl.uint16, 2 * VECTOR) + place
-        p = merge(tl.load(bits, inside, other=0), code)
-    elif READ != "":
-        p = _load(parameter, start, place, inside, READ, VECTOR)
-    g, a, b, c, direction = p, p, p, p, p
-    if GRADIENTS != "":
-        g = _load(tl.load(entry + GRADIENT), start, place, inside, GRADIENTS, VECTOR)
-        g = g * tl.load(grad_scale)
-    if DIRECTED == "read":
-        direction = _load(tl.load(entry + DIRECTION), start, place, inside, "fp32", VECTOR)
-    if CODEC_A != "":
-        a = load_state(
-            CODEC_A, BLOCK_A, a_, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
-        )
-    if CODEC_B != "":
-        b = load_state(
-            CODEC_B, BLOCK_B, b_, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
-        )
-    if CODEC_C != "":
-        c = load_state(
-            CODEC_C, BLOCK_C, c_, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
-        )
-    p, a, b, c, direction = update(METHOD, numbers, p, g, a, b, c, direction)
-    if WRITTEN == "split":
-        bits, code = split(p)
-        tl.store(pointer(parameter, start, tl.uint16, 2 * VECTOR) + place, bits, inside)
-        tl.store(pointer(correction, start, tl.int8, VECTOR) + place, code, inside)
-    elif WRITTEN != "":
-        _store(parameter, start, place, inside, p, seed, WRITTEN, VECTOR)
-    if DIRECTED == "written":
-        address = tl.load(entry + DIRECTION)
-        _store(address, start, place, inside, direction, seed, "fp32", VECTOR)
-    if CODEC_A != "":
-        store_state(
-            CODEC_A, BLOCK_A, a_, a, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
-        )
-    if CODEC_B != "":
-        if METHOD != "sophia":
+    for turn in range(TILES):
+        first = begin + turn * BLOCKS
+        start, place, inside = tile(first, total, row, across, 1, WIDTH, BLOCKS, FLAT, VECTOR)
+        p = tl.zeros((BLOCKS, WIDTH), tl.float32)
+        if READ == "split":
+            code = tl.load(pointer(correction, start, tl.int8, VECTOR) + place, inside, other=0)
+            bits = pointer(parameter, start, tl.uint16, 2 * VECTOR) + place
+            p = merge(tl.load(bits, inside, other=0), code)
+        elif READ != "":
+            p = _load(parameter, start, place, inside, READ, VECTOR)
+        g, a, b, c, direction = p, p, p, p, p
+        if GRADIENTS != "":
+            g = _load(tl.load(entry + GRADIENT), start, place, inside, GRADIENTS, VECTOR)
+            g = g * tl.load(grad_scale)
+        if DIRECTED == "read":
+            direction = _load(tl.load(entry + DIRECTION), start, place, inside, "fp32", VECTOR)
+        if CODEC_A != "":
+            a = load_state(
+                CODEC_A, BLOCK_A, a_, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
+            )
+        if CODEC_B != "":
+            b = load_state(
+                CODEC_B, BLOCK_B, b_, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
+            )
+        if CODEC_C != "":
+            c = load_state(
+                CODEC_C, BLOCK_C, c_, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
+            )
+        p, a, b, c, direction = update(METHOD, numbers, p, g, a, b, c, direction)
+        if WRITTEN == "split":
+            bits, code = split(p)
+            tl.store(pointer(parameter, start, tl.uint16, 2 * VECTOR) + place, bits, inside)
+            tl.store(pointer(correction, start, tl.int8, VECTOR) + place, code, inside)
+        elif WRITTEN != "":
+            _store(parameter, start, place, inside, p, seed, WRITTEN, VECTOR)
+        if DIRECTED == "written":
+            address = tl.load(entry + DIRECTION)
+            _store(address, start, place, inside, direction, seed, "fp32", VECTOR)
+        if CODEC_A != "":
             store_state(
-                CODEC_B,
-                BLOCK_B,
-                b_,
-                b,
+                CODEC_A,
+                BLOCK_A,
+                a_,
+                a,
                 maps,
                 first,
                 total,
@@ -196,7 +195,36 @@ def advance(
                 FLAT,
                 VECTOR,
             )
-    if CODEC_C != "":
-        store_state(
-            CODEC_C, BLOCK_C, c_, c, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
-        )
+        if CODEC_B != "":
+            if METHOD != "sophia":
+                store_state(
+                    CODEC_B,
+                    BLOCK_B,
+                    b_,
+                    b,
+                    maps,
+                    first,
+                    total,
+                    row,
+                    across,
+                    WIDTH,
+                    BLOCKS,
+                    FLAT,
+                    VECTOR,
+                )
+        if CODEC_C != "":
+            store_state(
+                CODEC_C,
+                BLOCK_C,
+                c_,
+                c,
+                maps,
+                first,
+                total,
+                row,
+                across,
+                WIDTH,
+                BLOCKS,
+                FLAT,
+                VECTOR,
+            )

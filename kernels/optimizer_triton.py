@@ -10,7 +10,7 @@ gradients alive: callers do. Importing it imports neither torch nor triton.
 The first launch of a kind compiles for some seconds; another tensor or another step never does.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy
 
@@ -31,6 +31,7 @@ PROGRAM_COLUMNS = 18
 """int64 words of a tensor in the table; `optimizer_program_triton` has their meaning."""
 
 _PLAIN_WIDTH = 128
+_NARROWEST = 16
 _BLOCKS = (16, 32, 64, 128, 256, 512)
 _WRITES_NO_PARAMETER = frozenset({"hessian", "adam_direction", "momentum_direction"})
 _READS_NO_PARAMETER = frozenset({"hessian", "momentum_direction"})
@@ -41,15 +42,18 @@ class Launch(NamedTuple):
     """How the work is laid out; every choice gives the same bits, and another one compiles anew.
 
     Attributes:
-        elements: Of a program.
+        elements: Of a tile, which is what a program holds at a time.
         warps: Of a program.
+        tiles: Of a program, one after the other.
     """
 
     elements: int = 2048
     warps: int = 4
+    tiles: int = 1
 
 
 DEFAULT = Launch()
+Addresses: TypeAlias = tuple[int, ...]
 
 
 class Kind(NamedTuple):
@@ -76,7 +80,7 @@ class Table:
         """Lays out the tables for these works.
 
         Args:
-            works: What every later `refresh` gets, too, as many of the same sizes.
+            works: Every later `refresh` gets as many, of the same sizes, types and codecs.
             method: One of `optimizer_work.METHODS`.
             launch: How to lay out the work.
 
@@ -94,30 +98,33 @@ class Table:
         self._maps = torch.from_numpy(optimizer_lookups.table().copy()).to(self._device)
         self._one = torch.ones(1, dtype=torch.float32, device=self._device)
         self._parts: list[_Part] = []
-        self._kinds: list[Kind] = []
+        self._alignments: list[Addresses] = []
         self.refresh(works)
 
     def refresh(self, works: list[Work]) -> None:
         """Take the addresses, scalars and seeds of the next step over.
 
         Args:
-            works: As many as before, of the same sizes.
+            works: As many as before, of the same sizes, types and codecs.
 
         Raises:
             ValueError: As for a new table.
         """
-        kinds = [kind_of(work, self._method, addresses_of(work)) for work in works]
-        if kinds != self._kinds:
-            chosen: dict[Kind, list[int]] = {}
-            for place, kind in enumerate(kinds):
-                chosen.setdefault(kind, []).append(place)
-            self._kinds = kinds
-            self._parts = [
-                _Part(kind, places, works, self._launch, self._device)
-                for kind, places in chosen.items()
-            ]
+        fresh = [addresses_of(work) for work in works]
+        if [_alignments(addresses) for addresses in fresh] != self._alignments:
+            self._arrange(works, fresh)
         for part in self._parts:
-            part.refresh(works)
+            part.refresh(works, fresh)
+
+    def _arrange(self, works: list[Work], addresses: list[Addresses]) -> None:
+        chosen: dict[Kind, list[int]] = {}
+        for place, (work, found) in enumerate(zip(works, addresses, strict=True)):
+            chosen.setdefault(kind_of(work, self._method, found), []).append(place)
+        self._alignments = [_alignments(found) for found in addresses]
+        self._parts = [
+            _Part(kind, places, works, self._launch, self._device)
+            for kind, places in chosen.items()
+        ]
 
     def step(
         self, grad_scale: "torch.Tensor | None" = None, found_inf: "torch.Tensor | None" = None
@@ -147,8 +154,10 @@ class Table:
                     METHOD=self._method,
                     DIRECTED=_DIRECTED.get(self._method, ""),
                     BLOCKS=part.blocks,
+                    TILES=self._launch.tiles,
                     GUARDED=found_inf is not None,
-                    num_warps=part.warps,
+                    num_warps=self._launch.warps,
+                    num_stages=1,
                     enable_fp_fusion=False,
                     **part.kind._asdict(),
                 )
@@ -179,9 +188,8 @@ class _Part:
 
         self.kind = kind
         self.blocks = max(1, launch.elements // kind.WIDTH)
-        self.warps = launch.warps
         self._places = places
-        self._addresses: list[tuple[int, ...]] = [()] * len(places)
+        self._addresses: list[Addresses] = [()] * len(places)
         self._numbers: list[tuple[float, ...]] = [()] * len(places)
         self._rows = numpy.zeros((len(places), PROGRAM_COLUMNS), numpy.int64)
         self._values = numpy.zeros((len(places), SCALARS_AT_MOST), numpy.float32)
@@ -189,7 +197,7 @@ class _Part:
         for row, place in enumerate(places):
             lines, length = shape_of(works[place])
             across = -(-length // kind.WIDTH)
-            counts[row] = -(-lines * across // self.blocks)
+            counts[row] = -(-lines * across // (self.blocks * launch.tiles))
             self._rows[row, :4] = 0, lines * across, length, across
         self._rows[1:, 0] = counts.cumsum()[:-1]
         self.programs = int(counts.sum())
@@ -200,12 +208,11 @@ class _Part:
         self.table = torch.empty(self._rows.shape, dtype=torch.int64, device=device)
         self.scalars = torch.empty(self._values.shape, dtype=torch.float32, device=device)
 
-    def refresh(self, works: list[Work]) -> None:
+    def refresh(self, works: list[Work], fresh: list[Addresses]) -> None:
         """Copy what has changed."""
         moved = valued = False
         for row, place in enumerate(self._places):
-            work = works[place]
-            addresses = addresses_of(work)
+            work, addresses = works[place], fresh[place]
             if addresses != self._addresses[row]:
                 self._addresses[row] = addresses
                 self._rows[row, 4 : 4 + len(addresses)] = addresses
@@ -229,7 +236,7 @@ def _send(rows: Any, target: "torch.Tensor") -> None:
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
-def addresses_of(work: Work) -> tuple[int, ...]:
+def addresses_of(work: Work) -> Addresses:
     """The columns of a work's row that may change: addresses and the seed."""
     found = [
         work.parameter.data_ptr(),
@@ -245,7 +252,14 @@ def addresses_of(work: Work) -> tuple[int, ...]:
     return tuple(found)
 
 
-def kind_of(work: Work, method: str, addresses: tuple[int, ...]) -> Kind:
+def _alignments(addresses: Addresses) -> Addresses:
+    """All that a work's kind takes from its addresses."""
+    parameter, correction, gradient, direction, seed, *states = addresses
+    low = (parameter | correction) & 15, gradient & 15, direction & 15, seed != 0
+    return *low, *[address & 15 for address in states]
+
+
+def kind_of(work: Work, method: str, addresses: Addresses) -> Kind:
     """Which launch a work belongs to.
 
     Raises:
@@ -253,9 +267,11 @@ def kind_of(work: Work, method: str, addresses: tuple[int, ...]) -> Kind:
     """
     _check(work, method)
     states = [*work.states, *[_NO_STATE] * (STATES_AT_MOST - len(work.states))]
-    blocks = [state.block if state.scales is not None else 0 for state in states]
-    width = max(blocks) or _PLAIN_WIDTH
     _, row = shape_of(work)
+    # A block is no wider than a row needs: what is beyond it would be computed for nothing.
+    most = max(_NARROWEST, 1 << (row - 1).bit_length())
+    blocks = [0 if state.scales is None else min(state.block, most) for state in states]
+    width = max(blocks) or _PLAIN_WIDTH
     parameter = _name(work.parameter)
     held = "split" if work.correction is not None else parameter
     written = "random" if work.seed and held == "bf16" else held
@@ -283,7 +299,7 @@ def shape_of(work: Work) -> tuple[int, int]:
     return 1, work.rows * work.row
 
 
-def _vector(work: Work, row: int, flat: bool, addresses: tuple[int, ...]) -> int:
+def _vector(work: Work, row: int, flat: bool, addresses: Addresses) -> int:
     """How many elements a thread may take at once: those of 16 bytes of the widest type, or 1."""
     sizes = [work.parameter.element_size(), 1]
     sizes += [
@@ -328,8 +344,13 @@ def _check(work: Work, method: str) -> None:
             f"{method} with {len(work.states)} states and {len(work.scalars)} scalars: it has "
             f"{wanted.states} and {wanted.scalars}"
         )
+    tensors = [work.parameter, work.gradient, work.direction, work.correction]
     for state in work.states:
+        tensors += [state.codes, state.scales, state.correction]
         if state.codec not in CODECS:
             raise ValueError(f"codec {state.codec!r}: known are {', '.join(CODECS)}")
         if state.scales is not None and (state.block not in _BLOCKS):
             raise ValueError(f"a block of {state.block}: {_BLOCKS} are possible")
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"a tensor {tuple(tensor.shape)} with gaps: {tensor.stride()}")
