@@ -27,7 +27,7 @@ from benchmarks.optim_quality_model import FULL, SHORT, ByteGpt, Outcome, Size, 
 from benchmarks.report import Report, machine
 
 WEIGHT_DECAY = 0.1
-ADAMW_RATE = 4e-3
+ADAMW_RATE = 2e-3
 """Of what Muon leaves to AdamW."""
 
 Optimizers = list[torch.optim.Optimizer]
@@ -69,8 +69,8 @@ def _planned(
     return make
 
 
-_ADAMW_GRID = (1e-3, 2e-3, 4e-3, 8e-3)
-_LION_GRID = (2e-4, 4e-4, 8e-4, 1.6e-3)
+_ADAMW_GRID = (7e-4, 1.4e-3, 2.8e-3, 5.6e-3)
+_LION_GRID = (1e-4, 2e-4, 4e-4, 8e-4)
 _MUON_GRID = (5e-3, 1e-2, 2e-2, 4e-2)
 
 METHODS: dict[str, Method] = {
