@@ -56,11 +56,13 @@ class Plan:
     """What `plan` gives: `str()` is the table.
 
     Attributes:
+        method: What hidden matrices have.
         entries: One for each parameter, in the model's order.
         groups: Parameter groups for the optimizer, or optimizers, of the plan; each has its
             "params", "method", "role" and "codec", and what was given for its role.
     """
 
+    method: str
     entries: list[Entry]
     groups: list[dict[str, Any]] = field(default_factory=list)
 
@@ -80,7 +82,7 @@ class Plan:
         return _BYTES_OF_ADAMW * self.elements
 
     def optimizers(self, **options: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
-        """One optimizer for each method of the plan.
+        """One optimizer for each method, that of hidden matrices first.
 
         Args:
             options: For each method its arguments, e.g. ``Muon={"lr": 0.02}, AdamW={"lr": 3e-4}``.
@@ -89,6 +91,7 @@ class Plan:
             InvalidConfiguration: If options are for a method that the plan does not have.
         """
         methods = list(dict.fromkeys(group["method"] for group in self.groups))
+        methods.sort(key=lambda name: name != self.method)
         for name in options:
             if name not in methods:
                 raise InvalidConfiguration(name, f"the plan has {', '.join(methods)}")
@@ -159,7 +162,7 @@ def plan(
     for role in options or {}:
         if role not in ROLES:
             raise InvalidConfiguration(f"options[{role!r}]", f"it is not one of {ROLES}")
-    found = Plan([])
+    found = Plan(method, [])
     groups: dict[tuple[str, str, str], dict[str, Any]] = {}
     for name, parameter in named:
         role = assigned[name].role

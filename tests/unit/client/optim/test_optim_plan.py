@@ -146,7 +146,6 @@ def test_groups_train_what_they_hold() -> None:
     assert optimizer.state[model.wte.weight]["exp_avg.codes"].dtype == torch.int8
 
 
-@pytest.mark.skipif("Muon" not in METHODS, reason="no Muon")
 def test_a_muon_plan_leaves_all_but_hidden_matrices_to_adamw() -> None:
     made = plan(Model(), "Muon", "int8")
     methods = {entry.parameter: entry.method for entry in made.entries}
@@ -154,12 +153,18 @@ def test_a_muon_plan_leaves_all_but_hidden_matrices_to_adamw() -> None:
     others = [name for name, method in methods.items() if method == "AdamW"]
     assert {"wte.weight", "read_out.weight", "norm.weight", "layers.0.norm.weight"} <= set(others)
     muon, adamw = made.optimizers(Muon={"lr": 0.02}, AdamW={"lr": 1e-3})
-    if type(muon).__name__ != "Muon":
-        muon, adamw = adamw, muon
-    assert type(muon).__name__, type(adamw).__name__ == ("Muon", "AdamW")
+    assert (type(muon).__name__, type(adamw).__name__) == ("Muon", "AdamW")
     assert {group["lr"] for group in adamw.param_groups} == {1e-3}
     with pytest.raises(InvalidConfiguration, match="Lion"):
         made.optimizers(Lion={})
+
+
+def test_a_stack_of_experts_is_no_matrix_for_muon() -> None:
+    experts = nn.Parameter(torch.zeros(8, 64, 128))
+    kernel = nn.Parameter(torch.zeros(64, 16, 3, 3))
+    made = plan([("layers.0.experts.w1", experts), ("layers.0.conv.weight", kernel)], "Muon")
+    assert [entry.method for entry in made.entries] == ["AdamW", "Muon"]
+    assert {entry.role for entry in made.entries} == {"hidden"}
 
 
 def test_codecs_by_role_and_by_name() -> None:
