@@ -63,6 +63,17 @@ _SCRAMBLE_KEYS = _read(128, LANES)
 _LAST_KEYS = numpy.concatenate([_STRIPE_KEYS[:15], _read(_LAST_STRIPE, LANES)[None]])
 
 
+def _signed(words: Words) -> tuple[int, ...]:
+    return tuple(words.view(numpy.int64).tolist())
+
+
+_CONSTANTS = {
+    "INITIAL": _signed(_INITIAL),
+    "SECRET": _signed(_read(0, 24)),
+    "LAST_SECRET": _signed(_LAST_KEYS[-1]),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """How the work is laid out on the device; the digests are the same for all.
@@ -251,9 +262,7 @@ def _launch(
             table if clones is None else clones,
             accumulators,
             units,
-            INITIAL=_signed(_INITIAL),
-            SECRET=_signed(_read(0, 24)),
-            LAST_SECRET=_signed(_LAST_KEYS[-1]),
+            **_CONSTANTS,
             BLOCKS=blocks,
             SCATTERED=scattered,
             ALIGNMENT=16 if alignment % 16 == 0 else 8 if alignment % 8 == 0 else 1,
@@ -269,7 +278,3 @@ def _check(tensor: "torch.Tensor", shape: tuple[int, ...], name: str) -> None:
 
     if tensor.dtype != torch.int64 or tuple(tensor.shape) != shape or not tensor.is_contiguous():
         raise ValueError(f"{name} of {tensor.dtype} {tuple(tensor.shape)}, not int64 {shape}")
-
-
-def _signed(words: Words) -> tuple[int, ...]:
-    return tuple(words.view(numpy.int64).tolist())
