@@ -20,6 +20,7 @@
     │   ├── OutOfSpace             memory or disk does not hold what was asked; nothing was written
     │   ├── NotCapturable          a leaf cannot be expressed without pickle; names path and type
     │   │   └── Misplaced          tensors cannot lie where they are said to; lists all of them
+    │   ├── NotCompressible        an optimizer has state that codes cannot hold; the reason
     │   ├── StateMismatch          model and snapshot differ; lists missing, unexpected, reshaped
     │   └── PermissionRefused      the peer's uid may not talk to this agent
     ├── AgentFault                 the agent has a bug; report it
@@ -362,6 +363,21 @@ class Misplaced(NotCapturable):
         self.path, _, self.detail = problems[0].partition(": ")
         summary = "what is attached is not what placements say. Nothing was captured or loaded."
         EverstepError.__init__(self, summary + _listed(problems))
+
+
+class NotCompressible(Refused):
+    """The optimizer has state, or works in a way, that codes between steps cannot hold.
+
+    Attributes:
+        optimizer: Its class.
+        problem: What it is.
+    """
+
+    def __init__(self, optimizer: str, problem: str) -> None:
+        self.optimizer, self.problem = optimizer, problem
+        super().__init__(
+            f"{optimizer} cannot be compressed: {problem}. Nothing was changed; use it as it is."
+        )
 
 
 class StateMismatch(Refused):

@@ -32,8 +32,14 @@ from everstep.client.optim.codecs import (
     valid_block,
 )
 from everstep.client.optim.codecs.codec import CODES, CORRECTION, SCALES
+from everstep.client.optim.engine import (
+    check,
+    numbers_of,
+    own_step,
+    state_made_for,
+)
 from everstep.client.optim.state_names import LEFT_AS_THEY_ARE, ROLE_OF_STATE
-from everstep.proto.errors import InvalidConfiguration, Refused
+from everstep.proto.errors import InvalidConfiguration, NotCompressible
 from everstep.snapshot.placement import local_of
 
 log = logging.getLogger("everstep")
@@ -42,21 +48,6 @@ _DTYPE = "dtype"
 _WEIGHT_CODEC = "bf16+8"
 _PROBE_SIZE = 8
 _PLAIN = (bool, int, float, str, type(None))
-
-
-class NotCompressible(Refused):
-    """The optimizer has state, or works in a way, that codes between steps cannot hold.
-
-    Attributes:
-        optimizer: Its class.
-        problem: What it is.
-    """
-
-    def __init__(self, optimizer: str, problem: str) -> None:
-        self.optimizer, self.problem = optimizer, problem
-        super().__init__(
-            f"{optimizer} cannot be compressed: {problem}. Nothing was changed; use it as it is."
-        )
 
 
 def compress(
@@ -115,7 +106,7 @@ class Compressed(torch.optim.Optimizer):
         if at_a_time not in (None, "parameter", "group"):
             raise InvalidConfiguration("at_a_time", f"{at_a_time!r} is not 'parameter' or 'group'")
         valid_block(codec_named(codec), block)
-        _check(engine)
+        check(engine)
         self.engine = engine
         self.kept: dict[str, str] = {}
         self._codec, self._block = codec, block
@@ -173,7 +164,7 @@ class Compressed(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbers = _numbers(self.engine)
+        numbers = numbers_of(self.engine)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             parts = [parameters] if self._whole_groups else [[p] for p in parameters]
@@ -195,7 +186,7 @@ class Compressed(torch.optim.Optimizer):
                 engine.state[parameter] = self._decoded(group, parameter)
         engine.param_groups = [sub]
         try:
-            _own_step(engine)
+            own_step(engine)
         finally:
             engine.param_groups = self.param_groups
             for parameter in parameters:
@@ -284,70 +275,8 @@ class Compressed(torch.optim.Optimizer):
                     seen.add((number, len(shape)))
                     stand_in = torch.full(shape, 0.5, dtype=parameter.dtype)
                     stand_in = torch.nn.Parameter(stand_in.to(parameter.device))
-                    for name, value in _made_for(self.engine, group, stand_in).items():
+                    for name, value in state_made_for(self.engine, group, stand_in).items():
                         self._coded(stand_in, name, value)
-
-
-def _made_for(
-    engine: torch.optim.Optimizer, group: dict[str, Any], stand_in: torch.nn.Parameter
-) -> dict[str, Any]:
-    """The state of one step of a stand-in; nothing else changes."""
-    groups, numbers = engine.param_groups, _numbers(engine)
-    tensors = [(v, v.clone()) for v in group.values() if isinstance(v, torch.Tensor)]
-    others = set(engine.state)
-    stand_in.grad = torch.full_like(stand_in, 0.01)
-    engine.param_groups = [{**group, "params": [stand_in]}]
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            _own_step(engine)
-    except Exception as problem:
-        log.debug("%s does not step on a stand-in: %s", type(engine).__name__, problem)
-    finally:
-        engine.param_groups = groups
-        vars(engine).update(numbers)
-        for tensor, value in tensors:
-            tensor.copy_(value)
-    state = dict(engine.state.pop(stand_in, {}))
-    strays = [key for key in engine.state if key not in others and not torch.is_tensor(key)]
-    for key in strays:
-        del engine.state[key]
-    if strays:
-        what = f"its state {strays[0]!r} belongs to no parameter"
-        raise NotCompressible(type(engine).__name__, what)
-    return state
-
-
-def _check(engine: torch.optim.Optimizer) -> None:
-    problem = None
-    if isinstance(engine, torch.optim.LBFGS):
-        problem = "its state is lists of past steps, of all parameters in one"
-    elif any(group.get("differentiable") for group in engine.param_groups):
-        problem = "differentiable=True needs the state of the step in the graph"
-    elif engine._optimizer_step_pre_hooks or engine._optimizer_step_post_hooks:
-        problem = "it has step hooks, which would run for each part; register them on the result"
-    elif hasattr(engine.step, "_wrapped_by_lr_sched"):
-        problem = "an LR scheduler holds it; make the scheduler for the result"
-    elif any("codec" in g for g in engine.param_groups) and not _torchs(engine):
-        problem = "it holds codes already"
-    if problem is not None:
-        raise NotCompressible(type(engine).__name__, problem)
-
-
-def _torchs(engine: torch.optim.Optimizer) -> bool:
-    return not type(engine).__module__.startswith(__name__.rpartition(".")[0])
-
-
-def _numbers(engine: torch.optim.Optimizer) -> dict[str, Any]:
-    """What an optimizer counts outside of its groups."""
-    return {k: v for k, v in vars(engine).items() if isinstance(v, (bool, int, float))}
-
-
-def _own_step(engine: torch.optim.Optimizer) -> None:
-    """The step without hooks: those of the whole step run once, around it."""
-    step: Any = type(engine).step
-    while getattr(step, "hooked", False):
-        step = step.__wrapped__
-    step(engine)
 
 
 def _placed(

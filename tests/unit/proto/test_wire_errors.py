@@ -35,6 +35,7 @@ SAMPLES: Sequence[EverstepError] = (
     errors.OutOfSpace("/dev/shm/everstep", 5_000_000, 1_000_000, "Free some."),
     errors.OutOfSpace("/dev/shm/everstep", 5_000_000, None),
     errors.NotCapturable("model/x", "Generator", "detail"),
+    errors.NotCompressible("LBFGS", "its state is lists"),
     errors.Misplaced("model/x: its extents overlap", "model/y: is outside"),
     errors.StateMismatch("differs", ("a",), ("b", "c"), ("d: f32 -> bf16",)),
     errors.StateMismatch("differs", divergent=("e",), contradictory=("f: as i8 and u8",)),

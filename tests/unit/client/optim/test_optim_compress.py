@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from everstep.client.optim.codecs import CODECS
-from everstep.client.optim.compress import Compressed, NotCompressible, compress
+from everstep.client.optim.compress import Compressed, compress
 from everstep.client.optim.methods import method_named
-from everstep.proto.errors import InvalidConfiguration
+from everstep.proto.errors import InvalidConfiguration, NotCompressible
 
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
