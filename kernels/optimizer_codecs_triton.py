@@ -11,12 +11,7 @@ import triton.language as tl
 
 from everstep.kernels import optimizer_lookups
 from everstep.kernels.optimizer_fourbit_triton import fourbit_encode
-from everstep.kernels.optimizer_fp8_triton import (
-    fp8_decode,
-    fp8_encode,
-    fp8_inverse,
-    fp8_sixteenths,
-)
+from everstep.kernels.optimizer_fp8_triton import fp8_decode, fp8_encode
 from everstep.kernels.optimizer_words_triton import divide_tame, look_up
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -253,14 +248,11 @@ def load_state(
             code = tl.reshape(tl.join(pair & 15, pair >> 4), (BLOCKS, WIDTH))
         else:
             code = tl.load(pointer(address, start, tl.uint8, VECTOR) + place, inside, other=0)
-        wide = _spread(scale, BLOCKS, PARTS, BLOCK)
         if EACH == 2:
             least = tl.load(scales + block * EACH + 1, exists, other=0.0)
-            sixteenths = fp8_sixteenths(scale, least, maps)
-            sixteenths = sixteenths.to(tl.int32)
-            x = fp8_decode(code, wide, _spread(sixteenths, BLOCKS, PARTS, BLOCK), maps)
+            x = fp8_decode(code, scale, least, maps, BLOCKS, PARTS, BLOCK)
         else:
-            x = _decode(CODEC, code, wide, maps)
+            x = _decode(CODEC, code, _spread(scale, BLOCKS, PARTS, BLOCK), maps)
     return x
 
 
@@ -308,21 +300,16 @@ def store_state(
             least = _minimum(bits, BLOCKS, PARTS, BLOCK)
             least = tl.where(scale == scale, least, scale)
             tl.store(scales + block * EACH + 1, least, exists)
-            ratio = fp8_inverse(scale)
-        elif CODEC == "fourbit_second":
-            ratio = _ratio(16.0, scale, SMALLEST_FOURBIT)
-        elif CODEC == "int8_second":
-            ratio = _ratio(255.0, scale, SMALLEST_NORMAL)
+            SECOND: tl.constexpr = CODEC == "fp8_second"
+            code = fp8_encode(x, scale, least, maps, SECOND, BLOCKS, PARTS, BLOCK)
         else:
-            ratio = _ratio(1.0, scale, SMALLEST_NORMAL)
-        wide = _spread(ratio, BLOCKS, PARTS, BLOCK)
-        if EACH == 2:
-            sixteenths = fp8_sixteenths(scale, least, maps)
-            sixteenths = tl.where(ratio > 0.0, sixteenths, 256.0)
-            sixteenths = _spread(sixteenths, BLOCKS, PARTS, BLOCK)
-            code = fp8_encode(x, wide, sixteenths, maps, CODEC == "fp8_second")
-        else:
-            code = _encode(CODEC, x, wide, maps)
+            if CODEC == "fourbit_second":
+                ratio = _ratio(16.0, scale, SMALLEST_FOURBIT)
+            elif CODEC == "int8_second":
+                ratio = _ratio(255.0, scale, SMALLEST_NORMAL)
+            else:
+                ratio = _ratio(1.0, scale, SMALLEST_NORMAL)
+            code = _encode(CODEC, x, _spread(ratio, BLOCKS, PARTS, BLOCK), maps)
         kept = tl.where(scale == scale, 0xFF, 0)
         code = code & _spread(kept, BLOCKS, PARTS, BLOCK)
         if not FLAT:  # what pads the last byte of a row

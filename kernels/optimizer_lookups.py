@@ -61,15 +61,15 @@ def table() -> Floats:
 
 
 def _fp8_codes() -> Floats:
-    """For each stretch: where its second code begins, and the bits of its first."""
+    """For each stretch: where a code begins, if one does, and the bits of that code."""
     begins = _fp8_begins()
     made = numpy.full((FP8_STRETCHES, 2), _NEVER)
-    first = made[:, 1].view(numpy.int32)
+    first = made.view(numpy.int32)[:, 1]
     stretches = numpy.rint(-begins).astype(numpy.int64)
     assert len(set(stretches)) == len(begins), "two codes begin in one stretch"
     made[stretches, 0] = begins
     # Powers fall as stretches rise: a code begins below all stretches before its own.
-    made[:, 1] = 0
+    first[:] = 1
     for stretch in stretches:
         first[:stretch] += 1
     return made
@@ -88,7 +88,7 @@ def _fp8_begins() -> Floats:
 
 
 def _fp8_powers() -> Floats:
-    """For each bin of spreads: the part from which on the power is one more; the least power."""
+    """For each bin of spreads: the part from which on a power holds, if one does, and it."""
     parts = _fp8_parts()
     spreads = -numpy.log2(parts.astype(numpy.float64)).astype(numpy.float32)
     places = spreads.view(numpy.int32) / 2.0**FP8_SPREAD_SHIFT - FP8_FIRST_SPREAD
@@ -98,7 +98,7 @@ def _fp8_powers() -> Floats:
     assert len(set(bins)) == len(parts), "two powers begin in one bin"
     made = numpy.full((FP8_SPREADS, 2), _NEVER)
     made[bins, 0] = parts
-    made[:, 1] = _FP8_LEAST
+    made[:, 1] = _FP8_LEAST + 1
     for place in bins:
         made[:place, 1] += 1
     return made

@@ -189,8 +189,8 @@ class _Part:
         self.kind = kind
         self.blocks = max(1, launch.elements // kind.WIDTH)
         self._places = places
-        self._addresses: list[Addresses] = [()] * len(places)
-        self._numbers: list[tuple[float, ...]] = [()] * len(places)
+        self._addresses: list[Addresses] = []
+        self._numbers: list[tuple[float, ...]] = []
         self._rows = numpy.zeros((len(places), PROGRAM_COLUMNS), numpy.int64)
         self._values = numpy.zeros((len(places), SCALARS_AT_MOST), numpy.float32)
         counts = numpy.zeros(len(places), numpy.int64)
@@ -210,20 +210,17 @@ class _Part:
 
     def refresh(self, works: list[Work], fresh: list[Addresses]) -> None:
         """Copy what has changed."""
-        moved = valued = False
-        for row, place in enumerate(self._places):
-            work, addresses = works[place], fresh[place]
-            if addresses != self._addresses[row]:
-                self._addresses[row] = addresses
-                self._rows[row, 4 : 4 + len(addresses)] = addresses
-                moved = True
-            if work.scalars != self._numbers[row]:
-                self._numbers[row] = work.scalars
-                self._values[row, : len(work.scalars)] = work.scalars
-                valued = True
-        if moved:
+        addresses = [fresh[place] for place in self._places]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._rows[:, 4 : 4 + len(addresses[0])] = addresses
             _send(self._rows, self.table)
-        if valued:
+        numbers = [works[place].scalars for place in self._places]
+        if numbers != self._numbers:
+            self._numbers = numbers
+            if len(set(numbers)) == 1:  # the usual case, and much faster
+                numbers = numbers[:1]
+            self._values[:, : len(numbers[0])] = numbers
             _send(self._values, self.scalars)
 
 

@@ -1,8 +1,7 @@
 """Words of PTX that Triton has no name for, each beside what it means in the interpreter.
 
 Owns `look_up`, a load from a small table, and `divide_tame`, a division without exceptional cases.
-Promises the same bits either way but
-for `near_log2`.
+Promises the same bits either way.
 """
 
 import triton
@@ -68,18 +67,6 @@ def look_up_pair(table, index):
         number = tl.load(table + index * 2)
         whole = tl.load(table + index * 2 + 1).to(tl.int32, bitcast=True)
     return number, whole
-
-
-@triton.jit
-def near_log2(x):
-    """The logarithm of normal positive numbers to 2**-22: not the same bits in the interpreter."""
-    if COMPILED:
-        value = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        value = tl.log2(x)
-    return value
 
 
 @triton.jit

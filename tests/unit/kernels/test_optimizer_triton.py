@@ -195,7 +195,7 @@ def test_fp8_codes_that_are_looked_up_are_those_that_are_computed() -> None:
     powers = numpy.concatenate([powers, near.reshape(-1).view(numpy.float32)])
     table = optimizer_lookups.table()
     at = optimizer_lookups.FP8_CODES + 2 * numpy.rint(-powers).astype(int)
-    found = table[at + 1].view(numpy.int32) + (powers >= table[at])
+    found = table[at + 1].view(numpy.int32) - (powers < table[at])
     assert (found == optimizer_lookups._fp8_code(powers)).all()
 
 
@@ -208,5 +208,5 @@ def test_fp8_powers_that_are_looked_up_are_those_that_are_computed() -> None:
     spreads = numpy.maximum(-numpy.log2(parts), numpy.float32(1)).view(numpy.int32)
     shift, first = optimizer_lookups.FP8_SPREAD_SHIFT, optimizer_lookups.FP8_FIRST_SPREAD
     at = optimizer_lookups.FP8_POWERS + 2 * ((spreads >> shift) - first)
-    found = table[at + 1] + (parts >= table[at])
+    found = table[at + 1] - (parts < table[at])
     assert (found == optimizer_lookups._fp8_power(parts)).all()
