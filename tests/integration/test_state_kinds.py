@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import everstep
+from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import NotCapturable, Refused
 
 from .runs import load, save
@@ -352,6 +353,23 @@ def test_a_list_inside_itself_is_refused(connect: Connect) -> None:
     with pytest.raises(NotCapturable, match="inside itself") as raised:
         client.snapshot(1)
     assert raised.value.path.startswith("tree")
+
+
+def test_a_snapshot_that_is_refused_leaves_no_step_open(connect: Connect) -> None:
+    """The slot is asked for before the state is looked at."""
+    client = connect()
+    tree: Objects = {"good": torch.ones(2)}
+    client.attach(tree=tree)
+    assert client.snapshot(1).wait()
+    tree["bad"] = Unknown()
+    with pytest.raises(NotCapturable):
+        client.snapshot(2)
+    reply = client._channel.call("Status", wire.StatusRequest(job=client.job), 5.0)
+    (job,) = reply.jobs
+    assert [(one.step, one.committed) for one in job.snapshots] == [(1, True)]
+    assert job.counters["dropped"] == 1
+    del tree["bad"]
+    assert client.snapshot(3).wait()
 
 
 def test_a_state_that_can_be_stored_again_is(connect: Connect) -> None:

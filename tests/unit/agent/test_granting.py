@@ -220,3 +220,16 @@ def test_the_arena_that_is_gone_is_not_waited_for() -> None:
     node = two_under_way()
     node.handle(events.ArenaGone(JOB, 0, 1))
     assert [s.copying for s in node.job.snapshots.values()] == [set(), {1}, {1}]
+
+
+def test_a_rank_that_asks_again_after_its_arena_was_replaced_gets_a_slot_of_the_new_one() -> None:
+    """It asks before it knows whether its layout is still the same."""
+    node = Node(world=2).launch()
+    first = node.offer(0, 5)
+    assert node.offer(0, 5) == first
+    node.reserve(0, 2, size=20)
+    assert node.offer(0, 5) == Place(2, 0)
+    assert isinstance(node.offer(1, 5), Place)
+    for rank in (0, 1):
+        assert node.seal(rank, 5) is None
+    assert node.committed() == [5]
