@@ -9,12 +9,11 @@ namespace everstep {
 
 namespace {
 
-const SpanStep* steps(int isa) {
-    const SpanStep* widest = avx512_steps();
-    const SpanStep* wide = avx2_steps();
-    if (widest && (isa <= 0 || isa >= 3)) return widest;
-    if (wide && isa != 1) return wide;
-    return scalar_steps();
+const SpanStep* steps(const everstep_optimizer_tensor& tensor, int isa) {
+    const SpanStep* widest = isa <= 0 || isa >= 3 ? avx512_steps(tensor) : nullptr;
+    if (widest) return widest;
+    const SpanStep* wide = isa != 1 ? avx2_steps(tensor) : nullptr;
+    return wide ? wide : scalar_steps();
 }
 
 // Rounding to nearest and denormals kept, while it lives, whatever the caller has set.
@@ -65,7 +64,6 @@ void everstep_optimizer_step(const everstep_optimizer_tensor* tensors, uint64_t 
     using namespace everstep;
     if (found_inf && *found_inf != 0) return;
     if (!tensor_count || method < 0 || method >= kMethodCount) return;
-    const SpanStep step = steps(isa)[method];
     const float scale = grad_scale ? *grad_scale : 1.0f;
     const Exact exact;
     const uint64_t end = first_chunk + chunk_count;
@@ -76,7 +74,8 @@ void everstep_optimizer_step(const everstep_optimizer_tensor* tensors, uint64_t 
         const uint64_t last = tensor.first_chunk + chunks;
         const uint64_t from = first_chunk > tensor.first_chunk ? first_chunk : tensor.first_chunk;
         const uint64_t to = last < end ? last : end;
-        if (from < to) step({&tensor, from - tensor.first_chunk, to - from, scale});
+        if (from >= to) continue;
+        steps(tensor, isa)[method]({&tensor, from - tensor.first_chunk, to - from, scale});
     }
 }
 

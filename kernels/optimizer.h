@@ -57,9 +57,10 @@ struct Span {
 
 using SpanStep = void (*)(const Span&);
 
-// The functions by method; null where the machine, or the build, lacks the instructions.
-const SpanStep* avx512_steps();
-const SpanStep* avx2_steps();
+// The functions by method; null where the machine, or the build, lacks the instructions, and where a
+// block of the tensor is smaller than what the engine takes at a time.
+const SpanStep* avx512_steps(const everstep_optimizer_tensor& tensor);
+const SpanStep* avx2_steps(const everstep_optimizer_tensor& tensor);
 const SpanStep* scalar_steps();
 
 }  // namespace everstep

@@ -15,6 +15,7 @@ struct Vector {
     using Float = __m256;
     using Int = __m256i;
     static constexpr uint64_t kLanes = 8;
+    static constexpr int kParts = 2;
 
     static Float broadcast(float x) { return _mm256_set1_ps(x); }
     static Float load(const float* at) { return _mm256_loadu_ps(at); }
@@ -131,9 +132,9 @@ struct Vector {
 
 namespace everstep {
 
-const SpanStep* avx2_steps() {
+const SpanStep* avx2_steps(const everstep_optimizer_tensor& tensor) {
     const bool there = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-    return there ? kSteps : nullptr;
+    return there && blocks_fit(tensor) ? kSteps : nullptr;
 }
 
 }  // namespace everstep
@@ -142,7 +143,7 @@ const SpanStep* avx2_steps() {
 
 namespace everstep {
 
-const SpanStep* avx2_steps() { return nullptr; }
+const SpanStep* avx2_steps(const everstep_optimizer_tensor&) { return nullptr; }
 
 }  // namespace everstep
 

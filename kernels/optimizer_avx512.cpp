@@ -16,6 +16,7 @@ struct Vector {
     using Float = __m512;
     using Int = __m512i;
     static constexpr uint64_t kLanes = 16;
+    static constexpr int kParts = 2;
 
     static Float broadcast(float x) { return _mm512_set1_ps(x); }
     static Float load(const float* at) { return _mm512_loadu_ps(at); }
@@ -113,10 +114,10 @@ struct Vector {
 
 namespace everstep {
 
-const SpanStep* avx512_steps() {
+const SpanStep* avx512_steps(const everstep_optimizer_tensor& tensor) {
     const bool there = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return there ? kSteps : nullptr;
+    return there && blocks_fit(tensor) ? kSteps : nullptr;
 }
 
 }  // namespace everstep
@@ -125,7 +126,7 @@ const SpanStep* avx512_steps() {
 
 namespace everstep {
 
-const SpanStep* avx512_steps() { return nullptr; }
+const SpanStep* avx512_steps(const everstep_optimizer_tensor&) { return nullptr; }
 
 }  // namespace everstep
 

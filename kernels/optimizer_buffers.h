@@ -5,7 +5,7 @@
 // read and written in place only where that does not reach beyond the chunk: its neighbours may be
 // another thread's, or not there.
 
-constexpr uint64_t kWidest = 16;
+constexpr uint64_t kWidest = V::kLanes;
 
 // Some elements of a row; `offset` is at the beginning of a block of every state.
 struct Place {
@@ -51,7 +51,7 @@ inline void write_fp32(const Place& place, const float* from, void* base) {
     written<float>(place, from, base);
 }
 
-inline void read_bf16(const Place& place, const void* base, float* buffer) {
+__attribute__((flatten, noinline)) void read_bf16(const Place& place, const void* base, float* buffer) {
     uint16_t halves[kChunk];
     const uint16_t* from = readable<uint16_t>(place, base, halves);
     for (uint64_t at = 0; at < place.padded(); at += V::kLanes) {
@@ -59,7 +59,7 @@ inline void read_bf16(const Place& place, const void* base, float* buffer) {
     }
 }
 
-inline void write_bf16(const Place& place, const float* from, void* base) {
+__attribute__((flatten, noinline)) void write_bf16(const Place& place, const float* from, void* base) {
     uint16_t halves[kChunk];
     uint16_t* to = writable<uint16_t>(place, base, halves);
     for (uint64_t at = 0; at < place.padded(); at += V::kLanes) {
@@ -68,7 +68,7 @@ inline void write_bf16(const Place& place, const float* from, void* base) {
     written<uint16_t>(place, to, base);
 }
 
-inline void write_bf16_by_chance(const Place& place, const float* from, void* base,
+__attribute__((flatten, noinline)) void write_bf16_by_chance(const Place& place, const float* from, void* base,
                                  uint64_t seed) {
     uint16_t halves[kChunk];
     uint16_t chances[kChunk];
@@ -84,7 +84,7 @@ inline void write_bf16_by_chance(const Place& place, const float* from, void* ba
     written<uint16_t>(place, to, base);
 }
 
-inline void read_corrected(const Place& place, const void* base, const void* corrections,
+__attribute__((flatten, noinline)) void read_corrected(const Place& place, const void* base, const void* corrections,
                            float* buffer) {
     uint16_t halves[kChunk];
     int8_t bytes[kChunk];
@@ -96,7 +96,7 @@ inline void read_corrected(const Place& place, const void* base, const void* cor
     }
 }
 
-inline void write_corrected(const Place& place, const float* from, void* base,
+__attribute__((flatten, noinline)) void write_corrected(const Place& place, const float* from, void* base,
                             void* corrections) {
     uint16_t halves[kChunk];
     uint8_t bytes[kChunk];
@@ -112,7 +112,7 @@ inline void write_corrected(const Place& place, const float* from, void* base,
     written<uint8_t>(place, correction, corrections);
 }
 
-inline void read_fp16(const Place& place, const void* base, float* buffer) {
+__attribute__((flatten, noinline)) void read_fp16(const Place& place, const void* base, float* buffer) {
     uint16_t halves[kChunk];
     const uint16_t* from = readable<uint16_t>(place, base, halves);
     for (uint64_t at = 0; at < place.padded(); at += V::kLanes) {
@@ -120,7 +120,7 @@ inline void read_fp16(const Place& place, const void* base, float* buffer) {
     }
 }
 
-inline void write_fp16(const Place& place, const float* from, void* base) {
+__attribute__((flatten, noinline)) void write_fp16(const Place& place, const float* from, void* base) {
     uint16_t halves[kChunk];
     uint16_t* to = writable<uint16_t>(place, base, halves);
     for (uint64_t at = 0; at < place.padded(); at += V::kLanes) {
@@ -129,7 +129,7 @@ inline void write_fp16(const Place& place, const float* from, void* base) {
     written<uint16_t>(place, to, base);
 }
 
-inline const float* read_gradient(const Place& place, float* buffer) {
+__attribute__((noinline)) const float* read_gradient(const Place& place, float* buffer) {
     const everstep_optimizer_tensor& tensor = *place.tensor;
     if (tensor.gradient_type == kTypeFp32) return read_fp32(place, tensor.gradient, buffer);
     if (tensor.gradient_type == kTypeBf16) {
@@ -140,7 +140,7 @@ inline const float* read_gradient(const Place& place, float* buffer) {
     return buffer;
 }
 
-inline float* read_parameter(const Place& place, float* buffer) {
+__attribute__((noinline)) float* read_parameter(const Place& place, float* buffer) {
     const everstep_optimizer_tensor& tensor = *place.tensor;
     if (tensor.parameter_type == kTypeFp32) return read_fp32(place, tensor.parameter, buffer);
     if (tensor.parameter_type == kTypeFp16) {
@@ -153,7 +153,7 @@ inline float* read_parameter(const Place& place, float* buffer) {
     return buffer;
 }
 
-inline void write_parameter(const Place& place, const float* from) {
+__attribute__((noinline)) void write_parameter(const Place& place, const float* from) {
     const everstep_optimizer_tensor& tensor = *place.tensor;
     if (tensor.parameter_type == kTypeFp32) return write_fp32(place, from, tensor.parameter);
     if (tensor.parameter_type == kTypeFp16) return write_fp16(place, from, tensor.parameter);

@@ -26,6 +26,7 @@ struct ByteCodec {
     using Code = uint8_t;
     static constexpr int kScales = 1;
     static constexpr bool kNibbles = false;
+    static constexpr bool kPositive = false;  // measures have no sign, not even that of zero
     static Float measure(Float x) { return x; }
 };
 
@@ -48,15 +49,18 @@ struct Int8Signed : ByteCodec {
         Encoding(uint32_t most, uint32_t)
             : scales{float_of(most)}, inverse(V::broadcast(ratio(1.0f, scales[0]))) {}
         Int operator()(Float x) const {
-            const Float z = clamped(x * inverse, -1.0f, 1.0f);
-            const Float companded = (z + z) / (V::broadcast(1.0f) + V::magnitude(z));
-            return V::nearest(companded * V::broadcast(127.0f));
+            // As rint(127 ((z + z) / (1 + |z|))), which differs by exact powers of two. There is no
+            // clamp of z as it is less than 1 + 2^-20, which has the code of 1.
+            const Float z = x * inverse;
+            const Float half = z / (V::broadcast(1.0f) + V::magnitude(z));
+            return V::nearest(half * V::broadcast(254.0f));
         }
     };
 };
 
 struct Int8Second : ByteCodec {
     static constexpr uint64_t kBlock = 64;
+    static constexpr bool kPositive = true;
 
     struct Decoding {
         Float step;
@@ -75,7 +79,7 @@ struct Int8Second : ByteCodec {
         Encoding(uint32_t most, uint32_t)
             : scales{float_of(most)}, inverse(V::broadcast(ratio(255.0f, scales[0]))) {}
         Int operator()(Float root) const {
-            const Int code = V::nearest(clamped(root * inverse, 1.0f, 255.0f));
+            const Int code = V::nearest(V::most(root * inverse, V::broadcast(1.0f)));
             return V::where_greater(root, V::broadcast(0.0f), code, V::integers(0));
         }
     };
@@ -122,7 +126,8 @@ struct FourbitSecond : ByteCodec {
               lowest(scales[0] >= kEnough ? 1.0f : 16.0f),
               inverse(V::broadcast(ratio(16.0f, scales[0], kEnough))) {}
         Int operator()(Float x) const {
-            return V::difference(V::nearest(clamped(x * inverse, lowest, 16.0f)), V::integers(1));
+            const Float k = V::most(x * inverse, V::broadcast(lowest));
+            return V::difference(V::nearest(k), V::integers(1));
         }
     };
 };

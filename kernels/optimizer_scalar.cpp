@@ -12,6 +12,7 @@ struct Vector {
     using Float = float;
     using Int = int32_t;
     static constexpr uint64_t kLanes = 1;
+    static constexpr int kParts = 1;
 
     static Float broadcast(float x) { return x; }
     static Float load(const float* at) {

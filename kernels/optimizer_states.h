@@ -29,9 +29,9 @@ inline float* scales_of(const Place& place, const everstep_optimizer_state& stat
 
 // The element as its codec measures it, which is taken into the block's extremes.
 template <class C>
-inline Float measured(Float x, Int& most, Int& least) {
+inline Float measured(const Float& x, Int& most, Int& least) {
     const Float measure = C::measure(x);
-    const Int size = V::both(V::bits(measure), V::integers(INT32_MAX));
+    const Int size = C::kPositive ? V::bits(measure) : V::bits(V::magnitude(measure));
     most = V::unsigned_most(most, size);
     // One less, so that zero is the greatest.
     if (C::kScales == 2) least = V::unsigned_least(least, V::difference(size, V::integers(1)));
@@ -39,9 +39,9 @@ inline Float measured(Float x, Int& most, Int& least) {
 }
 
 // From `measured` elements and their extremes to codes, one a byte, and scales.
-template <class C>
-inline void encode_block(const float* measures, uint64_t count, Int most, Int least,
-                         uint8_t* codes, float* scales) {
+template <class C, class Measure>
+inline void encode_block(const Measure& measure, uint64_t count, const Int& most,
+                         const Int& least, uint8_t* codes, float* scales) {
     const uint32_t greatest = V::unsigned_most_of(most);
     if (greatest >= 0x7F800000) {
         for (int i = 0; i < C::kScales; ++i) scales[i] = float_of(0x7FC00000);
@@ -52,14 +52,14 @@ inline void encode_block(const float* measures, uint64_t count, Int most, Int le
     const typename C::Encoding encoding(greatest, smallest);
     for (int i = 0; i < C::kScales; ++i) scales[i] = encoding.scales[i];
     for (uint64_t at = 0; at < count; at += V::kLanes) {
-        V::store_bytes(codes + at, encoding(V::load(measures + at)));
+        V::store_bytes(codes + at, encoding(measure(at)));
     }
 }
 
 inline uint64_t lesser(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 template <class C>
-void decode_blocks(const Place& place, const everstep_optimizer_state& state, float* buffer) {
+__attribute__((flatten)) void decode_blocks(const Place& place, const everstep_optimizer_state& state, float* buffer) {
     using Code = typename C::Code;
     alignas(64) uint8_t bytes[kChunk];
     const uint8_t* stored = codes_of<C>(place, state);
@@ -85,7 +85,7 @@ void decode_blocks(const Place& place, const everstep_optimizer_state& state, fl
 }
 
 template <class C>
-void encode_blocks(const Place& place, const everstep_optimizer_state& state, float* buffer) {
+__attribute__((flatten)) void encode_blocks(const Place& place, const everstep_optimizer_state& state, float* buffer) {
     alignas(64) uint8_t bytes[kChunk];
     uint8_t* stored = codes_of<C>(place, state);
     uint8_t* codes = C::kNibbles || !place.whole() ? bytes : stored;
@@ -96,7 +96,8 @@ void encode_blocks(const Place& place, const everstep_optimizer_state& state, fl
         for (uint64_t at = begin; at < end; at += V::kLanes) {
             V::store(buffer + at, measured<C>(V::load(buffer + at), most, least));
         }
-        encode_block<C>(buffer + begin, end - begin, most, least, codes + begin, scales);
+        const auto measure = [=](uint64_t at) { return V::load(buffer + begin + at); };
+        encode_block<C>(measure, end - begin, most, least, codes + begin, scales);
         scales += C::kScales;
     }
     if (C::kNibbles) {

@@ -10,7 +10,9 @@ namespace everstep {
 
 namespace {
 
-using V = Vector;
+#include "optimizer_wide.h"
+
+using V = Wide<Vector, Vector::kParts>;
 using Float = V::Float;
 using Int = V::Int;
 
@@ -42,6 +44,25 @@ inline void update(Element& e, const Scalars& scalars) {
     M::step(e, scalars.c, scalars.plain);
 }
 
+// The method's loop over a chunk in buffers.
+template <class M>
+__attribute__((flatten)) void update_buffers(uint64_t count, const Scalars& shared, float* p,
+                                             const float* g, float* direction,
+                                             float (*s)[kChunk]) {
+    const Scalars scalars = shared;  // which no store can change, so they stay in registers
+    for (uint64_t at = 0; at < count; at += V::kLanes) {
+        Element e;
+        if (M::reads_parameter) e.p = V::load(p + at);
+        if (M::with_gradient) e.g = V::load(g + at);
+        if (M::reads_direction) e.direction = V::load(direction + at);
+        for (int k = 0; k < M::kStates; ++k) e.s[k] = V::load(s[k] + at);
+        update<M>(e, scalars);
+        if (M::writes_parameter) V::store(p + at, e.p);
+        if (M::writes_direction) V::store(direction + at, e.direction);
+        for (int k = 0; k < M::kStates; ++k) V::store(s[k] + at, e.s[k]);
+    }
+}
+
 template <class M>
 void through_buffers(const Place& place, const Scalars& scalars) {
     const everstep_optimizer_tensor& tensor = *place.tensor;
@@ -53,17 +74,7 @@ void through_buffers(const Place& place, const Scalars& scalars) {
                        : M::writes_direction ? d_buffer
                                              : nullptr;
     for (int k = 0; k < M::kStates; ++k) decode_state(place, tensor.states[k], s[k]);
-    for (uint64_t at = 0; at < place.padded(); at += V::kLanes) {
-        Element e;
-        if (M::reads_parameter) e.p = V::load(p + at);
-        if (M::with_gradient) e.g = V::load(g + at);
-        if (M::reads_direction) e.direction = V::load(direction + at);
-        for (int k = 0; k < M::kStates; ++k) e.s[k] = V::load(s[k] + at);
-        update<M>(e, scalars);
-        if (M::writes_parameter) V::store(p + at, e.p);
-        if (M::writes_direction) V::store(direction + at, e.direction);
-        for (int k = 0; k < M::kStates; ++k) V::store(s[k] + at, e.s[k]);
-    }
+    update_buffers<M>(place.padded(), scalars, p, g, direction, s);
     if (M::writes_parameter) write_parameter(place, p);
     if (M::writes_direction) write_fp32(place, direction, tensor.direction);
     for (int k = 0; k < M::kStates && k < M::kWritten; ++k) {
@@ -72,69 +83,86 @@ void through_buffers(const Place& place, const Scalars& scalars) {
     }
 }
 
-// One state of a block in `fused`.
+// One state of a chunk in `fused`.
 template <class C>
 struct Held {
-    alignas(64) float values[C::kBlock];
-    alignas(64) uint8_t bytes[C::kBlock];
     uint8_t* stored;
-    uint8_t* codes;
     float* scales;
-    typename C::Decoding decoding;
-    Int most, least;
 
-    Held(const Place& place, const everstep_optimizer_state& state, uint64_t at)
-        : stored(codes_of<C>(place, state) + (C::kNibbles ? at / 2 : at)),
-          codes(C::kNibbles ? bytes : stored),
-          scales(scales_of<C>(place, state) + at / C::kBlock * C::kScales),
-          decoding(scales),
-          most(V::integers(0)),
-          least(V::integers(-1)) {
-        if (C::kNibbles) unpack(stored, C::kBlock / 2, bytes);
-    }
+    Held(const Place& place, const everstep_optimizer_state& state)
+        : stored(codes_of<C>(place, state)), scales(scales_of<C>(place, state)) {}
 
-    Float decode(uint64_t at) const {
-        return decoding(V::load_bytes(reinterpret_cast<const typename C::Code*>(codes) + at));
-    }
+    // A block while it is computed.
+    struct Open {
+        static constexpr uint64_t kStored = C::kNibbles ? C::kBlock / 2 : C::kBlock;
+        Float values[C::kBlock / V::kLanes];
+        alignas(64) uint8_t bytes[C::kBlock];
+        uint8_t* const stored;
+        uint8_t* const codes;
+        float* const scales;
+        const typename C::Decoding decoding;
+        Int most, least;
 
-    void keep(uint64_t at, Float x) { V::store(values + at, measured<C>(x, most, least)); }
+        Open(const Held& held, uint64_t number)
+            : stored(held.stored + number * kStored),
+              codes(C::kNibbles ? bytes : stored),
+              scales(held.scales + number * C::kScales),
+              decoding(scales),
+              most(V::integers(0)),
+              least(V::integers(-1)) {
+            if (C::kNibbles) unpack(stored, kStored, bytes);
+        }
 
-    void encode() {
-        encode_block<C>(values, C::kBlock, most, least, codes, scales);
-        if (C::kNibbles) pack(bytes, C::kBlock / 2, stored);
-    }
+        Float decode(uint64_t at) const {
+            return decoding(V::load_bytes(reinterpret_cast<const typename C::Code*>(codes) + at));
+        }
+        void keep(uint64_t at, const Float& x) {
+            values[at / V::kLanes] = measured<C>(x, most, least);
+        }
+        void encode() {
+            const auto measure = [this](uint64_t at) { return values[at / V::kLanes]; };
+            encode_block<C>(measure, C::kBlock, most, least, codes, scales);
+            if (C::kNibbles) pack(bytes, kStored, stored);
+        }
+    };
 };
 
 struct NoState {
-    NoState(const Place&, const everstep_optimizer_state&, uint64_t) {}
-    Float decode(uint64_t) const { return V::broadcast(0.0f); }
-    void keep(uint64_t, Float) {}
-    void encode() {}
+    NoState(const Place&, const everstep_optimizer_state&) {}
+    struct Open {
+        Open(const NoState&, uint64_t) {}
+        Float decode(uint64_t) const { return V::broadcast(0.0f); }
+        void keep(uint64_t, const Float&) {}
+        void encode() {}
+    };
 };
 
-// Whole blocks only.
+// Whole blocks only. Values stay in registers from codes to codes.
 template <class M, class First, class Second, uint64_t block>
-void fused(const Place& place, const Scalars& scalars) {
+__attribute__((flatten)) void fused(const Place& place, const Scalars& shared) {
+    const Scalars scalars = shared;  // which no store can change, so they stay in registers
     const everstep_optimizer_tensor& tensor = *place.tensor;
     alignas(64) float p_buffer[kChunk], g_buffer[kChunk];
     float* p = read_parameter(place, p_buffer);
     const float* g = read_gradient(place, g_buffer);
+    const First first(place, tensor.states[0]);
+    const Second second(place, tensor.states[1]);
     for (uint64_t begin = 0; begin < place.count; begin += block) {
-        First first(place, tensor.states[0], begin);
-        Second second(place, tensor.states[1], begin);
+        typename First::Open one(first, begin / block);
+        typename Second::Open two(second, begin / block);
         for (uint64_t at = 0; at < block; at += V::kLanes) {
             Element e;
             e.p = V::load(p + begin + at);
             e.g = V::load(g + begin + at);
-            e.s[0] = first.decode(at);
-            e.s[1] = second.decode(at);
+            e.s[0] = one.decode(at);
+            e.s[1] = two.decode(at);
             update<M>(e, scalars);
             V::store(p + begin + at, e.p);
-            first.keep(at, e.s[0]);
-            second.keep(at, e.s[1]);
+            one.keep(at, e.s[0]);
+            two.keep(at, e.s[1]);
         }
-        first.encode();
-        second.encode();
+        one.encode();
+        two.encode();
     }
     write_parameter(place, p);
 }
@@ -202,6 +230,13 @@ const SpanStep kSteps[kMethodCount] = {
     step_span<Exadam>, step_span<Sophia>,  step_span<Hessian>, step_span<Spam>,
     step_span<AdamDirection>, step_span<MomentumDirection>, step_span<Apply>,
 };
+
+inline bool blocks_fit(const everstep_optimizer_tensor& tensor) {
+    for (const everstep_optimizer_state& state : tensor.states) {
+        if (state.block && state.block < V::kLanes) return false;
+    }
+    return true;
+}
 
 }  // namespace
 
