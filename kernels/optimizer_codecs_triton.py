@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from everstep.kernels import optimizer_lookups
-from everstep.kernels.optimizer_fourbit_triton import fourbit_encode
 from everstep.kernels.optimizer_fp8_triton import fp8_decode, fp8_encode
-from everstep.kernels.optimizer_words_triton import divide_tame, look_up
+from everstep.kernels.optimizer_words_triton import divide_tame, look_up, look_up_pair
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 SMALLEST_FOURBIT = tl.constexpr(2.0**-120)
@@ -20,12 +19,15 @@ INFINITE = tl.constexpr(0x7F800000)
 NAN = tl.constexpr(0x7FC00000)
 # Added to a number within 2**22 it leaves the number rounded to even in the low bits of the sum.
 ROUNDER = tl.constexpr(12582912.0)
-SIGNED_VALUES = tl.constexpr(optimizer_lookups.SIGNED_VALUES)
-SIGNED_LIMITS = tl.constexpr(optimizer_lookups.SIGNED_LIMITS)
-SECOND_VALUES = tl.constexpr(optimizer_lookups.SECOND_VALUES)
-SECOND_LIMITS = tl.constexpr(optimizer_lookups.SECOND_LIMITS)
-COMPANDED = tl.constexpr(optimizer_lookups.COMPANDED)
-FOURBIT_VALUES = tl.constexpr(optimizer_lookups.FOURBIT_VALUES)
+_SIGNED_VALUES = tl.constexpr(optimizer_lookups.SIGNED_VALUES)
+_SECOND_VALUES = tl.constexpr(optimizer_lookups.SECOND_VALUES)
+_COMPANDED = tl.constexpr(optimizer_lookups.COMPANDED)
+_FOURBIT_VALUES = tl.constexpr(optimizer_lookups.FOURBIT_VALUES)
+_FOURBIT_CODES = tl.constexpr(optimizer_lookups.FOURBIT_CODES)
+_SIGNED_CODES = tl.constexpr(optimizer_lookups.SIGNED_CODES)
+_SECOND_CODES = tl.constexpr(optimizer_lookups.SECOND_CODES)
+_FOURBIT_SHIFT, _FOURBIT_LOW, _FOURBIT_HIGH = map(tl.constexpr, optimizer_lookups.FOURBIT_STEPS)
+_DYNAMIC_SHIFT, _DYNAMIC_LOW, _DYNAMIC_HIGH = map(tl.constexpr, optimizer_lookups.DYNAMIC_STEPS)
 
 
 @triton.jit
@@ -153,29 +155,29 @@ def merge(bits, code):
 
 
 @triton.jit
-def _nearest(z, limits):
-    """How many of 255 ascending limits lie below each value: a binary search."""
-    code = tl.zeros(z.shape, tl.int32)
-    for level in tl.static_range(8):
-        half = 128 >> level
-        code = tl.where(z > look_up(limits, code + (half - 1)), code + half, code)
-    return code
+def _find(z, table, SHIFT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """How many thresholds lie below each value; any code for a NaN."""
+    bits = z.to(tl.int32, bitcast=True)
+    place = tl.minimum(tl.maximum((bits & 0x7FFFFFFF) >> SHIFT, LOW), HIGH)
+    place = tl.where(bits < 0, place + (HIGH - LOW + 1), place)
+    limit, code = look_up_pair(table - 2 * LOW, place)
+    return code - (z <= limit).to(tl.int32)
 
 
 @triton.jit
 def _decode(CODEC: tl.constexpr, code, scale, maps):
     """Values of codes that have one scale."""
     if CODEC == "int8_signed":
-        x = look_up(maps + COMPANDED, code.to(tl.int32)) * scale
+        x = look_up(maps + _COMPANDED, code.to(tl.int32)) * scale
     elif CODEC == "int8_second":
         u = code.to(tl.float32) * (scale * (1 / 255))
         x = u * u
     elif CODEC == "dynamic_signed":
-        x = look_up(maps + SIGNED_VALUES, code.to(tl.int32)) * scale
+        x = look_up(maps + _SIGNED_VALUES, code.to(tl.int32)) * scale
     elif CODEC == "dynamic_second":
-        x = look_up(maps + SECOND_VALUES, code.to(tl.int32)) * scale
+        x = look_up(maps + _SECOND_VALUES, code.to(tl.int32)) * scale
     elif CODEC == "fourbit_signed":
-        x = look_up(maps + FOURBIT_VALUES, code.to(tl.int32)) * scale
+        x = look_up(maps + _FOURBIT_VALUES, code.to(tl.int32)) * scale
     else:
         tl.static_assert(CODEC == "fourbit_second")
         x = (code.to(tl.int32) + 1).to(tl.float32) * (scale * 0.0625)
@@ -194,12 +196,12 @@ def _encode(CODEC: tl.constexpr, x, ratio, maps):
         rounded = tl.minimum(rounded, ROUNDER + 255.0).to(tl.int32, bitcast=True)
         code = tl.where(x == 0.0, 0, rounded)
     elif CODEC == "dynamic_signed":
-        code = _nearest(x * ratio, maps + SIGNED_LIMITS)
+        code = _find(x * ratio, maps + _SIGNED_CODES, _DYNAMIC_SHIFT, _DYNAMIC_LOW, _DYNAMIC_HIGH)
     elif CODEC == "dynamic_second":
-        code = _nearest(x * ratio, maps + SECOND_LIMITS)
+        code = _find(x * ratio, maps + _SECOND_CODES, _DYNAMIC_SHIFT, _DYNAMIC_LOW, _DYNAMIC_HIGH)
         code = tl.where((x > 0.0) & (code == 0), 1, code)
     elif CODEC == "fourbit_signed":
-        code = fourbit_encode(x * ratio)
+        code = _find(x * ratio, maps + _FOURBIT_CODES, _FOURBIT_SHIFT, _FOURBIT_LOW, _FOURBIT_HIGH)
     else:
         tl.static_assert(CODEC == "fourbit_second")
         rounded = tl.maximum(x * ratio + ROUNDER, ROUNDER + 1.0)

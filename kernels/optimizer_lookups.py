@@ -7,6 +7,8 @@ and the one place at most where the next code begins.
 """
 
 from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy
 from numpy.typing import NDArray
@@ -15,16 +17,40 @@ from everstep.kernels import optimizer_tables
 
 Floats = NDArray[numpy.float32]
 
+
+class Steps(NamedTuple):
+    """Where to look a value's code up by its bits: how many of them, and from which on.
+
+    Attributes:
+        shift: So many low bits of a magnitude do not matter.
+        low: What is left of the least magnitude that matters.
+        high: What is left of 1.
+    """
+
+    shift: int
+    low: int
+    high: int
+
+    @property
+    def count(self) -> int:
+        """Bins of either sign."""
+        return self.high - self.low + 1
+
+
+FOURBIT_STEPS = Steps(20, 118 << 3, 127 << 3)
+DYNAMIC_STEPS = Steps(16, 103 << 7, 127 << 7)
+
 # Places in the table.
 SIGNED_VALUES = 0
-SIGNED_LIMITS = 256
-SECOND_VALUES = 512
-SECOND_LIMITS = 768
-COMPANDED = 1024
-FOURBIT_VALUES = 1280
-FP8_CODES = 1296
-FP8_POWERS = 2320
-FP8_VALUES = 5904
+SECOND_VALUES = 256
+COMPANDED = 512
+FOURBIT_VALUES = 768
+FOURBIT_CODES = 784
+SIGNED_CODES = FOURBIT_CODES + 4 * FOURBIT_STEPS.count
+SECOND_CODES = SIGNED_CODES + 4 * DYNAMIC_STEPS.count
+FP8_CODES = SECOND_CODES + 4 * DYNAMIC_STEPS.count
+FP8_POWERS = FP8_CODES + 1024
+FP8_VALUES = FP8_POWERS + 3584
 ENTRIES = FP8_VALUES + 257 * 256
 
 FP8_STRETCHES = 512
@@ -44,19 +70,43 @@ _NEVER = numpy.float32(numpy.inf)
 def table() -> Floats:
     """The whole table."""
     made = numpy.zeros(ENTRIES, numpy.float32)
-    for values_at, limits_at, values in (
-        (SIGNED_VALUES, SIGNED_LIMITS, optimizer_tables.DYNAMIC_SIGNED),
-        (SECOND_VALUES, SECOND_LIMITS, optimizer_tables.DYNAMIC_SECOND),
+    for values_at, codes_at, steps, values in (
+        (SIGNED_VALUES, SIGNED_CODES, DYNAMIC_STEPS, optimizer_tables.DYNAMIC_SIGNED),
+        (SECOND_VALUES, SECOND_CODES, DYNAMIC_STEPS, optimizer_tables.DYNAMIC_SECOND),
+        (FOURBIT_VALUES, FOURBIT_CODES, FOURBIT_STEPS, optimizer_tables.FOURBIT_SIGNED),
     ):
-        made[values_at : values_at + 256] = values
-        made[limits_at : limits_at + 255] = optimizer_tables.thresholds(values)
+        made[values_at : values_at + len(values)] = values
+        codes = _codes(steps, optimizer_tables.thresholds(values))
+        made[codes_at : codes_at + codes.size] = codes.reshape(-1)
     codes = numpy.arange(256, dtype=numpy.uint8).view(numpy.int8).astype(numpy.float32)
     made[COMPANDED : COMPANDED + 256] = codes / (254 - numpy.abs(codes))
-    made[FOURBIT_VALUES : FOURBIT_VALUES + 16] = optimizer_tables.FOURBIT_SIGNED
     made[FP8_CODES : FP8_CODES + 2 * FP8_STRETCHES] = _fp8_codes().reshape(-1)
     made[FP8_POWERS : FP8_POWERS + 2 * FP8_SPREADS] = _fp8_powers().reshape(-1)
     made[FP8_VALUES + 256 :] = _fp8_values().reshape(-1)
     made.flags.writeable = False
+    return made
+
+
+def _codes(steps: Steps, thresholds: tuple[float, ...]) -> Floats:
+    """For each bin of magnitudes, and those of negative numbers after: a threshold, and a code.
+
+    The code is that above the threshold; where a bin has none, it is infinite.
+    """
+    bounds = numpy.arange(steps.low, steps.high + 2, dtype=numpy.int32) << steps.shift
+    edges = bounds.view(numpy.float32)
+    edges[0], edges[-1] = 0, numpy.inf
+    limits = numpy.array(thresholds, numpy.float32)
+    made = numpy.full((2 * steps.count, 2), _NEVER)
+    codes = made.view(numpy.int32)[:, 1]
+    for place, (least, most) in enumerate(pairwise(edges.tolist())):
+        for row, inside, below in (
+            (place, (limits >= least) & (limits < most), limits < least),
+            (place + steps.count, (limits > -most) & (limits <= -least), limits <= -most),
+        ):
+            assert inside.sum() <= 1, "two thresholds in one bin"
+            if inside.any():
+                made[row, 0] = limits[inside][0]
+            codes[row] = below.sum() + 1
     return made
 
 
