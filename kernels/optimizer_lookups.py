@@ -32,8 +32,8 @@ class Steps(NamedTuple):
     high: int
 
     @property
-    def count(self) -> int:
-        """Bins of either sign."""
+    def bins(self) -> int:
+        """How many of either sign."""
         return self.high - self.low + 1
 
 
@@ -46,9 +46,9 @@ SECOND_VALUES = 256
 COMPANDED = 512
 FOURBIT_VALUES = 768
 FOURBIT_CODES = 784
-SIGNED_CODES = FOURBIT_CODES + 4 * FOURBIT_STEPS.count
-SECOND_CODES = SIGNED_CODES + 4 * DYNAMIC_STEPS.count
-FP8_CODES = SECOND_CODES + 4 * DYNAMIC_STEPS.count
+SIGNED_CODES = FOURBIT_CODES + 4 * FOURBIT_STEPS.bins
+SECOND_CODES = SIGNED_CODES + 4 * DYNAMIC_STEPS.bins
+FP8_CODES = SECOND_CODES + 4 * DYNAMIC_STEPS.bins
 FP8_POWERS = FP8_CODES + 1024
 FP8_VALUES = FP8_POWERS + 3584
 ENTRIES = FP8_VALUES + 257 * 256
@@ -96,12 +96,12 @@ def _codes(steps: Steps, thresholds: tuple[float, ...]) -> Floats:
     edges = bounds.view(numpy.float32)
     edges[0], edges[-1] = 0, numpy.inf
     limits = numpy.array(thresholds, numpy.float32)
-    made = numpy.full((2 * steps.count, 2), _NEVER)
+    made = numpy.full((2 * steps.bins, 2), _NEVER)
     codes = made.view(numpy.int32)[:, 1]
     for place, (least, most) in enumerate(pairwise(edges.tolist())):
         for row, inside, below in (
             (place, (limits >= least) & (limits < most), limits < least),
-            (place + steps.count, (limits > -most) & (limits <= -least), limits <= -most),
+            (place + steps.bins, (limits > -most) & (limits <= -least), limits <= -most),
         ):
             assert inside.sum() <= 1, "two thresholds in one bin"
             if inside.any():
