@@ -186,14 +186,17 @@ def _decode(CODEC: tl.constexpr, code, scale, maps):
 
 @triton.jit
 def _encode(CODEC: tl.constexpr, x, ratio, maps):
-    """Codes of finite values that have one scale; `ratio` is 1, 16 or 255 divided by it."""
+    """Codes of finite values that have one scale; `ratio` is 1, 16 or 255 divided by it.
+
+    The products exceed what the largest code stands for by two units in the last place at most,
+    which are rounded away: a minimum would change nothing.
+    """
     if CODEC == "int8_signed":
-        z = tl.minimum(tl.maximum(x * ratio, -1.0), 1.0)
+        z = x * ratio
         c = divide_tame(z + z, 1.0 + tl.abs(z)) * 127.0
         code = (c + ROUNDER).to(tl.int32, bitcast=True)
     elif CODEC == "int8_second":
-        rounded = tl.maximum(x * ratio + ROUNDER, ROUNDER + 1.0)
-        rounded = tl.minimum(rounded, ROUNDER + 255.0).to(tl.int32, bitcast=True)
+        rounded = tl.maximum(x * ratio + ROUNDER, ROUNDER + 1.0).to(tl.int32, bitcast=True)
         code = tl.where(x == 0.0, 0, rounded)
     elif CODEC == "dynamic_signed":
         code = _find(x * ratio, maps + _SIGNED_CODES, _DYNAMIC_SHIFT, _DYNAMIC_LOW, _DYNAMIC_HIGH)
@@ -204,8 +207,7 @@ def _encode(CODEC: tl.constexpr, x, ratio, maps):
         code = _find(x * ratio, maps + _FOURBIT_CODES, _FOURBIT_SHIFT, _FOURBIT_LOW, _FOURBIT_HIGH)
     else:
         tl.static_assert(CODEC == "fourbit_second")
-        rounded = tl.maximum(x * ratio + ROUNDER, ROUNDER + 1.0)
-        rounded = tl.minimum(rounded, ROUNDER + 16.0).to(tl.int32, bitcast=True)
+        rounded = tl.maximum(x * ratio + ROUNDER, ROUNDER + 1.0).to(tl.int32, bitcast=True)
         code = tl.where(ratio > 0.0, rounded - 1, 15)
     return code
 
