@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+CLIP_NORM = 1.0
 HELD_OUT_EVERY = 12
 """Each so many-th file is for validation."""
 
@@ -153,6 +154,7 @@ def backward_of(model: nn.Module, first: torch.Tensor) -> Callable[[torch.Tensor
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
             loss = model(tokens)
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
 
     if device != "cuda":
         return anew
