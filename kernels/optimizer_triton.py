@@ -143,7 +143,7 @@ class Table:
 
         index = self._device.index if self._device.type == "cuda" else -1
         with torch.cuda.device(index if index is not None else torch.cuda.current_device()):
-            for part in self._parts:
+            for part in filter(lambda part: part.programs, self._parts):
                 optimizer_program_triton.advance[(part.programs,)](
                     part.owners,
                     part.table,

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -55,10 +56,11 @@ def table(works: list[Work], method: str, device: torch.device, choice: Choice) 
 
 @cache
 def _triton() -> Any:
-    try:
-        from everstep.kernels import optimizer_triton
-    except ImportError:
+    # The module itself imports triton only when a step is wanted.
+    if find_spec("triton") is None:
         return None
+    from everstep.kernels import optimizer_triton
+
     return optimizer_triton
 
 
