@@ -38,7 +38,12 @@ def check_output(output: Path, *, force: bool) -> None:
 
 
 def check_options(
-    form: str, parts: Sequence[str], shard_bytes: int | None, *, sharded: bool
+    form: str,
+    parts: Sequence[str],
+    shard_bytes: int | None,
+    *,
+    sharded: bool,
+    decode: bool = False,
 ) -> None:
     """See that the options go together.
 
@@ -49,6 +54,10 @@ def check_options(
         raise Refused(
             "--shard-bytes is for --to safetensors alone: several files and their index. dcp is "
             "written in pieces anyway. Nothing was written."
+        )
+    if decode and form != "torch":
+        raise Refused(
+            "--decode is for --to torch alone, whose files optimizers load. Nothing was written."
         )
     if sharded and form == "torch":
         raise Refused(
@@ -151,6 +160,7 @@ def export_by_child(
     *,
     force: bool,
     sharded: bool = False,
+    decode: bool = False,
 ) -> dict[str, Any]:
     """Have the client package write one of torch's formats.
 
@@ -162,6 +172,7 @@ def export_by_child(
         form: "torch" or "dcp".
         force: Replace what is there.
         sharded: Each rank's part of a tensor by itself.
+        decode: Optimizer state that is held in codes becomes fp32.
 
     Returns:
         What the child says it has written.
@@ -175,6 +186,7 @@ def export_by_child(
     arguments += [word for part in parts for word in ("--part", part)]
     arguments += ["--force"] if force else []
     arguments += ["--sharded"] if sharded else []
+    arguments += ["--decode"] if decode else []
     return report_of(
         "everstep.client.exporting",
         arguments,

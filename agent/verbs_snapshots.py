@@ -86,6 +86,9 @@ def export(
     sharded: Annotated[
         bool, typer.Option("--sharded", help="A file for each rank (safetensors, dcp).")
     ] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="torch: optimizer state in fp32, not in codes.")
+    ] = False,
     level: Level = "",
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT.")] = False,
     address: Address = "",
@@ -105,7 +108,7 @@ def export(
     if directory is None and not job:
         raise Refused("name what to export: --job JOB, or a directory before the output.")
     parts = part or []
-    exporting.check_options(to, parts, shard_bytes, sharded=sharded)
+    exporting.check_options(to, parts, shard_bytes, sharded=sharded, decode=decode)
     exporting.check_output(output, force=force)
     with place_named(directory, job_named(job), address) as place:
         there = place.at(level_named(level))
@@ -118,7 +121,7 @@ def export(
             chosen, rank, parts, output, display.meter(), shard_bytes=shard_bytes, **how
         )
     else:
-        written = exporting.export_by_child(chosen, rank, parts, output, to, **how)
+        written = exporting.export_by_child(chosen, rank, parts, output, to, decode=decode, **how)
     report = showing.export_report(chosen, to, output, written)
     if as_json:
         display.document(report)

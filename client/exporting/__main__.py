@@ -28,13 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--part", action="append", default=[])
     parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--decode", action="store_true")
     parser.add_argument("--force", action="store_true")
     asked = parser.parse_args(arguments)
     # Libraries may print; the document must stay alone.
     stdout, sys.stdout = sys.stdout, sys.stderr
     try:
         shards = read_shards(sys.stdin.buffer.read())
-        state = exported(shards, asked.rank, asked.part)
+        state = exported(shards, asked.rank, asked.part, decode=asked.decode)
         with PieceReader(shards, asked.rank) as reader:
             write(asked.to, state, reader, asked.output, force=asked.force, sharded=asked.sharded)
     except EverstepError as error:

@@ -99,7 +99,7 @@ class Planner(DefaultSavePlanner):
         by_rank: dict[int, list[WriteItem]] = {0: []}
         for item in self.create_local_plan().items:
             source = self.exported.placeholders.source(self.state_dict[item.index.fqn])
-            if source is None or not source.elements:
+            if not isinstance(source, Tensor) or not source.elements:
                 by_rank[0].append(item)
                 continue
             for rank, box in self._parts(source):

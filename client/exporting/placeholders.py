@@ -7,14 +7,27 @@ it would write the real ones.
 
 import mmap
 import warnings
+from math import prod
+from typing import Protocol
 
 import torch
 
 from everstep.client.attachment import dtype_named
-from everstep.snapshot.consolidating import tensor_bytes
-from everstep.snapshot.reshard import Tensor
+from everstep.snapshot.layout import element_bytes
 
 _ALIGNMENT_BYTES = 64
+
+
+class Source(Protocol):
+    """What a placeholder stands for: a tensor of the snapshot, or one that is made of several."""
+
+    @property
+    def dtype(self) -> str:
+        """Torch's name of the type, without "torch."."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
 
 
 class Placeholders:
@@ -33,11 +46,11 @@ class Placeholders:
             prot=mmap.PROT_READ,
         )
         self._end = 0
-        self._made: dict[int, tuple[torch.Tensor, Tensor]] = {}
+        self._made: dict[int, tuple[torch.Tensor, Source]] = {}
 
-    def stand_for(self, tensor: Tensor) -> torch.Tensor:
+    def stand_for(self, tensor: Source) -> torch.Tensor:
         """A tensor of its type and shape, with nothing in it."""
-        size = tensor_bytes(tensor)
+        size = prod(tensor.shape) * element_bytes(tensor.dtype)
         dtype = dtype_named(tensor.dtype)
         if not size:
             made = torch.empty(tensor.shape, dtype=dtype)
@@ -53,13 +66,13 @@ class Placeholders:
         self._made[id(made)] = made, tensor
         return made
 
-    def source(self, tensor: object) -> Tensor | None:
+    def source(self, tensor: object) -> Source | None:
         """What a tensor stands for; None if it is an ordinary one."""
         found = self._made.get(id(tensor))
         return None if found is None else found[1]
 
 
-def room(tensor: Tensor) -> int:
+def room(tensor: Source) -> int:
     """How much address space its placeholder takes."""
-    size = tensor_bytes(tensor)
+    size = prod(tensor.shape) * element_bytes(tensor.dtype)
     return size + -size % _ALIGNMENT_BYTES

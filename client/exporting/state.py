@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from everstep.client.attachment import decode_torch_value
+from everstep.client.exporting.decoding import decoded
 from everstep.client.exporting.indices import indexed
 from everstep.client.exporting.loadable import loadable
 from everstep.client.exporting.placeholders import Placeholders, room
-from everstep.client.saved import Saved, is_within
+from everstep.client.saved import Form, Saved, is_within
 from everstep.snapshot import values
 from everstep.snapshot.consolidating import Whole, part_names
 from everstep.snapshot.layout import Part
@@ -25,6 +26,8 @@ from everstep.snapshot.reading import Shard
 
 _RNG = "rng"
 _ABOUT = "everstep"
+_DECODED_AT_MOST = 9
+"""Times the bytes of codes: fp32 of 4-bit codes, and what aligning adds."""
 
 
 @dataclass(slots=True)
@@ -67,16 +70,20 @@ def leaves(thing: Any) -> Iterator[Any]:
         yield thing
 
 
-def exported(shards: Mapping[int, Shard], rank: int, parts: Sequence[str] = ()) -> Exported:
+def exported(
+    shards: Mapping[int, Shard], rank: int, parts: Sequence[str] = (), *, decode: bool = False
+) -> Exported:
     """The state of one rank, and whatever it shares with others.
 
     Args:
         shards: Of all ranks.
         rank: Whose state, where ranks differ.
         parts: Only these; all, and the generators, if empty.
+        decode: Optimizer state that is held in codes becomes fp32.
 
     Raises:
         FormatInvalid: If what the ranks hold contradicts itself.
+        Refused: If it is unknown how a state is to be decoded.
     """
     layouts = {holder: shard.layout for holder, shard in shards.items()}
     records = {holder: shard.record for holder, shard in shards.items()}
@@ -84,7 +91,8 @@ def exported(shards: Mapping[int, Shard], rank: int, parts: Sequence[str] = ()) 
     whole = Whole.of(layouts, rank, parts)
     chosen = [name for name in part_names(layouts, rank) if not parts or name in parts]
     own = {p.name for x in layouts.values() for p in x.parts if _is_own(p)}
-    placeholders = Placeholders(sum(room(tensor) for tensor in whole.tensors.values()))
+    stored = sum(room(tensor) for tensor in whole.tensors.values())
+    placeholders = Placeholders(stored + (_DECODED_AT_MOST * stored if decode else 0))
     made: dict[str, torch.Tensor] = {}
     state: dict[str, Any] = {}
     by_name = []
@@ -104,10 +112,15 @@ def exported(shards: Mapping[int, Shard], rank: int, parts: Sequence[str] = ()) 
                 tensors[name] = made[tensor.name]
         tree = saved.tree(part, tensors, texts)
         if saved.kinds[part] == "optimizer":
-            order = [name for module in modules for name in _parameters(saved, module)]
-            tree, proven = indexed(tree, order)
+            forms = {n: f for module in modules for n, f in _parameters(saved, module).items()}
+            named = list(tree["state"])
+            tree, proven = indexed(tree, list(forms))
             if not proven:
                 by_name.append(part)
+            if decode:
+                owners = dict(zip(tree["state"], named, strict=True))
+                shapes = {name: form.shape for name, form in forms.items()}
+                tree = decoded(tree, owners, shapes, placeholders)
         state[part] = tree
     if not parts and _RNG in saved.values:
         state[_RNG] = values.decode(saved.values[_RNG], hook=decode_torch_value, where=_RNG)
@@ -166,6 +179,6 @@ def _is_empty(text: str) -> bool:
     return isinstance(value, dict | list | tuple) and not value
 
 
-def _parameters(saved: Saved, module: str) -> list[str]:
-    """Names of a module's tensors as an optimizer's state spells them, in the module's order."""
-    return [name.replace("/", ".", 1) for name in saved.forms_of(module)]
+def _parameters(saved: Saved, module: str) -> dict[str, Form]:
+    """A module's tensors by the names that an optimizer's state has, in the module's order."""
+    return {name.replace("/", ".", 1): form for name, form in saved.forms_of(module).items()}

@@ -15,6 +15,7 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from everstep.client.exporting.decoding import Decoded
 from everstep.client.exporting.replacing import (
     check_absent,
     partial_of,
@@ -24,6 +25,7 @@ from everstep.client.exporting.replacing import (
 from everstep.client.exporting.state import Exported
 from everstep.proto.errors import Refused
 from everstep.snapshot.consolidating import PieceReader
+from everstep.snapshot.reshard import Tensor
 
 _LOCAL = struct.Struct("<4s22xHH")
 _LOCAL_MARK = b"PK\x03\x04"
@@ -105,7 +107,10 @@ def _fill(file: BinaryIO, path: Path, state: Exported, reader: PieceReader) -> N
 
 def _pieces(tensor: torch.Tensor, state: Exported, reader: PieceReader) -> Iterator[memoryview]:
     source = state.placeholders.source(tensor)
-    if source is not None:
+    if isinstance(source, Decoded):
+        yield from source.pieces(reader)
+        return
+    if isinstance(source, Tensor):
         yield from reader.pieces(source)
         return
     whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

@@ -340,7 +340,8 @@ class Optimizer(torch.optim.Optimizer):
         self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch's own, of which a first state knows nothing
+                    group.setdefault(name, value)
             group["block"] = valid_block(codec_named(group["codec"]), group["block"])
             for parameter in group["params"]:
                 if parameter in self.state:
