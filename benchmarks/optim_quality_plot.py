@@ -5,10 +5,16 @@ in it. Needs matplotlib.
 """
 
 import json
+import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COLORS = ("#1d3f5e", "#2e8b57", "#c0392b", "#f2b560", "#7d5ba6", "#6b8fb3", "#d98cb3", "#777777")
 _MARKS = "osv^DPX*"
+_BASE = "AdamW fp32"
 
 
 def draw(source: Path, target: Path) -> None:
@@ -22,35 +28,55 @@ def draw(source: Path, target: Path) -> None:
     from matplotlib.figure import Figure
 
     found = json.loads(source.read_text())
-    methods: dict[str, dict[str, object]] = found["methods"]
     matplotlib.rcParams["svg.hashsalt"] = "everstep"
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for index, (name, row) in enumerate(methods.items()):
-        look = {"color": _COLORS[index % 8], "marker": _MARKS[index % 8]}
-        losses: list[float] = row["losses"]  # type: ignore[assignment]
-        size: float = row["state_bytes"]  # type: ignore[assignment]
-        mean = sum(losses) / len(losses)
-        left.plot([size] * len(losses), losses, linestyle="", markersize=3, alpha=0.5, **look)
-        left.plot([size], [mean], linestyle="", markersize=8, label=name, **look)
-        grid: list[tuple[float, float]] = row["grid"]  # type: ignore[assignment]
-        base = float(row["rate"])  # type: ignore[arg-type]
-        right.plot([r / base for r, _ in grid], [loss for _, loss in grid], markersize=4, **look)
-    low, high = found["noise_band"]
-    left.axhspan(low, high, color=_COLORS[0], alpha=0.08, linewidth=0)
-    left.set_xlabel("bytes of optimizer state a parameter")
-    left.set_ylabel("validation loss, nats a byte")
-    left.set_title("three seeds at the best rate; band: fp32 and its noise", fontsize=9)
-    left.legend(frameon=False, fontsize=8)
-    right.set_xscale("log", base=2)
-    right.set_xlabel("learning rate over the method's best")
-    right.set_title("rates tried, one seed", fontsize=9)
+    _codecs(left, found)
+    _curves(right, found)
     for axes in (left, right):
         axes.grid(visible=True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
     figure.suptitle(
-        f"Byte-level GPT of {found['parameters'] / 1e6:.1f} M parameters, {found['steps']} steps, "
-        f"{found['device']}",
+        f"Byte-level GPT of {found['parameters'] / 1e6:.1f} M parameters, {found['steps']} steps "
+        f"of {found['tokens_a_step']} bytes, {found['device']}",
         fontsize=10,
     )
     figure.savefig(target, format="svg", metadata={"Date": None})
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {"color": _COLORS[index % 8], "marker": _MARKS[index % 8]}
+
+
+def _codecs(axes: "Axes", found: dict[str, Any]) -> None:
+    """AdamW's codecs: each seed small, their mean large, over fp32's mean."""
+    methods: dict[str, dict[str, Any]] = found["methods"]
+    base = statistics.fmean(methods[_BASE]["losses"]) if _BASE in methods else 1.0
+    low, high = found["noise_band"]
+    if high:
+        band = (100 * (low / base - 1), 100 * (high / base - 1))
+        axes.axhspan(*band, color=_COLORS[0], alpha=0.08, linewidth=0, label="noise of seeds")
+    for index, (name, row) in enumerate(methods.items()):
+        if not name.startswith("AdamW"):
+            continue
+        excess = [100 * (loss / base - 1) for loss in row["losses"]]
+        sizes = [row["state_bytes"]] * len(excess)
+        axes.plot(sizes, excess, linestyle="", markersize=3, alpha=0.6, **_look(index))
+        mean = [statistics.fmean(excess)]
+        axes.plot(sizes[:1], mean, linestyle="", markersize=8, label=name, **_look(index))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes.set_xlabel("bytes of optimizer state a parameter")
+    axes.set_ylabel("validation loss over fp32's mean, %")
+    axes.set_title("AdamW, three seeds at the best rate of each", fontsize=9)
+
+
+def _curves(axes: "Axes", found: dict[str, Any]) -> None:
+    """How the first seed's loss fell."""
+    for index, (name, row) in enumerate(found["methods"].items()):
+        steps, losses = zip(*row["curve"], strict=True)
+        axes.plot(steps, losses, markersize=4, label=name, **_look(index))
+    axes.set_xlabel("steps")
+    axes.set_ylabel("validation loss, nats a byte")
+    axes.set_title("all methods, one seed, a sixth of the validation text", fontsize=9)
