@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from everstep.client.attachment import Attachment, Names, grouping, parameters_by_index
+from everstep.client.attachment import (
+    Attachment,
+    Names,
+    dtype_named,
+    grouping,
+    parameters_by_index,
+)
 from everstep.client.loading import Loading, Problems, live_tensors
 from everstep.client.resizing import members_of
 from everstep.client.saved import Form
@@ -22,6 +28,7 @@ from everstep.snapshot.placement import (
     FlatExtent,
     Placed,
     Spread,
+    beside,
     is_distributed,
     like,
     local_of,
@@ -88,6 +95,9 @@ def _made(
         if form.shape == tuple(owner.shape) and split(name)[-1] != "step":
             return like(owner, form.empty_as(local_of(owner)))
         if problems.saved.tensor(name).is_sharded:
+            made = beside(owner, form.shape, dtype_named(form.dtype))
+            if made is not None:
+                return made
             problems.reshaped.append(
                 f"{name}: {form}, spread over ranks -> not there yet, and not shaped as its "
                 "parameter; take one step before restore(), so that it is"

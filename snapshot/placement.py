@@ -9,6 +9,7 @@ has made a distributed tensor.
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -290,6 +291,41 @@ def like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     mesh, placements = _spec(tensor)
     made: torch.Tensor = sys.modules[_MODULE].DTensor.from_local(
         local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+    return made
+
+
+def beside(tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+    """Memory for a tensor of another shape whose parts go with those of a distributed one.
+
+    Such are codes and scales of an optimizer's state: they have the tensor's rows.
+
+    Returns:
+        None if the shape cannot be placed so.
+    """
+    mesh, placements = _spec(tensor)
+    dims = [getattr(placement, "dim", None) for placement in placements]
+    if not shape or shape[0] != tensor.shape[0]:
+        return None
+    for dim in dims:
+        ranks = math.prod(mesh.size(at) for at, other in enumerate(dims) if other == dim)
+        if dim and (dim >= len(shape) or shape[dim] % ranks):
+            return None
+    local = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    coordinate = mesh.get_coordinate()
+    for at, placement in enumerate(placements):
+        if dims[at] is not None and coordinate is not None:
+            split = placement._split_tensor
+            parts, _ = split(local, mesh.size(at), with_padding=False, contiguous=False)
+            local = parts[coordinate[at]]
+    strides = [math.prod(shape[at + 1 :]) for at in range(len(shape))]
+    made: torch.Tensor = sys.modules[_MODULE].DTensor.from_local(
+        torch.empty(local.shape, dtype=dtype, device=local_of(tensor).device),
+        mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=tuple(strides),
     )
     return made
 

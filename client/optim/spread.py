@@ -98,8 +98,13 @@ def groups_of(parameter: torch.Tensor) -> list[Any]:
     return [
         mesh.get_group(dimension)
         for dimension, placement in enumerate(_placements(parameter))
-        if placement.is_shard() and mesh.size(dimension) > 1
+        if _is_sharding(placement) and mesh.size(dimension) > 1
     ]
+
+
+def _is_sharding(placement: Any) -> bool:
+    """Also of strided shards, which torch does not count among them."""
+    return getattr(placement, "dim", None) is not None and not placement.is_partial()
 
 
 def _placements(parameter: torch.Tensor) -> Sequence[Any]:
@@ -113,7 +118,7 @@ def _sharded(parameter: torch.Tensor) -> list[tuple[int, int]]:
     return [
         (placement.dim % max(1, parameter.dim()), mesh.size(dimension))
         for dimension, placement in enumerate(_placements(parameter))
-        if placement.is_shard()
+        if _is_sharding(placement)
     ]
 
 
@@ -146,7 +151,7 @@ def summed_rows(
         return local
     mesh = parameter.device_mesh  # type: ignore[attr-defined]
     for dimension, placement in enumerate(_placements(parameter)):
-        if placement.is_shard() and placement.dim != 0 and mesh.size(dimension) > 1:
+        if _is_sharding(placement) and placement.dim != 0 and mesh.size(dimension) > 1:
             torch.distributed.all_reduce(local, group=mesh.get_group(dimension))
     return local
 

@@ -213,24 +213,34 @@ class Job:
         """The global tensors, put together from all ranks' parts by torch's own splitting; every
         replica must be equal."""
         found: dict[str, torch.Tensor] = {}
+        seen: dict[str, torch.Tensor] = {}
         for rank in self.ranks:
             for name, tensor in rank.held().items():
-                self._put(found, name, tensor)
+                self._put(found, seen, name, tensor)
+        assert all(bool(there.all()) for there in seen.values())
         return {name: digest(tensor) for name, tensor in sorted(found.items())}
 
-    def _put(self, found: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
+    def _put(
+        self,
+        found: dict[str, torch.Tensor],
+        seen: dict[str, torch.Tensor],
+        name: str,
+        tensor: torch.Tensor,
+    ) -> None:
         if not isinstance(tensor, DTensor):
             known = found.setdefault(name, tensor)
             assert torch.equal(known, tensor), name
             return
-        whole = found.setdefault(name, torch.full(tensor.shape, torch.nan, dtype=tensor.dtype))
+        whole = found.setdefault(name, torch.zeros(tensor.shape, dtype=tensor.dtype))
+        there = seen.setdefault(name, torch.zeros(whole.numel(), dtype=torch.bool))
         index = torch.arange(whole.numel()).reshape(whole.shape)
         mine = dealt(index, tensor.device_mesh, tensor.placements)._local_tensor.flatten()
         local = tensor._local_tensor.flatten()
         flat = whole.view(-1)
         before = flat[mine]
-        assert bool(((before == local) | before.isnan()).all()), f"replicas of {name} differ"
+        assert bool(((before == local) | ~there[mine]).all()), f"replicas of {name} differ"
         flat[mine] = local
+        there[mine] = True
 
 
 @dataclass
