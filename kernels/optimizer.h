@@ -1,5 +1,5 @@
 // The fused optimizer step, in two layers: an engine per instruction set steps chunks of one
-// tensor (optimizer_step.h, compiled three times), the rest is portable (optimizer.cpp).
+// tensor (optimizer_step.h, compiled for each), the rest is portable (optimizer.cpp).
 //
 // Every engine gives the same bits: fp32, round to nearest even, no fused multiply-add, IEEE
 // division and square root, denormals kept. So the compiler is told not to contract (see
@@ -8,6 +8,7 @@
 #define EVERSTEP_OPTIMIZER_H
 
 #include <stdint.h>
+#include <string.h>
 
 #include "abi.h"
 
@@ -57,11 +58,19 @@ struct Span {
 
 using SpanStep = void (*)(const Span&);
 
-// The functions by method; null where the machine, or the build, lacks the instructions, and where a
-// block of the tensor is smaller than what the engine takes at a time.
+// The functions by method for a tensor; null where the machine, or the build, lacks the instructions.
 const SpanStep* avx512_steps(const everstep_optimizer_tensor& tensor);
 const SpanStep* avx2_steps(const everstep_optimizer_tensor& tensor);
 const SpanStep* scalar_steps();
+
+// Whether a tensor's codecs are long chains of operations, of which several vectors at a time pay.
+inline bool has_long_chains(const everstep_optimizer_tensor& tensor) {
+    for (const everstep_optimizer_state& state : tensor.states) {
+        const bool dynamic = state.codec == kDynamicSigned || state.codec == kDynamicSecond;
+        if (dynamic || state.codec == kFp8Signed || state.codec == kFp8Second) return true;
+    }
+    return false;
+}
 
 }  // namespace everstep
 

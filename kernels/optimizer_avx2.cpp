@@ -15,7 +15,6 @@ struct Vector {
     using Float = __m256;
     using Int = __m256i;
     static constexpr uint64_t kLanes = 8;
-    static constexpr int kParts = 2;
 
     static Float broadcast(float x) { return _mm256_set1_ps(x); }
     static Float load(const float* at) { return _mm256_loadu_ps(at); }
@@ -124,17 +123,24 @@ struct Vector {
     }
 };
 
-}  // namespace
+#include "optimizer_wide.h"
 
-}  // namespace everstep
-
+namespace narrow {
+using V = Vector;
 #include "optimizer_step.h"
+}  // namespace narrow
 
-namespace everstep {
+namespace wide {
+using V = Wide<Vector, 4>;
+#include "optimizer_step.h"
+}  // namespace wide
+
+}  // namespace
 
 const SpanStep* avx2_steps(const everstep_optimizer_tensor& tensor) {
     const bool there = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-    return there && blocks_fit(tensor) ? kSteps : nullptr;
+    if (!there) return nullptr;
+    return has_long_chains(tensor) && wide::blocks_fit(tensor) ? wide::kSteps : narrow::kSteps;
 }
 
 }  // namespace everstep

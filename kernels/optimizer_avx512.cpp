@@ -16,7 +16,6 @@ struct Vector {
     using Float = __m512;
     using Int = __m512i;
     static constexpr uint64_t kLanes = 16;
-    static constexpr int kParts = 2;
 
     static Float broadcast(float x) { return _mm512_set1_ps(x); }
     static Float load(const float* at) { return _mm512_loadu_ps(at); }
@@ -106,18 +105,25 @@ struct Vector {
     }
 };
 
-}  // namespace
+#include "optimizer_wide.h"
 
-}  // namespace everstep
-
+namespace narrow {
+using V = Vector;
 #include "optimizer_step.h"
+}  // namespace narrow
 
-namespace everstep {
+namespace wide {
+using V = Wide<Vector, 4>;
+#include "optimizer_step.h"
+}  // namespace wide
+
+}  // namespace
 
 const SpanStep* avx512_steps(const everstep_optimizer_tensor& tensor) {
     const bool there = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return there && blocks_fit(tensor) ? kSteps : nullptr;
+    if (!there) return nullptr;
+    return has_long_chains(tensor) && wide::blocks_fit(tensor) ? wide::kSteps : narrow::kSteps;
 }
 
 }  // namespace everstep

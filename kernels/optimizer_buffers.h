@@ -1,5 +1,4 @@
-// Between a chunk's place in memory and buffers of fp32. Included by optimizer_step.h, within the
-// unnamed namespace.
+// Between a chunk's place in memory and buffers of fp32. Included by optimizer_step.h.
 //
 // Buffers are filled up with zeros to whole vectors of every instruction set. A tensor's memory is
 // read and written in place only where that does not reach beyond the chunk: its neighbours may be

@@ -1,5 +1,5 @@
 // The codecs with scales: one block to codes and back, a vector at a time. Included by
-// optimizer_step.h, within the unnamed namespace, once an instruction set.
+// optimizer_step.h.
 //
 // A codec has `Decoding`, made from a block's scales, and `Encoding`, made from the bits of the
 // greatest of the block's `measure`s (and of the least but zero, for those with two scales), which

@@ -1,5 +1,5 @@
 // 16-bit floats, what a bf16 value lacks of its fp32 one, and random numbers. Included by
-// optimizer_step.h, within the unnamed namespace.
+// optimizer_step.h.
 
 // The upper half of fp32, ties to even.
 inline Int to_bf16(Float x) {

@@ -1,5 +1,5 @@
 // The methods: what becomes of a parameter `p` and its states `s`, given the gradient `g`, a vector
-// at a time. Included by optimizer_step.h, within the unnamed namespace.
+// at a time. Included by optimizer_step.h.
 //
 // A method's scalars and states are in the order of kernels/optimizer_work.py, its arithmetic,
 // brackets included, is that of client/optim/methods. `with_gradient` is false where none is read,

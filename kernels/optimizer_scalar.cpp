@@ -1,8 +1,6 @@
 // The optimizer step in plain C++, for every machine; it says what the vectors' functions do.
 #include "optimizer.h"
 
-#include <string.h>
-
 namespace everstep {
 
 namespace {
@@ -12,7 +10,6 @@ struct Vector {
     using Float = float;
     using Int = int32_t;
     static constexpr uint64_t kLanes = 1;
-    static constexpr int kParts = 1;
 
     static Float broadcast(float x) { return x; }
     static Float load(const float* at) {
@@ -112,13 +109,11 @@ struct Vector {
     static Int signed_of(uint32_t x) { return static_cast<Int>(x); }
 };
 
-}  // namespace
-
-}  // namespace everstep
+using V = Vector;
 
 #include "optimizer_step.h"
 
-namespace everstep {
+}  // namespace
 
 const SpanStep* scalar_steps() { return kSteps; }
 

@@ -1,5 +1,4 @@
-// Between a chunk of a coded state and a buffer of fp32. Included by optimizer_step.h, within the
-// unnamed namespace.
+// Between a chunk of a coded state and a buffer of fp32. Included by optimizer_step.h.
 
 // 4-bit codes lie two in a byte, the even element in the low half; a row begins with a new byte.
 inline void unpack(const uint8_t* stored, uint64_t bytes, uint8_t* codes) {

@@ -1,18 +1,10 @@
-// The fused step of one tensor's chunks: decode, method, encode. Included once by each of
-// optimizer_{scalar,avx2,avx512}.cpp, after `Vector`.
+// The fused step of one tensor's chunks: decode, method, encode. Included by each of
+// optimizer_{scalar,avx2,avx512}.cpp, once for each vector `V` that it has, in a namespace of its own.
 //
 // Every codec goes with every method through buffers of one chunk, which stay in the first cache.
 // The common combinations also have a loop that goes from codes to values and back block by block
 // (`fused`), from the same codecs and methods; what is left of a row's end takes the buffers.
-#include <string.h>
 
-namespace everstep {
-
-namespace {
-
-#include "optimizer_wide.h"
-
-using V = Wide<Vector, Vector::kParts>;
 using Float = V::Float;
 using Int = V::Int;
 
@@ -231,13 +223,10 @@ const SpanStep kSteps[kMethodCount] = {
     step_span<AdamDirection>, step_span<MomentumDirection>, step_span<Apply>,
 };
 
+// Whether no vector is larger than a block.
 inline bool blocks_fit(const everstep_optimizer_tensor& tensor) {
     for (const everstep_optimizer_state& state : tensor.states) {
         if (state.block && state.block < V::kLanes) return false;
     }
     return true;
 }
-
-}  // namespace
-
-}  // namespace everstep

@@ -1,5 +1,5 @@
 // The constants of kernels/optimizer_tables.py, made anew when compiled, and ordered for searches.
-// Included by optimizer_step.h, within the unnamed namespace.
+// Included by optimizer_step.h.
 
 // An ascending map. Its thresholds are the nodes of a search tree: 1 is the root, 2n and 2n + 1 are
 // below n.

@@ -1,6 +1,6 @@
-// Several vectors as one, so that as many chains of operations are under way at a time: a step's
-// chains are long, and processors do not look ahead far enough to overlap them on their own (on Zen 4,
-// two to four vectors at a time take half the time of one). Included by the engines.
+// Several vectors as one, so that as many chains of operations are under way at a time: processors do
+// not look ahead far enough to overlap long ones on their own. On Zen 4 four at a time take two thirds
+// of the time of one with the dynamic map and five sixths with FP8; shorter codecs gain nothing.
 
 template <class N, int parts>
 struct Wide {
