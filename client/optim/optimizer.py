@@ -219,7 +219,11 @@ class Optimizer(torch.optim.Optimizer):
             slot.work.gradient = None
             if slot.is_staged:
                 slot.local.copy_(slot.work.parameter)
-        # Kernels write behind torch's back: autograd and captures go by the versions.
+        self.touch(slots)
+
+    def touch(self, slots: list[Slot]) -> None:
+        """Count a change of what kernels write behind torch's back: autograd and captures go by
+        the versions."""
         torch.autograd.graph.increment_version([t for slot in slots for t in slot.changed])
 
     def with_gradients(self) -> list[Slot]:

@@ -97,6 +97,9 @@ class Sophia(Optimizer):
     def update_hessian(self) -> None:
         """Take the gradients of sampled labels into the estimate; no step is taken.
 
+        It changes state outside of `step`: where a client takes snapshots, call it in
+        ``with client.updating():``.
+
         Raises:
             InvalidConfiguration: As by `step`.
         """
@@ -111,5 +114,6 @@ class Sophia(Optimizer):
                 states = (slot.work.states[1],)
                 works.append(replace(slot.work, states=states, scalars=scalars))
             self.run("hessian", slots, works, self.constant(device))
+            self.touch(slots)
             for slot in slots:
                 slot.work.gradient = None
