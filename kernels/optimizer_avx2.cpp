@@ -110,16 +110,15 @@ struct Vector {
                          _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
 
-    static Float lookup8(const float* table, Int index) {
-        return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-    }
-    static Float lookup16(const float* table, Int index) {
+    template <int count>
+    static Float entry(const float* table, Int index) {
+        if (count > 16) {
+            return _mm256_i32gather_ps(table, both(index, integers(count - 1)), 4);
+        }
         const Float low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-        const Float high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+        if (count == 8) return low;
+        const Float high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + count - 8), index);
         return _mm256_blendv_ps(low, high, floats(left<28>(index)));
-    }
-    static Float lookup(const float* table, Int index) {
-        return _mm256_i32gather_ps(table, index, 4);
     }
 };
 

@@ -94,14 +94,22 @@ struct Vector {
                             _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
 
-    static Float lookup8(const float* table, Int index) {
-        return _mm512_permutexvar_ps(index, _mm512_broadcast_f32x8(_mm256_loadu_ps(table)));
-    }
-    static Float lookup16(const float* table, Int index) {
-        return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
-    }
-    static Float lookup(const float* table, Int index) {
-        return _mm512_i32gather_ps(index, table, 4);
+    template <int count>
+    static Float entry(const float* table, Int index) {
+        if constexpr (count == 8) {
+            return _mm512_permutexvar_ps(index, _mm512_broadcast_f32x8(_mm256_loadu_ps(table)));
+        } else if constexpr (count == 16) {
+            return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
+        } else if constexpr (count == 32) {
+            return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index,
+                                          _mm512_loadu_ps(table + 16));
+        } else if constexpr (count <= 128) {
+            const __mmask16 upper = _mm512_test_epi32_mask(index, integers(count / 2));
+            return _mm512_mask_blend_ps(upper, entry<count / 2>(table, index),
+                                        entry<count / 2>(table + count / 2, index));
+        } else {
+            return _mm512_i32gather_ps(both(index, integers(count - 1)), table, 4);
+        }
     }
 };
 

@@ -92,7 +92,7 @@ struct FourbitSigned : ByteCodec {
     struct Decoding {
         Float scale;
         explicit Decoding(const float* scales) : scale(V::broadcast(scales[0])) {}
-        Float operator()(Int code) const { return V::lookup16(kFourbit.values, code) * scale; }
+        Float operator()(Int code) const { return V::template entry<16>(kFourbit.values, code) * scale; }
     };
 
     struct Encoding {
@@ -100,7 +100,7 @@ struct FourbitSigned : ByteCodec {
         Float inverse;
         Encoding(uint32_t most, uint32_t)
             : scales{float_of(most)}, inverse(V::broadcast(ratio(1.0f, scales[0]))) {}
-        Int operator()(Float x) const { return search16(x * inverse, kFourbit); }
+        Int operator()(Float x) const { return search(x * inverse, kFourbit); }
     };
 };
 
@@ -140,7 +140,7 @@ struct Dynamic : ByteCodec {
     struct Decoding {
         Float scale;
         explicit Decoding(const float* scales) : scale(V::broadcast(scales[0])) {}
-        Float operator()(Int code) const { return V::lookup(kMap.values, code) * scale; }
+        Float operator()(Int code) const { return V::template entry<256>(kMap.values, code) * scale; }
     };
 
     struct Encoding {
@@ -149,7 +149,7 @@ struct Dynamic : ByteCodec {
         Encoding(uint32_t most, uint32_t)
             : scales{float_of(most)}, inverse(V::broadcast(ratio(1.0f, scales[0]))) {}
         Int operator()(Float x) const {
-            const Int code = search256(x * inverse, kMap);
+            const Int code = search(x * inverse, kMap);
             if (!second) return code;
             // Code 0 is zero, and is for zero alone.
             const Int other = V::where_greater(code, V::integers(0), code, V::integers(1));
@@ -203,14 +203,10 @@ struct Fp8 : ByteCodec {
               root(V::broadcast(16.0f) / sixteenths(scales[0], scales[1])) {}
         Float operator()(Int code) const {
             const Int part = V::both(code, V::integers(127));
-            const Int normal = V::sum(V::left<20>(part), V::integers(120 << 23));
-            const Float small = V::convert(part) * V::broadcast(0.001953125f);
-            const Float value =
-                V::floats(V::where_greater(part, V::integers(7), normal, V::bits(small)));
-            const Float coded = V::most(value, V::broadcast(0.001953125f));
-            const Float power = log2_of(coded * V::broadcast(1.0f / 448)) * root;
-            const Float zero = V::broadcast(0.0f);
-            const Float x = scale * V::where_greater(value, zero, exp2_of(power), zero);
+            const Float power = V::template entry<128>(kFp8Logarithms.of, part) * root;
+            const Float share = V::floats(V::where_greater(
+                part, V::integers(0), V::bits(exp2_of(power)), V::integers(0)));
+            const Float x = scale * share;
             return V::floats(V::sum(V::bits(x), V::left<24>(V::difference(code, part))));
         }
     };

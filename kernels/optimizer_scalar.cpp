@@ -100,9 +100,9 @@ struct Vector {
         store_halves(at, sign | half);
     }
 
-    static Float lookup8(const float* table, Int index) { return table[index & 7]; }
-    static Float lookup16(const float* table, Int index) { return table[index & 15]; }
-    static Float lookup(const float* table, Int index) { return table[index]; }
+    // The entry of a table of `count`, a power of two from 8 to 256, by the index's low bits.
+    template <int count>
+    static Float entry(const float* table, Int index) { return table[index & (count - 1)]; }
 
    private:
     static uint32_t unsigned_of(Int x) { return static_cast<uint32_t>(x); }

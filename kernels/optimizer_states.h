@@ -107,28 +107,30 @@ __attribute__((flatten)) void encode_blocks(const Place& place, const everstep_o
     }
 }
 
-// `buffer` has room for a chunk.
-inline void decode_state(const Place& place, const everstep_optimizer_state& state,
+// Where a state's elements are, which is `buffer` unless they are fp32 and need no filling up.
+inline float* read_state(const Place& place, const everstep_optimizer_state& state,
                          float* buffer) {
     switch (state.codec) {
-        case kBf16: return read_bf16(place, state.codes, buffer);
-        case kBf16Int8: return read_corrected(place, state.codes, state.correction, buffer);
-        case kInt8Signed: return decode_blocks<Int8Signed>(place, state, buffer);
-        case kInt8Second: return decode_blocks<Int8Second>(place, state, buffer);
-        case kDynamicSigned: return decode_blocks<Dynamic<false>>(place, state, buffer);
-        case kDynamicSecond: return decode_blocks<Dynamic<true>>(place, state, buffer);
-        case kFourbitSigned: return decode_blocks<FourbitSigned>(place, state, buffer);
-        case kFourbitSecond: return decode_blocks<FourbitSecond>(place, state, buffer);
-        case kFp8Signed: return decode_blocks<Fp8<false>>(place, state, buffer);
-        case kFp8Second: return decode_blocks<Fp8<true>>(place, state, buffer);
-        default: memcpy(buffer, at_first<float>(place, state.codes), place.count * 4);
+        case kBf16: read_bf16(place, state.codes, buffer); break;
+        case kBf16Int8: read_corrected(place, state.codes, state.correction, buffer); break;
+        case kInt8Signed: decode_blocks<Int8Signed>(place, state, buffer); break;
+        case kInt8Second: decode_blocks<Int8Second>(place, state, buffer); break;
+        case kDynamicSigned: decode_blocks<Dynamic<false>>(place, state, buffer); break;
+        case kDynamicSecond: decode_blocks<Dynamic<true>>(place, state, buffer); break;
+        case kFourbitSigned: decode_blocks<FourbitSigned>(place, state, buffer); break;
+        case kFourbitSecond: decode_blocks<FourbitSecond>(place, state, buffer); break;
+        case kFp8Signed: decode_blocks<Fp8<false>>(place, state, buffer); break;
+        case kFp8Second: decode_blocks<Fp8<true>>(place, state, buffer); break;
+        default: return read_fp32(place, state.codes, buffer);
     }
-    memset(buffer + place.count, 0, (place.padded() - place.count) * 4);
+    return buffer;
 }
 
-// Changes the buffer, which is zero beyond the place's end.
-inline void encode_state(const Place& place, const everstep_optimizer_state& state,
-                         float* buffer) {
+// From where `read_state` has put them; changes a buffer.
+inline void write_state(const Place& place, const everstep_optimizer_state& state,
+                        float* buffer) {
+    if (state.codec == kFp32) return write_fp32(place, buffer, state.codes);
+    memset(buffer + place.count, 0, (place.padded() - place.count) * sizeof(float));
     switch (state.codec) {
         case kBf16: return write_bf16(place, buffer, state.codes);
         case kBf16Int8: return write_corrected(place, buffer, state.codes, state.correction);
@@ -140,6 +142,6 @@ inline void encode_state(const Place& place, const everstep_optimizer_state& sta
         case kFourbitSecond: return encode_blocks<FourbitSecond>(place, state, buffer);
         case kFp8Signed: return encode_blocks<Fp8<false>>(place, state, buffer);
         case kFp8Second: return encode_blocks<Fp8<true>>(place, state, buffer);
-        default: memcpy(at_first<float>(place, state.codes), buffer, place.count * 4);
+        default: return;
     }
 }

@@ -40,7 +40,7 @@ inline void update(Element& e, const Scalars& scalars) {
 template <class M>
 __attribute__((flatten)) void update_buffers(uint64_t count, const Scalars& shared, float* p,
                                              const float* g, float* direction,
-                                             float (*s)[kChunk]) {
+                                             float* const* s) {
     const Scalars scalars = shared;  // which no store can change, so they stay in registers
     for (uint64_t at = 0; at < count; at += V::kLanes) {
         Element e;
@@ -51,7 +51,7 @@ __attribute__((flatten)) void update_buffers(uint64_t count, const Scalars& shar
         update<M>(e, scalars);
         if (M::writes_parameter) V::store(p + at, e.p);
         if (M::writes_direction) V::store(direction + at, e.direction);
-        for (int k = 0; k < M::kStates; ++k) V::store(s[k] + at, e.s[k]);
+        for (int k = 0; k < M::kStates && k < M::kWritten; ++k) V::store(s[k] + at, e.s[k]);
     }
 }
 
@@ -59,19 +59,19 @@ template <class M>
 void through_buffers(const Place& place, const Scalars& scalars) {
     const everstep_optimizer_tensor& tensor = *place.tensor;
     alignas(64) float p_buffer[kChunk], g_buffer[kChunk], d_buffer[kChunk];
-    alignas(64) float s[M::kStates ? M::kStates : 1][kChunk];
+    alignas(64) float s_buffers[EVERSTEP_OPTIMIZER_STATES][kChunk];
+    float* s[EVERSTEP_OPTIMIZER_STATES];
     float* p = M::reads_parameter ? read_parameter(place, p_buffer) : nullptr;
     const float* g = M::with_gradient ? read_gradient(place, g_buffer) : nullptr;
     float* direction = M::reads_direction    ? read_fp32(place, tensor.direction, d_buffer)
                        : M::writes_direction ? d_buffer
                                              : nullptr;
-    for (int k = 0; k < M::kStates; ++k) decode_state(place, tensor.states[k], s[k]);
+    for (int k = 0; k < M::kStates; ++k) s[k] = read_state(place, tensor.states[k], s_buffers[k]);
     update_buffers<M>(place.padded(), scalars, p, g, direction, s);
     if (M::writes_parameter) write_parameter(place, p);
     if (M::writes_direction) write_fp32(place, direction, tensor.direction);
     for (int k = 0; k < M::kStates && k < M::kWritten; ++k) {
-        memset(s[k] + place.count, 0, (place.padded() - place.count) * sizeof(float));
-        encode_state(place, tensor.states[k], s[k]);
+        write_state(place, tensor.states[k], s[k]);
     }
 }
 

@@ -62,26 +62,32 @@ constexpr Map<16> kFourbit = fourbit_map();
 constexpr Map<256> kDynamicOfSigned = dynamic_map(true);
 constexpr Map<256> kDynamicOfSecond = dynamic_map(false);
 
+// The next node: the right one below if x is greater than this one's threshold.
+template <int level, int count>
+inline Int next_node(const Map<count>& map, const Int& node, const Float& x) {
+    constexpr int width = 1 << level;
+    return V::twice_and(node, x, V::template entry<width < 8 ? 8 : width>(
+                                     map.halves + (width < 8 ? 0 : width), node));
+}
+
 // The thresholds that are less than x.
-inline Int search16(Float x, const Map<16>& map) {
-    Int node = V::integers(1);
-    node = V::twice_and(node, x, V::broadcast(map.halves[1]));
-    node = V::twice_and(node, x, V::lookup8(map.halves, node));
-    node = V::twice_and(node, x, V::lookup8(map.halves, node));
-    node = V::twice_and(node, x, V::lookup8(map.halves + 8, node));
+inline Int search(const Float& x, const Map<16>& map) {
+    Int node = V::twice_and(V::integers(1), x, V::broadcast(map.halves[1]));
+    node = next_node<1>(map, node, x);
+    node = next_node<2>(map, node, x);
+    node = next_node<3>(map, node, x);
     return V::both(node, V::integers(15));
 }
 
-inline Int search256(Float x, const Map<256>& map) {
-    Int node = V::integers(1);
-    node = V::twice_and(node, x, V::broadcast(map.halves[1]));
-    node = V::twice_and(node, x, V::lookup8(map.halves, node));
-    node = V::twice_and(node, x, V::lookup8(map.halves, node));
-    node = V::twice_and(node, x, V::lookup8(map.halves + 8, node));
-    node = V::twice_and(node, x, V::lookup16(map.halves + 16, node));
-    for (int level = 5; level < 8; ++level) {
-        node = V::twice_and(node, x, V::lookup(map.halves, node));
-    }
+inline Int search(const Float& x, const Map<256>& map) {
+    Int node = V::twice_and(V::integers(1), x, V::broadcast(map.halves[1]));
+    node = next_node<1>(map, node, x);
+    node = next_node<2>(map, node, x);
+    node = next_node<3>(map, node, x);
+    node = next_node<4>(map, node, x);
+    node = next_node<5>(map, node, x);
+    node = next_node<6>(map, node, x);
+    node = next_node<7>(map, node, x);
     return V::both(node, V::integers(255));
 }
 
@@ -91,3 +97,35 @@ constexpr float kLog2[6] = {1.442553162574768f,   -0.7182819247245789f, 0.458270
 constexpr float kExp2[4] = {0.6930185556411743f, 0.24144551157951355f, 0.051950547844171524f,
                             0.013581248000264168f};
 constexpr float kFp8Range = 265.8353575f;
+
+// What the FP8 codec's log2_of gives of the codes without their sign, as parts of the largest.
+struct Logarithms {
+    alignas(64) float of[128];
+};
+
+constexpr float log2_of_normal(float x) {
+    float exponent = 0;
+    for (; x < 1; x *= 2) exponent -= 1;
+    for (; x >= 2; x /= 2) exponent += 1;
+    const float t = x - 1;
+    float q = kLog2[5];
+    for (int i = 4; i >= 0; --i) {
+        const float product = q * t;
+        q = product + kLog2[i];
+    }
+    const float product = t * q;
+    return exponent + product;
+}
+
+constexpr Logarithms fp8_logarithms() {
+    Logarithms logarithms = {};
+    for (int code = 0; code < 128; ++code) {
+        float value = static_cast<float>(code < 8 ? code : code % 8 + 8) * 0.001953125f;
+        for (int doubled = 1; doubled < code / 8; ++doubled) value *= 2;
+        if (code == 0) value = 0.001953125f;
+        logarithms.of[code] = log2_of_normal(value * (1.0f / 448));
+    }
+    return logarithms;
+}
+
+constexpr Logarithms kFp8Logarithms = fp8_logarithms();

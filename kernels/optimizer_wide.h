@@ -126,14 +126,9 @@ struct Wide {
         return N::unsigned_least_of(least);
     }
 
-    static Float lookup8(const float* table, const Int& index) {
-        return EVERSTEP_EACH(Float, lookup8(table, index.part[i]));
-    }
-    static Float lookup16(const float* table, const Int& index) {
-        return EVERSTEP_EACH(Float, lookup16(table, index.part[i]));
-    }
-    static Float lookup(const float* table, const Int& index) {
-        return EVERSTEP_EACH(Float, lookup(table, index.part[i]));
+    template <int count>
+    static Float entry(const float* table, const Int& index) {
+        return EVERSTEP_EACH(Float, template entry<count>(table, index.part[i]));
     }
 #undef EVERSTEP_EACH
 };
