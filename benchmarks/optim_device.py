@@ -22,7 +22,7 @@ import torch
 from benchmarks.report import Report
 from everstep.client.optim import methods, reference
 from everstep.kernels import optimizer_triton
-from everstep.kernels.optimizer_triton import Launch
+from everstep.kernels.optimizer_kinds_triton import Launch
 from everstep.kernels.optimizer_work import METHODS, CodedState, Work
 
 DEVICE = torch.device("cuda")

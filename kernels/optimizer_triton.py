@@ -10,19 +10,22 @@ gradients alive: callers do. Importing it imports neither torch nor triton.
 The first launch of a kind compiles for some seconds; another tensor or another step never does.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from everstep.kernels import optimizer_lookups
-from everstep.kernels.optimizer_work import (
-    CODECS,
-    METHODS,
-    SCALARS_AT_MOST,
-    STATES_AT_MOST,
-    CodedState,
-    Work,
+from everstep.kernels.optimizer_kinds_triton import (
+    Addresses,
+    Kind,
+    Launch,
+    addresses_of,
+    alignments_of,
+    kind_of,
+    layout_of,
+    shape_of,
 )
+from everstep.kernels.optimizer_work import METHODS, SCALARS_AT_MOST, Work
 
 if TYPE_CHECKING:
     import torch
@@ -30,59 +33,19 @@ if TYPE_CHECKING:
 PROGRAM_COLUMNS = 18
 """int64 words of a tensor in the table; `optimizer_program_triton` has their meaning."""
 
-_PLAIN_WIDTH = 128
-_NARROWEST = 16
-_BLOCKS = (16, 32, 64, 128, 256, 512)
-_WRITES_NO_PARAMETER = frozenset({"hessian", "adam_direction", "momentum_direction"})
-_READS_NO_PARAMETER = frozenset({"hessian", "momentum_direction"})
 _DIRECTED = {"adam_direction": "written", "momentum_direction": "written", "apply": "read"}
-
-
-class Launch(NamedTuple):
-    """How the work is laid out; every choice gives the same bits, and another one compiles anew.
-
-    Attributes:
-        elements: Of a tile, which is what a program holds at a time.
-        warps: Of a program.
-        tiles: Of a program, one after the other.
-    """
-
-    elements: int = 2048
-    warps: int = 4
-    tiles: int = 1
-
-
-DEFAULT = Launch()
-Addresses: TypeAlias = tuple[int, ...]
-
-
-class Kind(NamedTuple):
-    """What the works of one launch have in common, by the names of the program's arguments."""
-
-    READ: str
-    WRITTEN: str
-    GRADIENTS: str
-    CODEC_A: str
-    CODEC_B: str
-    CODEC_C: str
-    BLOCK_A: int
-    BLOCK_B: int
-    BLOCK_C: int
-    WIDTH: int
-    FLAT: bool
-    VECTOR: int
 
 
 class Table:
     """Works of one device and one method, and where they lie."""
 
-    def __init__(self, works: list[Work], method: str, launch: Launch = DEFAULT) -> None:
+    def __init__(self, works: list[Work], method: str, launch: Launch | None = None) -> None:
         """Lays out the tables for these works.
 
         Args:
             works: Every later `refresh` gets as many, of the same sizes, types and codecs.
             method: One of `optimizer_work.METHODS`.
-            launch: How to lay out the work.
+            launch: How to lay out the work; None: as is best for each kind.
 
         Raises:
             ValueError: If a work has other states, scalars or types than the method and the
@@ -111,7 +74,7 @@ class Table:
             ValueError: As for a new table.
         """
         fresh = [addresses_of(work) for work in works]
-        if [_alignments(addresses) for addresses in fresh] != self._alignments:
+        if [alignments_of(addresses) for addresses in fresh] != self._alignments:
             self._arrange(works, fresh)
         for part in self._parts:
             part.refresh(works, fresh)
@@ -120,9 +83,9 @@ class Table:
         chosen: dict[Kind, list[int]] = {}
         for place, (work, found) in enumerate(zip(works, addresses, strict=True)):
             chosen.setdefault(kind_of(work, self._method, found), []).append(place)
-        self._alignments = [_alignments(found) for found in addresses]
+        self._alignments = [alignments_of(found) for found in addresses]
         self._parts = [
-            _Part(kind, places, works, self._launch, self._device)
+            _Part(kind, places, works, self._launch or layout_of(kind), self._device)
             for kind, places in chosen.items()
         ]
 
@@ -154,9 +117,9 @@ class Table:
                     METHOD=self._method,
                     DIRECTED=_DIRECTED.get(self._method, ""),
                     BLOCKS=part.blocks,
-                    TILES=self._launch.tiles,
+                    TILES=part.launch.tiles,
                     GUARDED=found_inf is not None,
-                    num_warps=self._launch.warps,
+                    num_warps=part.launch.warps,
                     num_stages=1,
                     enable_fp_fusion=False,
                     **part.kind._asdict(),
@@ -187,6 +150,7 @@ class _Part:
         import torch
 
         self.kind = kind
+        self.launch = launch
         self.blocks = max(1, launch.elements // kind.WIDTH)
         self._places = places
         self._addresses: list[Addresses] = []
@@ -231,123 +195,3 @@ def _send(rows: Any, target: "torch.Tensor") -> None:
     source = torch.from_numpy(rows)
     # torch keeps pinned memory until the stream has passed, so that the next step has its own.
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
-
-
-def addresses_of(work: Work) -> Addresses:
-    """The columns of a work's row that may change: addresses and the seed."""
-    found = [
-        work.parameter.data_ptr(),
-        0 if work.correction is None else work.correction.data_ptr(),
-        0 if work.gradient is None else work.gradient.data_ptr(),
-        0 if work.direction is None else work.direction.data_ptr(),
-        (work.seed & ((1 << 63) - 1)) - (work.seed & 1 << 63),
-    ]
-    for state in work.states:
-        found.append(state.codes.data_ptr())
-        found.append(0 if state.scales is None else state.scales.data_ptr())
-        found.append(0 if state.correction is None else state.correction.data_ptr())
-    return tuple(found)
-
-
-def _alignments(addresses: Addresses) -> Addresses:
-    """All that a work's kind takes from its addresses."""
-    parameter, correction, gradient, direction, seed, *states = addresses
-    low = (parameter | correction) & 15, gradient & 15, direction & 15, seed != 0
-    return *low, *[address & 15 for address in states]
-
-
-def kind_of(work: Work, method: str, addresses: Addresses) -> Kind:
-    """Which launch a work belongs to.
-
-    Raises:
-        ValueError: If it is not what the method works on.
-    """
-    _check(work, method)
-    states = [*work.states, *[_NO_STATE] * (STATES_AT_MOST - len(work.states))]
-    _, row = shape_of(work)
-    # A block is no wider than a row needs: what is beyond it would be computed for nothing.
-    most = max(_NARROWEST, 1 << (row - 1).bit_length())
-    blocks = [0 if state.scales is None else min(state.block, most) for state in states]
-    width = max(blocks) or _PLAIN_WIDTH
-    parameter = _name(work.parameter)
-    held = "split" if work.correction is not None else parameter
-    written = "random" if work.seed and held == "bf16" else held
-    flat = row % width == 0
-    return Kind(
-        READ="" if method in _READS_NO_PARAMETER else held,
-        WRITTEN="" if method in _WRITES_NO_PARAMETER else written,
-        GRADIENTS="" if work.gradient is None else _name(work.gradient),
-        CODEC_A=states[0].codec,
-        CODEC_B=states[1].codec,
-        CODEC_C=states[2].codec,
-        BLOCK_A=blocks[0],
-        BLOCK_B=blocks[1],
-        BLOCK_C=blocks[2],
-        WIDTH=width,
-        FLAT=flat,
-        VECTOR=_vector(work, row, flat, addresses),
-    )
-
-
-def shape_of(work: Work) -> tuple[int, int]:
-    """Rows and elements of a row; one long row if no state has scales."""
-    if any(state.scales is not None for state in work.states):
-        return work.rows, work.row
-    return 1, work.rows * work.row
-
-
-def _vector(work: Work, row: int, flat: bool, addresses: Addresses) -> int:
-    """How many elements a thread may take at once: those of 16 bytes of the widest type, or 1."""
-    sizes = [work.parameter.element_size(), 1]
-    sizes += [
-        tensor.element_size() for tensor in (work.gradient, work.direction) if tensor is not None
-    ]
-    sizes += [state.codes.element_size() for state in work.states]
-    vector = 16 // max(sizes[0], *sizes[2:], 2)
-    if not flat and row % vector:
-        return 1
-    words = [work.parameter.element_size(), 1, 0, 0, 0]
-    words[2] = 0 if work.gradient is None else work.gradient.element_size()
-    words[3] = 0 if work.direction is None else work.direction.element_size()
-    for state in work.states:
-        halved = state.codec.startswith("fourbit")
-        words += [0 if halved else state.codes.element_size(), 0, 1]
-        if halved and addresses[len(words) - 3] % (vector // 2):
-            return 1
-    aligned = all(
-        address % (vector * word) == 0
-        for address, word in zip(addresses, words, strict=True)
-        if word
-    )
-    return vector if aligned else 1
-
-
-_NO_STATE = CodedState("", 0, None)
-
-
-def _name(tensor: "torch.Tensor") -> str:
-    import torch
-
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    if tensor.dtype not in names:
-        raise ValueError(f"a tensor of {tensor.dtype}: fp32, fp16 and bf16 are possible")
-    return names[tensor.dtype]
-
-
-def _check(work: Work, method: str) -> None:
-    wanted = METHODS[method]
-    if len(work.states) != len(wanted.states) or len(work.scalars) != len(wanted.scalars):
-        raise ValueError(
-            f"{method} with {len(work.states)} states and {len(work.scalars)} scalars: it has "
-            f"{wanted.states} and {wanted.scalars}"
-        )
-    tensors = [work.parameter, work.gradient, work.direction, work.correction]
-    for state in work.states:
-        tensors += [state.codes, state.scales, state.correction]
-        if state.codec not in CODECS:
-            raise ValueError(f"codec {state.codec!r}: known are {', '.join(CODECS)}")
-        if state.scales is not None and (state.block not in _BLOCKS):
-            raise ValueError(f"a block of {state.block}: {_BLOCKS} are possible")
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"a tensor {tuple(tensor.shape)} with gaps: {tensor.stride()}")

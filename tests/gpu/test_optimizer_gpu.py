@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from everstep.kernels import optimizer_triton
-from everstep.kernels.optimizer_triton import Launch, Table
+from everstep.kernels.optimizer_kinds_triton import Launch
+from everstep.kernels.optimizer_triton import Table
 from everstep.kernels.optimizer_work import METHODS
 from tests.unit.kernels.device_works import KINDS, assert_same, check, make_work
 

@@ -11,8 +11,9 @@ import torch
 
 from everstep.client.optim import methods, reference
 from everstep.client.optim.codecs import CODECS
+from everstep.kernels.optimizer_kinds_triton import Launch
 from everstep.kernels.optimizer_tables import single
-from everstep.kernels.optimizer_triton import DEFAULT, Launch, Table
+from everstep.kernels.optimizer_triton import Table
 from everstep.kernels.optimizer_work import METHODS, CodedState, Work
 
 assert methods.METHODS  # importing them enters their arithmetic in the reference
@@ -111,7 +112,7 @@ def check(
     works: Sequence[Work],
     method: str,
     *,
-    launch: Launch = DEFAULT,
+    launch: Launch | None = None,
     grad_scale: float | None = None,
     steps: int = 1,
 ) -> None:
