@@ -78,6 +78,7 @@ class CodedState:
         codes: The codes; for `fp32` and `bf16` the values themselves. Contiguous.
         scales: fp32, one a block (two for FP8), or None. Contiguous.
         correction: int8, of `bf16_int8` only, or None. Contiguous.
+        columns: Scales of columns, of codecs that kernels do not have.
     """
 
     codec: str
@@ -85,6 +86,7 @@ class CodedState:
     codes: Any
     scales: Any = None
     correction: Any = None
+    columns: Any = None
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import torch
 from everstep.client.attachment import dtype_named
 from everstep.client.exporting.placeholders import Placeholders
 from everstep.client.optim.codecs import Codec, Parts, Role, codec_named, rows_of, valid_block
-from everstep.client.optim.codecs.codec import CODES, CORRECTION, SCALES
+from everstep.client.optim.codecs.codec import CODES, PARTS
 from everstep.client.optim.state_names import ROLE_OF_STATE
 from everstep.proto.errors import InvalidConfiguration, Refused
 from everstep.snapshot.reshard import Box, Tensor
@@ -186,13 +186,13 @@ def _held_with(owner: Any, called: str, groups: list[Any]) -> tuple[Codec, int]:
 
 def _split(key: Any) -> tuple[str, str]:
     name, _, part = str(key).rpartition(".")
-    return (name, part) if name and part in (CODES, SCALES, CORRECTION) else (str(key), "")
+    return (name, part) if name and part in PARTS else (str(key), "")
 
 
 def _read(reader: Reader, tensor: Tensor, first: int, count: int) -> torch.Tensor:
-    """Some rows of a tensor; all of one that has a single row."""
+    """Some rows of a tensor; all of one that has a single row, such as scales of columns."""
     shape, offset = tensor.shape, (0,) * len(tensor.shape)
-    if len(shape) > 1:
+    if len(shape) > 1 and shape[0] > 1:
         shape, offset = (count, *shape[1:]), (first, *offset[1:])
     made = torch.empty(shape, dtype=dtype_named(tensor.dtype))
     reader.read(tensor, Box(offset, shape), made.data_ptr())

@@ -158,7 +158,7 @@ def codec_of(state: CodedState) -> tuple[Codec, Role]:
 
 def _decoded(state: CodedState, work: Work) -> torch.Tensor:
     codec, role = codec_of(state)
-    parts = Parts(state.codes, state.scales, state.correction)
+    parts = Parts(state.codes, state.scales, state.correction, state.columns)
     return codec.decode(parts, role, state.block, (work.rows, work.row))
 
 
@@ -168,6 +168,7 @@ def _encode(state: CodedState, values: torch.Tensor) -> None:
     _copy(state.codes, made.codes)
     _copy(state.scales, made.scales)
     _copy(state.correction, made.correction)
+    _copy(state.columns, made.columns)
 
 
 def _copy(target: Any, source: torch.Tensor | None) -> None:

@@ -23,14 +23,11 @@ from everstep.client.optim.codecs import (
     rows_of,
     valid_block,
 )
-from everstep.client.optim.codecs.codec import CODES, CORRECTION, SCALES, Form
+from everstep.client.optim.codecs.codec import CODES, PARTS, REFERENCE_ONLY, Form
 from everstep.client.optim.spread import check_spread, offset_of, row_is_split, spread_like
 from everstep.kernels.optimizer_work import CodedState, Work
 from everstep.proto.errors import InvalidConfiguration
 from everstep.snapshot.placement import local_of
-
-REFERENCE_ONLY = "reference:"
-"""Begins the kernel names of codecs that kernels do not have."""
 
 MASTER = "master.correction"
 STEP = "step"
@@ -147,10 +144,8 @@ def made_slot(
         _settle(parameter, state, key, role, (codec, block), old, name)
         tensors = {part: state[_key(codec, key, part)] for part in codec.forms(shape, role, block)}
         held += [(_key(codec, key, part), tensor) for part, tensor in tensors.items()]
-        locals_ = {part: local_of(tensor) for part, tensor in tensors.items()}
-        scales, correction = locals_.get(SCALES), locals_.get(CORRECTION)
-        kernel = codec.kernel_names[role]
-        coded.append(CodedState(kernel, block, locals_[CODES], scales, correction))
+        mine = {part: local_of(tensor) for part, tensor in tensors.items()}
+        coded.append(CodedState(codec.kernel_names[role], block, **mine))
     correction = _master(parameter, state, wanted, held, name)
     held.append((STEP, _counted(state)))
     rows, row = rows_of(shape)
@@ -235,8 +230,9 @@ def _settle(
         if is_coded:
             _check_forms(local, state, key, role, before, name)
         values = decoded(parameter, state, key, role, before)
-        for part in ("", f".{CODES}", f".{SCALES}", f".{CORRECTION}"):
-            state.pop(key + part, None)
+        for part in PARTS:
+            state.pop(f"{key}.{part}", None)
+        state.pop(key, None)
     made = _zeros(local, codec, role, block) if values is None else None
     if made is None:
         assert values is not None

@@ -34,6 +34,12 @@ def check_spread(parameter: torch.Tensor, codec: Codec, block: int, name: str) -
     for placement in _placements(parameter):
         if placement.is_partial():
             raise InvalidConfiguration(name, f"its placement {placement!r} is a sum to be made")
+    if not codec.by_rows and _sharded(parameter):
+        raise InvalidConfiguration(
+            name,
+            f"ranks have parts of it, and codec {codec.name!r} has scales of whole columns; choose "
+            "codec='4bit'",
+        )
     across = [(dim, count) for dim, count in _sharded(parameter) if dim > 0]
     if not block or not across:
         return

@@ -110,7 +110,9 @@ def export(
     return run
 
 
-@pytest.mark.parametrize("codec", ["int8", "4bit", "fp8", "dynamic", "bf16", "bf16+8"])
+@pytest.mark.parametrize(
+    "codec", ["int8", "4bit", "4bit-rank1", "fp8", "dynamic", "bf16", "bf16+8"]
+)
 def test_an_export_decodes(
     agent_process: AgentProcess, export: Callable[..., Any], codec: str
 ) -> None:

@@ -20,6 +20,7 @@ from everstep.client.optim.codecs.companded import Companded
 from everstep.client.optim.codecs.corrected import Corrected
 from everstep.client.optim.codecs.dynamic import Dynamic
 from everstep.client.optim.codecs.fourbit import FourBit
+from everstep.client.optim.codecs.fourbit_rank1 import FourBitRankOne
 from everstep.client.optim.codecs.fp8 import Fp8
 from everstep.client.optim.codecs.plain import Bf16, Plain
 from everstep.kernels.optimizer_work import CHUNK_ELEMENTS
@@ -113,5 +114,14 @@ def left_plain(
     return "ranks have parts of its only row" if row_split else ""
 
 
-for _codec in (Plain(), Bf16(), Corrected(), Companded(), Dynamic(), FourBit(), Fp8()):
+for _codec in (
+    Plain(),
+    Bf16(),
+    Corrected(),
+    Companded(),
+    Dynamic(),
+    FourBit(),
+    FourBitRankOne(),
+    Fp8(),
+):
     register(_codec)

@@ -22,7 +22,11 @@ Role: TypeAlias = Literal["signed", "second", "weight"]
 
 ROLES: tuple[Role, ...] = ("signed", "second", "weight")
 
-CODES, SCALES, CORRECTION = "codes", "scales", "correction"
+CODES, SCALES, CORRECTION, COLUMNS = "codes", "scales", "correction", "columns"
+PARTS = (CODES, SCALES, CORRECTION, COLUMNS)
+
+REFERENCE_ONLY = "reference:"
+"""Begins the kernel names of codecs that kernels do not have."""
 
 SMALLEST_NORMAL = 2.0**-126
 _INFINITY_BITS = 0x7F800000
@@ -47,16 +51,18 @@ class Parts(NamedTuple):
         codes: What has an entry for each element (4-bit codes: for every two).
         scales: fp32 [rows, blocks], or [rows, blocks, 2]; None if the codec has none.
         correction: int8 in the shape of the codes; None if the codec has none.
+        columns: fp32 [1, row], scales of columns; None if the codec has none.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor | None = None
     correction: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
 
     def named(self) -> dict[str, torch.Tensor]:
         """The tensors that there are, by the last part of their key in the optimizer's state."""
-        found = {CODES: self.codes, SCALES: self.scales, CORRECTION: self.correction}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        found = zip(PARTS, self, strict=True)
+        return {name: tensor for name, tensor in found if tensor is not None}
 
 
 class Codec(ABC):
@@ -68,12 +74,14 @@ class Codec(ABC):
         kernel_names: The codec's name in kernels.optimizer_work.CODECS for each role that kernels
             have; roles that are missing are left to the reference.
         plain: Whether codes are the values themselves, under the state's own name.
+        by_rows: Whether a part of the rows is encoded as it is in the whole.
     """
 
     name: ClassVar[str]
     block: ClassVar[int] = 0
     kernel_names: ClassVar[dict[Role, str]]
     plain: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = True
 
     def encode(self, values: torch.Tensor, role: Role, block: int) -> Parts:
         """Parts for a state tensor of any shape, which need not be contiguous."""

@@ -50,7 +50,10 @@ class FourBit(Codec):
     def _encode(self, values: torch.Tensor, role: Role, block: int, shape: torch.Size) -> Parts:
         blocks = in_blocks(values, block)
         scales = largest(blocks)
-        codes = _second(blocks, scales) if role == "second" else _signed(blocks, scales)
+        if role == "second":
+            codes = counted(blocks, scales.unsqueeze(-1))
+        else:
+            codes = _signed(blocks, scales)
         codes = finite_or_zero(codes.to(torch.uint8), scales)
         return Parts(packed(out_of_blocks(codes, values.shape[1])), scales)
 
@@ -88,8 +91,8 @@ def _signed(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(z, in_table(_THRESHOLDS, z))
 
 
-def _second(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    factor = quotient(16.0, scales, _LEAST_SECOND).unsqueeze(-1)
-    k = (blocks * factor).round().clamp(1.0, 16.0)
-    k = torch.where((scales >= _LEAST_SECOND).unsqueeze(-1), k, torch.full_like(k, 16.0))
+def counted(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes of second moments: sixteenths of their scales, less one."""
+    k = (values * quotient(16.0, scales, _LEAST_SECOND)).round().clamp(1.0, 16.0)
+    k = torch.where(scales >= _LEAST_SECOND, k, torch.full_like(k, 16.0))
     return k.nan_to_num(1.0) - 1.0

@@ -14,7 +14,7 @@ from everstep.client import optim
 from everstep.proto.errors import InvalidConfiguration
 
 SHAPES = [(40, 130), (5000,), (3,), (), (9, 4, 130)]
-CODECS = ("fp32", "bf16", "bf16+8", "int8", "dynamic", "4bit", "fp8")
+CODECS = ("fp32", "bf16", "bf16+8", "int8", "dynamic", "4bit", "4bit-rank1", "fp8")
 
 
 @pytest.fixture(autouse=True)
