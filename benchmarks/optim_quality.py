@@ -30,7 +30,7 @@ from benchmarks.report import Report, machine
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.95)
 """AdamW's, as GPTs are trained; with 0.999 and so few steps, luck decides at the best rates."""
-ADAMW_RATE = 3e-3
+ADAMW_RATE = 4e-3
 """Of what Muon leaves to AdamW."""
 
 Optimizers = list[torch.optim.Optimizer]
@@ -74,8 +74,8 @@ def _planned(
     return make
 
 
-_ADAMW_GRID = (1.5e-3, 3e-3, 6e-3)
-_LION_GRID = (1e-4, 2e-4, 4e-4)
+_ADAMW_GRID = (2e-3, 4e-3, 8e-3)
+_LION_GRID = (5e-5, 1e-4, 2e-4)
 _MUON_GRID = (2e-2, 4e-2, 8e-2)
 
 METHODS: dict[str, Method] = {

@@ -47,9 +47,6 @@ FULL = Size()
 SHORT = Size(width=64, layers=2, context=64, batch=8, steps=80, warmup=10, validation=8)
 
 
-_INTO_RESIDUAL = ("out.weight", "down.weight")
-
-
 class Block(nn.Module):
     """Attention and MLP, normalised before."""
 
@@ -85,11 +82,10 @@ class ByteGpt(nn.Module):
         self.output = nn.Linear(size.width, 256, bias=False)
         self.register_buffer("positions", torch.arange(size.context), persistent=False)
         for name, parameter in self.named_parameters():
-            if "embeddings" in name:
-                nn.init.normal_(parameter, std=0.02)
-            elif parameter.ndim == 2:
-                deep = math.sqrt(2 * size.layers) if name.endswith(_INTO_RESIDUAL) else 1.0
-                nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5 / deep)
+            if parameter.ndim == 2:
+                within = ("out.weight", "down.weight")
+                deep = math.sqrt(2 * size.layers) if name.endswith(within) else 1.0
+                nn.init.normal_(parameter, std=0.02 / deep)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """The loss of all bytes but the first, each predicted from those before."""

@@ -32,7 +32,10 @@ def draw(source: Path, target: Path) -> None:
     figure = Figure(figsize=(9.5, 4.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     _codecs(left, found)
-    _curves(right, found)
+    if all("curve" in row for row in found["methods"].values()):
+        _curves(right, found)
+    else:
+        _rates(right, found)
     for axes in (left, right):
         axes.grid(visible=True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -80,3 +83,14 @@ def _curves(axes: "Axes", found: dict[str, Any]) -> None:
     axes.set_xlabel("steps")
     axes.set_ylabel("validation loss, nats a byte")
     axes.set_title("all methods, one seed, a sixth of the validation text", fontsize=9)
+
+
+def _rates(axes: "Axes", found: dict[str, Any]) -> None:
+    """What each rate gave."""
+    for index, (name, row) in enumerate(found["methods"].items()):
+        rates, losses = zip(*row["grid"], strict=True)
+        axes.plot(rates, losses, markersize=5, label=name, **_look(index))
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("validation loss, nats a byte")
+    axes.set_title("all methods, one seed, the rates tried", fontsize=9)
