@@ -221,21 +221,24 @@ def _settle(
     is_coded = isinstance(state.get(f"{key}.{CODES}"), torch.Tensor)
     if role not in codec.kernel_names:
         raise InvalidConfiguration("codec", f"{codec.name!r} does not hold {key}, a {role} state")
-    fits = (is_plain and codec.plain) or (is_coded and not codec.plain and now == before)
-    if fits:
-        _check_forms(local, state, key, role, now, name)
-        return
-    values = None
-    if is_plain or is_coded:
-        if is_coded:
-            _check_forms(local, state, key, role, before, name)
-        values = decoded(parameter, state, key, role, before)
-        for part in PARTS:
-            state.pop(f"{key}.{part}", None)
-        state.pop(key, None)
-    made = _zeros(local, codec, role, block) if values is None else None
-    if made is None:
-        assert values is not None
+    if is_plain:
+        # torch's own optimizers have state of the parameter's dtype.
+        as_it_is = Form(tuple(local.shape), local_of(state[key]).dtype)
+        _check_form(state[key], as_it_is, f"{name}, state {key}", "fp32")
+        if codec.plain and as_it_is.dtype == torch.float32:
+            _check_forms(local, state, key, role, now, name)
+            return
+    elif is_coded:
+        _check_forms(local, state, key, role, before, name)
+        if now == before:
+            return
+    values = decoded(parameter, state, key, role, before) if is_plain or is_coded else None
+    for part in PARTS:
+        state.pop(f"{key}.{part}", None)
+    state.pop(key, None)
+    if values is None:
+        made = _zeros(local, codec, role, block)
+    else:
         made = codec.encode(values.to(local.device), role, block).named()
     whole = codec.forms(tuple(parameter.shape), role, block)
     for part, tensor in made.items():
@@ -263,11 +266,13 @@ def _check_forms(
     for part, form in codec.forms(tuple(local.shape), role, block).items():
         at = _key(codec, key, part)
         _check_form(state.get(at), form, f"{name}, state {at}", codec.name)
-        if not local_of(state[at]).is_contiguous() or local_of(state[at]).device != local.device:
-            whole = local_of(state[at]).to(local.device).contiguous()
-            if whole.dim() and local_of(state[at]) is not state[at]:
-                raise InvalidConfiguration(f"{name}, state {at}", "it is not contiguous")
-            state[at] = whole
+        found = local_of(state[at])
+        if found.is_contiguous() and found.device == local.device:
+            continue
+        if found is not state[at]:
+            problem = f"it is on {found.device}, with strides {found.stride()}"
+            raise InvalidConfiguration(f"{name}, state {at}", problem)
+        state[at] = found.to(local.device).contiguous()
 
 
 def _check_form(tensor: Any, form: Form, name: str, codec: str) -> None:

@@ -168,6 +168,25 @@ def test_torchs_own_state_is_taken_and_coded_at_the_next_step() -> None:
         assert torch.allclose(a, b, atol=2e-3)
 
 
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_torchs_state_of_bf16_parameters_is_taken(codec: str) -> None:
+    theirs = torch.optim.AdamW(parameters(torch.bfloat16))
+    steps(theirs, 0, 2)
+    mine = optim.AdamW(parameters(torch.bfloat16), codec=codec)
+    mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    mine.prepare()
+    weight = mine.param_groups[0]["params"][0]
+    saved = theirs.state_dict()["state"][0]["exp_avg"]
+    if codec == "fp32":
+        assert torch.equal(mine.state[weight]["exp_avg"], saved.float())
+    steps(mine, 2, 3)
+    broken = copy.deepcopy(theirs.state_dict())
+    broken["state"][0]["exp_avg"] = torch.zeros(3)
+    mine.load_state_dict(broken)
+    with pytest.raises(InvalidConfiguration, match=r"state exp_avg: it is .*\(3,\)"):
+        mine.prepare()
+
+
 @pytest.mark.parametrize("to", CODECS)
 def test_a_group_may_change_its_codec(to: str) -> None:
     optimizer, exact = (optim.AdamW(parameters(), lr=1e-3, codec=c) for c in ("int8", "fp32"))
