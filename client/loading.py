@@ -1,27 +1,26 @@
 """Putting a restored snapshot back into the live objects.
 
-Owns the comparison of what is attached with what was saved, and the way each kind of part takes
-its state; optimizers are in `client/optimizer_loading.py`. Promises that a mismatch is found before
-anything is touched; that tensors are filled in place, so that references held elsewhere stay good
-and tied weights stay tied; and that no live tensor ever shares memory with the arena. Does not
-choose or read copies.
+Owns the way each kind of part takes its state; optimizers are in `client/optimizer_loading.py`, and
+`client/checking.py` asks all of them. Promises that a mismatch is found before anything is touched;
+that tensors are filled in place, so that references held elsewhere stay good and tied weights stay
+tied; and that no live tensor ever shares memory with the arena. Does not choose or read copies.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
 from everstep.client import scaling
-from everstep.client.attachment import Attachment, flat_part, parameter_names, place, within
+from everstep.client.attachment import Attachment, flat_part, place, within
 from everstep.client.resizing import Resizing
 from everstep.client.saved import Form, Saved, is_within
 from everstep.client.sharing import pointer
 from everstep.client.terms import Terms
-from everstep.proto.errors import Refused, StateMismatch
+from everstep.proto.errors import StateMismatch
 from everstep.snapshot.capture import dtype_name
 from everstep.snapshot.placement import Placed, Portion, Spread, is_distributed, local_of, portions
 from everstep.snapshot.restore import Need, Wanted
@@ -110,93 +109,6 @@ class Loading:
                 add()
         for finish in self._finish:
             finish()
-
-
-def check(
-    attachments: Mapping[str, Attachment], saved: Saved, terms: Terms, rank: int, world: int
-) -> Loading:
-    """Compare all parts with the snapshot; touch nothing.
-
-    Args:
-        attachments: The live objects, by name.
-        saved: What the snapshot has.
-        terms: What is asked for.
-        rank: This process.
-        world: How many there are.
-
-    Raises:
-        StateMismatch: With everything that does not fit.
-        Refused: If the terms name what is not there.
-    """
-    saved = replace(saved)  # it is renamed and cut down to what is asked for
-    saved.rename(terms)
-    terms.check([*saved.forms, *saved.classes, "rng"])
-    chosen = _chosen(attachments, saved, terms)
-    _check_optimizer_classes(chosen, saved, terms.force)
-    loading = Loading(saved, Resizing(saved, terms, rank, world))
-    problems = Problems(saved, terms)
-    names = parameter_names(attachments)
-    from everstep.client import optimizer_loading
-
-    for attached in chosen.values():
-        if attached.kind == "optimizer":
-            optimizer_loading.check(attached, names, loading, problems)
-        else:
-            _CHECKS[attached.kind](attached, names, loading, problems)
-    problems.contradictory += saved.holdings.check(need.name for need in loading.needs)
-    problems.divergent += loading.resizing.divergent
-    problems.raise_if_any()
-    return loading
-
-
-def _chosen(
-    attachments: Mapping[str, Attachment], saved: Saved, terms: Terms
-) -> dict[str, Attachment]:
-    """What is attached and asked for."""
-    in_part = [
-        name
-        for name, attached in attachments.items()
-        if attached.kind != "module"
-        and any("/" in p and p.partition("/")[0] == name for p in (*terms.only, *terms.exclude))
-    ]
-    if in_part:
-        raise Refused(
-            f"{', '.join(in_part)}: only modules can be loaded leaf by leaf. Name the whole part "
-            "in only= or exclude=. Nothing was loaded."
-        )
-    chosen = {
-        name: attached
-        for name, attached in attachments.items()
-        if (not terms.weights_only or attached.kind == "module")
-        and terms.takes_some(name, saved.forms_of(name))
-    }
-    saved.without([n for n in saved.forms if n.partition("/")[0] in chosen and not terms.takes(n)])
-    absent = [name for name in chosen if name not in saved.classes]
-    if absent:
-        hint = (
-            "" if terms.weights_only else " To load the modules alone: restore(weights_only=True)."
-        )
-        what = ", ".join(absent)
-        raise StateMismatch(f"the snapshot has no state of {what}.{hint}", missing=tuple(absent))
-    dropped = [name for name in saved.classes if name not in attachments and terms.takes(name)]
-    if dropped and not terms.weights_only:
-        raise StateMismatch(
-            f"the snapshot has state of {', '.join(dropped)}, which is not attached. Attach it "
-            "before restore(), leave it out with exclude=, or load the modules alone with "
-            "restore(weights_only=True).",
-            unexpected=tuple(dropped),
-        )
-    return chosen
-
-
-def _check_optimizer_classes(chosen: Mapping[str, Attachment], saved: Saved, force: bool) -> None:
-    for name, attached in chosen.items():
-        was, now = saved.classes[name], attached.part.class_name
-        if attached.kind == "optimizer" and was != now and not force:
-            raise StateMismatch(
-                f"{name} was a {was} and is a {now} now: its state means something else there. "
-                "Say restore(force=True) if that is what you want. Nothing was loaded."
-            )
 
 
 @dataclass(slots=True)
@@ -414,8 +326,8 @@ def _merge(live: Any, saved: Any) -> None:
             live[key] = value
 
 
-_Check = Callable[[Attachment, Mapping[int, str], Loading, Problems], None]
-_CHECKS: dict[str, _Check] = {
+Check = Callable[[Attachment, Mapping[int, str], Loading, Problems], None]
+CHECKS: dict[str, Check] = {
     "module": _check_module,
     "stateful": _check_stateful,
     "tree": _check_tree,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from everstep.client import loading, rng
+from everstep.client import checking, rng
 from everstep.client.attachment import Attachment, decode_torch_value
 from everstep.client.channel import Channel
 from everstep.client.limits import Limits
@@ -194,7 +194,7 @@ class Restoring:
     ) -> Restored:
         shards = {found.rank: _shard(reply, found) for found in reply.shards}
         saved = _saved(shards, self._rank, self._world)
-        plan = loading.check(attachments, saved, terms, self._rank, self._world)
+        plan = checking.check(attachments, saved, terms, self._rank, self._world)
         with (
             torch.no_grad(),
             ThreadPoolExecutor(_threads(), "everstep-restore") as executor,

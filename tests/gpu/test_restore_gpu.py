@@ -19,7 +19,7 @@ from torch import nn, optim
 
 from everstep.client import rng
 from everstep.client.attachment import attachment, collect
-from everstep.client.loading import check
+from everstep.client.checking import check
 from everstep.client.saved import Saved
 from everstep.client.terms import Terms
 from everstep.kernels import xxh3_triton

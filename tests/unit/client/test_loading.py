@@ -9,7 +9,8 @@ from torch import nn, optim
 
 from everstep.client import scaling
 from everstep.client.attachment import attachment, collect
-from everstep.client.loading import Loading, _merge, check
+from everstep.client.checking import check
+from everstep.client.loading import Loading, _merge
 from everstep.client.saved import Form, Saved
 from everstep.client.terms import Terms
 from everstep.proto.errors import StateMismatch
