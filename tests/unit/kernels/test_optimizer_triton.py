@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from everstep.kernels import optimizer_lookups
-from everstep.kernels.optimizer_kinds_triton import Launch
+from everstep.kernels.optimizer_kinds_triton import Launch, addresses_of, kind_of
 from everstep.kernels.optimizer_triton import Table
 from everstep.kernels.optimizer_work import METHODS, Work
 from tests.unit.kernels.device_works import KINDS, assert_same, check, make_work, tensors
@@ -39,6 +39,8 @@ def test_every_codec_on_whole_and_odd_rows(kind: str, shape: tuple[int, int]) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_infinite_nan_and_denormal_blocks(kind: str) -> None:
     work = make_work("adam", kind, (6, 260))
+    l2 = METHODS["adam"].scalars.index("l2")
+    work.scalars = (*work.scalars[:l2], 0.0, *work.scalars[l2 + 1 :])
     work.gradient[:] = 0
     for state in work.states:
         for tensor in (state.codes, state.scales, state.correction):
@@ -50,6 +52,48 @@ def test_zero_infinite_nan_and_denormal_blocks(kind: str) -> None:
     work.gradient[4] = 1e30
     work.gradient[5, ::2] = 1e-18
     check([work], "adam", launch=SMALL, steps=2)
+
+
+@pytest.mark.parametrize("method", ["lion", "sophia", "spam"])
+def test_a_sign_keeps_a_nan_and_a_zero(method: str) -> None:
+    work = make_work(method, "fp32", (2, 64))
+    work.gradient[0, :2] = torch.tensor([torch.nan, -torch.nan])
+    work.gradient[1], work.parameter[1], work.states[0].codes[1] = 0, -0.0, -0.0
+    check([work], method, launch=SMALL)
+    assert work.parameter[0, :2].isnan().all()
+
+
+def test_corrections_of_the_smallest_numbers() -> None:
+    work = make_work("adam", "bf16_int8", (1, 512), parameter=BF16, corrected=True)
+    exponents = torch.arange(512) / 16 - 133
+    values = torch.exp2(exponents) * torch.linspace(1, 1.999, 512)
+    work.parameter[0], work.gradient[:] = values.bfloat16(), 0
+    work.correction[values[None] < 2.0**-118] = 0
+    for state in work.states:
+        state.codes.zero_()
+        state.correction.zero_()
+    check([work], "adam", launch=SMALL)
+    assert work.correction[0, -64:].any()
+
+
+def test_how_much_is_taken_at_once_follows_from_addresses_and_rows() -> None:
+    def vector(work: Work) -> int:
+        return kind_of(work, "adam", addresses_of(work)).VECTOR
+
+    work = make_work("adam", "fourbit", (3, 300))
+    assert vector(work) == 4
+    assert vector(make_work("adam", "fourbit", (3, 302))) == 1
+    assert vector(make_work("adam", "fp8", (2, 256), parameter=BF16, gradient=BF16)) == 8
+    for change in (1, 2, 3):
+        wider = torch.empty(900 + change)
+        other = copy.copy(work)
+        other.gradient = wider[change:].reshape(3, 300)
+        assert vector(other) == 1
+    state = copy.copy(work.states[0])
+    state.codes = torch.empty(451, dtype=torch.uint8)[1:].reshape(3, 150)
+    other = copy.copy(work)
+    other.states = (state, work.states[1])
+    assert vector(other) == 1
 
 
 @pytest.mark.parametrize("block", [16, 512])
