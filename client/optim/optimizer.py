@@ -33,7 +33,8 @@ class Options(TypedDict, total=False):
     """What every optimizer here takes; all but `kernels` may differ by group.
 
     Attributes:
-        codec: How states are held: "int8", "dynamic", "4bit", "fp8", "bf16", "bf16+8", "fp32".
+        codec: How states are held: "int8", "dynamic", "4bit", "4bit-rank1", "fp8", "bf16",
+            "bf16+8", "fp32".
         block: Elements that share a scale; None: the codec's own.
         min_elements: Parameters with fewer keep fp32 states.
         maximize: Go up instead of down.

@@ -244,7 +244,19 @@ def test_spam_forgets_and_warms_up() -> None:
         optimizer.step()
         sizes.append((weight.detach() - before).abs().max().item())
     assert sizes[:3] == pytest.approx([1.0, 1.0, 1.0], rel=1e-2)
-    assert sizes[3] < 0.03  # the fourth step has new moments and a hundredth of the rate
+    assert sizes[3] < 0.03  # the fourth step has a hundredth of the rate
+
+
+def test_spam_begins_with_new_moments() -> None:
+    weight = torch.nn.Parameter(torch.zeros(64, 96))
+    optimizer = optim.SPAM([weight], reset_interval=4, codec="int8")
+    for step in range(4):
+        weight.grad = torch.full_like(weight, -1.0 if step < 3 else 3.0)
+        optimizer.step()
+    optimizer.param_groups[0]["codec"] = "fp32"
+    optimizer.prepare()
+    average = optimizer.state[weight]["exp_avg"]
+    assert torch.allclose(average, torch.full_like(average, 0.3), rtol=1e-5)
 
 
 def test_spam_clips_spikes() -> None:

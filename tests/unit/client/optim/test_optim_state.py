@@ -260,9 +260,11 @@ def test_replaced_memory_is_seen() -> None:
     weight.data = weight.data.clone()
     for key, tensor in list(second.state[weight].items()):
         second.state[weight][key] = tensor.clone()
-    third = second.param_groups[0]["params"][1]
-    for tensor in second.state[third].values():
+    vector, last = (second.param_groups[0]["params"][place] for place in (1, 4))
+    for tensor in second.state[vector].values():
         tensor.data = tensor.data.clone()
+    for key, tensor in list(second.state[last].items()):
+        second.state[last][key] = tensor.clone()
     steps(second, 2, 4)
     assert everything(first) == everything(second)
 

@@ -52,6 +52,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 def test_maximize_is_the_other_way() -> None:
     assert same(run(made(maximize=True), factor=-1.0), run(made()))
+    clipped = run(made(maximize=True, clip_norm=0.1), factor=-1.0)
+    assert same(clipped, run(made(clip_norm=0.1)))
 
 
 def test_a_tensor_rate_is_a_number() -> None:
