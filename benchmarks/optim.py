@@ -192,9 +192,18 @@ class Row:
 def state_bytes(optimizer: Any) -> float:
     """Bytes of tensors in the state, a parameter."""
     tensors = [v for state in optimizer.state.values() for v in state.values()]
-    size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    parts = [part for t in tensors if isinstance(t, torch.Tensor) for part in _parts(t)]
+    size = sum(part.numel() * part.element_size() for part in parts)
     count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     return size / count
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor holds: torchao's are of others, and say that they are fp32."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def measure(makes: dict[str, Make], millions: int, rounds: int) -> dict[str, Row]:
@@ -301,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parameters", default="10,50", help="millions, comma-separated")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", help="rows that contain this")
+    parser.add_argument("--only", default="", help="rows that contain one of these")
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="none: no peers")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -312,7 +321,8 @@ def main() -> None:
         peer(options.peer, sizes[0], options.rounds)
         return
     report = Report("optim")
-    rows = {name: make for name, make in candidates().items() if options.only in name}
+    only = options.only.split(",")
+    rows = {name: make for name, make in candidates().items() if any(o in name for o in only)}
     for millions in sizes:
         if millions != sizes[0]:
             rows = {name: make for name, make in rows.items() if name not in SLOW}
