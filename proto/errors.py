@@ -49,8 +49,7 @@ class EverstepError(Exception):
     def __new__(cls, *arguments: object, **named: object) -> "EverstepError":
         """Keep the arguments before a subclass turns them into a message."""
         self = super().__new__(cls, *arguments)
-        self.arguments = arguments
-        self.named = named
+        self.arguments, self.named = arguments, named
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -239,9 +238,7 @@ class RankClaimed(Refused):
     """
 
     def __init__(self, job: str, rank: int, pid: int) -> None:
-        self.job = job
-        self.rank = rank
-        self.pid = pid
+        self.job, self.rank, self.pid = job, rank, pid
         super().__init__(
             f"rank {rank} of job {job!r} is held by process {pid}, which is alive. Its state is "
             "untouched. Use another job name, or end that process first if it is a leftover."
@@ -258,9 +255,7 @@ class StaleIncarnation(Refused):
     """
 
     def __init__(self, job: str, mine: int, current: int) -> None:
-        self.job = job
-        self.mine = mine
-        self.current = current
+        self.job, self.mine, self.current = job, mine, current
         what = f"was restarted: incarnation {current} has replaced {mine}"
         if mine == current:
             what = f"goes on as incarnation {current}, but another process has taken this rank over"
@@ -277,9 +272,7 @@ class StaleEpoch(Refused):
     """
 
     def __init__(self, node_id: str, epoch: int, current: int) -> None:
-        self.node_id = node_id
-        self.epoch = epoch
-        self.current = current
+        self.node_id, self.epoch, self.current = node_id, epoch, current
         super().__init__(
             f"{node_id} speaks at epoch {epoch}, the membership is at epoch {current} and its "
             "place is held by another agent. Nothing of it was taken. If this host shall take "
@@ -315,9 +308,7 @@ class OutOfSpace(Refused):
     def __init__(
         self, where: str, needed_bytes: int, available_bytes: int | None, advice: str = ""
     ) -> None:
-        self.where = where
-        self.needed_bytes = needed_bytes
-        self.available_bytes = available_bytes
+        self.where, self.needed_bytes, self.available_bytes = where, needed_bytes, available_bytes
         has = "" if available_bytes is None else f" and has {available_bytes / 1e6:,.1f} MB"
         super().__init__(
             f"{where} needs {needed_bytes / 1e6:,.1f} MB more{has}. Snapshots already committed "
@@ -335,9 +326,7 @@ class NotCapturable(Refused):
     """
 
     def __init__(self, path: str, type_name: str, detail: str = "") -> None:
-        self.path = path
-        self.type_name = type_name
-        self.detail = detail
+        self.path, self.type_name, self.detail = path, type_name, detail
         more = f" ({detail})" if detail else ""
         super().__init__(
             f"the state at {path!r} is of type {type_name}{more}, which is not stored, because "
