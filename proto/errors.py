@@ -124,8 +124,7 @@ class PeerBusy(Retryable):
     def __init__(self, peer: str, detail: str) -> None:
         self.peer, self.detail = peer, detail
         super().__init__(
-            f"the agent of {peer} has no room for more right now: {detail}. Nothing was changed; "
-            "it is asked again."
+            f"the agent of {peer} has no room for more right now: {detail}. It is asked again."
         )
 
 
@@ -389,11 +388,8 @@ class StateMismatch(Refused):
         divergent: tuple[str, ...] = (),
         contradictory: tuple[str, ...] = (),
     ) -> None:
-        self.missing = missing
-        self.unexpected = unexpected
-        self.reshaped = reshaped
-        self.divergent = divergent
-        self.contradictory = contradictory
+        self.missing, self.unexpected, self.reshaped = missing, unexpected, reshaped
+        self.divergent, self.contradictory = divergent, contradictory
         lines = [summary]
         for title, names in (
             ("missing from the snapshot", missing),
