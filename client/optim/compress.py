@@ -31,7 +31,7 @@ from everstep.client.optim.codecs import (
     left_plain,
     valid_block,
 )
-from everstep.client.optim.codecs.codec import CODES, CORRECTION, SCALES
+from everstep.client.optim.codecs.codec import CODES
 from everstep.client.optim.engine import (
     check,
     numbers_of,
@@ -223,15 +223,15 @@ class Compressed(torch.optim.Optimizer):
             name, _, part = key.rpartition(".")
             if part == CODES and name:
                 codec, role, block = self._by_name(group, name)
-                scales, correction = (stored.get(f"{name}.{p}") for p in (SCALES, CORRECTION))
                 kind = stored.get(f"{name}.{_DTYPE}")
                 dtype = torch.float32 if kind is None else kind.dtype
                 # As the optimizer itself made it: fused kernels want the parameter's strides.
                 state[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
                 whole = local_of(state[name])
-                parts = Parts(value, scales, correction)
+                forms = codec.forms(whole.shape, role, block)
+                parts = Parts(**{part: stored[f"{name}.{part}"] for part in forms})
                 whole.copy_(codec.decode(parts, role, block, whole.shape))
-            elif part not in (SCALES, CORRECTION, _DTYPE) or not name:
+            elif part not in (*Parts._fields, _DTYPE) or not name:
                 state[key] = value
         return state
 

@@ -20,7 +20,7 @@ from everstep.proto.errors import InvalidConfiguration
 from everstep.snapshot.placement import local_of
 
 _BYTES_OF_ADAMW = 8
-_FOR_HIDDEN = "4bit"
+_FOR_HIDDEN = ("4bit", "4bit-rank1")
 _OF_OTHERS = "int8"
 """What embeddings, heads and vectors have in place of 4-bit codes."""
 
@@ -206,8 +206,8 @@ class _Codecs:
                 return self._codecs[pattern], f"as said for {pattern}"
         if role in self._codecs:
             return self._codecs[role], f"as said for {role}"
-        if self._codec == _FOR_HIDDEN and role != "hidden":
-            return _OF_OTHERS, f"{_FOR_HIDDEN} is for hidden matrices"
+        if self._codec in _FOR_HIDDEN and role != "hidden":
+            return _OF_OTHERS, f"{self._codec} is for hidden matrices"
         return self._codec, ""
 
 

@@ -100,7 +100,7 @@ def _exported(
 
 
 def _torchao_codec(codec: Codec) -> str:
-    return codec.name if codec.name in torchao.BLOCKS else "dynamic"
+    return "4bit" if codec.name.startswith("4bit") else "dynamic"
 
 
 def _one(
