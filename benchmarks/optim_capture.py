@@ -1,7 +1,7 @@
 """What a snapshot of an int8 AdamW run costs beside one of an fp32 run.
 
 ``python -m benchmarks.optim_capture [--rounds N] [--parameters P]``. The same model twice, with
-torch's fused AdamW and with `everstep.optim.AdamW(codec="int8")`, each attached to a job of its own.
+torch's fused AdamW and with `everstep.optim.AdamW(codec="int8")`, each with a job of its own.
 In turns each is snapshot while its trainer waits: from the call of ``snapshot()`` until it is
 committed. Beside that, the bytes of the two shards, and a restore of each into the live objects.
 """
