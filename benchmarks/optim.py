@@ -2,7 +2,9 @@
 
 ``python -m benchmarks.optim [--parameters 10,50] [--rounds N] [--peers PYTHON]``. All optimizers
 step the same parameters and gradients in turns, the reference between any two of them; a row's
-ratio is the median, over rounds, of its time over the mean of the two references beside it. The
+ratio is the median, over rounds, of its time over the mean of the two references beside it. Before
+each step is a pause, since OpenMP's threads, which the reference uses, spin for some milliseconds
+after their work and would take a core from whatever comes next (``--pause-ms 0`` shows it). The
 shapes are those of a small Llama. bitsandbytes and torchao, where PYTHON (default: this one) can
 import them, have a process each and a reference of their own in it: two OpenMP libraries in one
 process wait in each other's way, and OMP_WAIT_POLICY=PASSIVE is the best that they do.
@@ -30,6 +32,7 @@ from benchmarks.report import Report
 WIDTH, HIDDEN = 512, 1376
 LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN + 2 * WIDTH
 WARM = 3
+PAUSE_S = 0.02
 
 Parameters = list[torch.nn.Parameter]
 Make = Callable[[Parameters], Any]
@@ -165,8 +168,9 @@ def _compressed(parameters: Parameters) -> torch.optim.Optimizer:
     return compress(reference(parameters), codec="int8")
 
 
-def seconds(optimizer: Any) -> float:
-    """Of one step."""
+def seconds(optimizer: Any, pause_s: float = PAUSE_S) -> float:
+    """Of one step, once OpenMP's threads of the step before have stopped spinning."""
+    time.sleep(pause_s)
     begun = time.perf_counter()
     optimizer.step()
     return time.perf_counter() - begun
@@ -206,7 +210,7 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [getattr(tensor, name) for name in names]
 
 
-def measure(makes: dict[str, Make], millions: int, rounds: int) -> dict[str, Row]:
+def measure(makes: dict[str, Make], millions: int, rounds: int, pause_s: float) -> dict[str, Row]:
     """All in turns; those that cannot be made are told and left out."""
     parameters = parameters_of(millions)
     plain = reference(parameters)
@@ -223,9 +227,9 @@ def measure(makes: dict[str, Make], millions: int, rounds: int) -> dict[str, Row
         plain.step()
     rows = {name: Row([], [], [], state_bytes(optimizer)) for name, optimizer in made.items()}
     for _ in range(rounds):
-        before = seconds(plain)
+        before = seconds(plain, pause_s)
         for name, optimizer in made.items():
-            taken, after = seconds(optimizer), seconds(plain)
+            taken, after = seconds(optimizer, pause_s), seconds(plain, pause_s)
             row = rows[name]
             row.times.append(taken)
             row.references.append(after)
@@ -310,6 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parameters", default="10,50", help="millions, comma-separated")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--pause-ms", type=float, default=PAUSE_S * 1e3, help="before each step")
     parser.add_argument("--only", default="", help="rows that contain one of these")
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="none: no peers")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
@@ -326,7 +331,8 @@ def main() -> None:
     for millions in sizes:
         if millions != sizes[0]:
             rows = {name: make for name, make in rows.items() if name not in SLOW}
-        tell(report, measure(rows, millions, options.rounds), millions)
+        found = measure(rows, millions, options.rounds, options.pause_ms / 1e3)
+        tell(report, found, millions)
         gc.collect()
         if options.peers != "none" and millions == sizes[0]:
             few = max(3, options.rounds // 3)
