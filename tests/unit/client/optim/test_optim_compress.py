@@ -341,13 +341,24 @@ def test_wrong_arguments_are_named(options: Any, field: str) -> None:
         compress(torch.optim.AdamW(model().parameters()), **options)
 
 
+class Watching(torch.optim.AdamW):
+    strides: tuple[int, ...] = ()
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter, state in self.state.items():
+            if parameter.dim() == 4:
+                Watching.strides = state["exp_avg"].stride()
+        return super().step(closure)
+
+
 def test_strides_of_states_are_those_of_the_parameter() -> None:
     """Fused kernels want it: a convolution in channels_last."""
     torch.manual_seed(0)
     layer = nn.Conv2d(16, 32, 3).to(memory_format=torch.channels_last)
-    optimizer: Compressed = compress(torch.optim.AdamW(layer.parameters(), fused=True))
+    optimizer: Compressed = compress(Watching(layer.parameters(), fused=True))
     for _ in range(2):
         optimizer.zero_grad()
         layer(torch.randn(2, 16, 8, 8)).square().sum().backward()
         optimizer.step()
+    assert Watching.strides == layer.weight.stride() != torch.empty(32, 16, 3, 3).stride()
     assert optimizer.state[layer.weight]["exp_avg.codes"].shape == layer.weight.shape
