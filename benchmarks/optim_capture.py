@@ -73,10 +73,12 @@ def run(rounds: int, parameters: int) -> Report:
         }
         for round_ in range(rounds + 2):
             for one in runs.values():
-                taken, back = one.snapshot(), one.rewind()
+                taken = one.snapshot()
                 if round_ > 1:  # the first reserve and touch the arena
                     one.captured.append(taken)
-                    one.restored.append(back)
+        for _ in range(rounds):
+            for one in runs.values():
+                one.restored.append(one.rewind())
         for one in runs.values():
             one.client.close(timeout=0)
     sizes = {name: one.training.state_bytes for name, one in runs.items()}
