@@ -78,12 +78,16 @@ class Sources:
         self._strides: list[tuple[int, ...]] = []
         self._seen: tuple[list[object], ...] = ()
         self._nowhere: list[torch.Tensor] = []
+        self._addresses: list[int] = []
+        self._guards: Any = None
         try:
             tensors = self._tensors()
             self._nowhere = [tensor for tensor in tensors if not tensor.data_ptr()]
             self._seen = self._look(tensors)
             self._shapes = list(map(torch.Tensor.size, tensors))
             self._strides = list(map(torch.Tensor.stride, tensors))
+            self._addresses = list(map(torch.Tensor.data_ptr, tensors))
+            self._guards = _guards(tensors, self._shapes, self._strides)
         except RuntimeError:  # a tensor without an address
             self._seen = ()
 
@@ -91,6 +95,8 @@ class Sources:
         """Whether all is where it was, as it was; `p.data = other` leaves no other trace."""
         try:
             tensors = self._tensors()
+            if self._is_guarded(tensors):
+                return True
             # Compared one by one: many new tuples at once would wake the garbage collector.
             return (
                 self._look(tensors) == self._seen
@@ -99,6 +105,14 @@ class Sources:
             )
         except RuntimeError:
             return False
+
+    def _is_guarded(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether torch sees at a glance that nothing has changed. It may not though it is so."""
+        return (
+            self._guards is not None
+            and list(map(torch.Tensor.data_ptr, tensors)) == self._addresses
+            and bool(self._guards.check(*tensors))
+        )
 
     def _tensors(self) -> list[torch.Tensor]:
         """This rank's memory: of distributed tensors it may be another one than before."""
@@ -118,6 +132,24 @@ class Sources:
             [tensor.device for tensor in self._nowhere],
             [tensor.requires_grad for tensor in tensors] if self._gradients else [],
         )
+
+
+def _guards(
+    tensors: Sequence[torch.Tensor],
+    shapes: Sequence[torch.Size],
+    strides: Sequence[tuple[int, ...]],
+) -> Any:
+    """What torch.compile checks its inputs with: types, devices, dtypes, shapes and strides of all
+    by one call, in a sixth of the time that one of Python's for each takes. None where this torch
+    has no such thing, or another; it is not public."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes: Any = [list(shape) for shape in shapes]
+        steps: Any = [list(stride) for stride in strides]
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=steps)
+    except Exception:  # whatever another version of torch makes of the call
+        return None
 
 
 class ModuleForm:
