@@ -3,7 +3,6 @@
 import copy
 import itertools
 import struct
-import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -191,6 +190,7 @@ def test_blocks_of_tiny_numbers(kind: str) -> None:
             work.gradient = torch.randn(1, 512).clamp(-1, 1) * (
                 size**0.5 if method == "adam" else size
             )
+            work.gradient[:, ::5] = 0  # a scale that overflows makes NaN of zero alone
             works.append((method, work))
         for method, work in works:
             check([work], method, 1.0)
@@ -391,17 +391,6 @@ def test_a_refresh_takes_other_addresses_and_refuses_other_gradients() -> None:
             table.refresh([other])
     with pytest.raises(ValueError, match="works: 2"):
         table.refresh([work, work])
-
-
-def test_a_refresh_of_many_tensors_is_cheap() -> None:
-    works = [make("adam", "int8", (1, 64)) for _ in range(300)]
-    table = optimizer_native.Table(works, "adam")
-    took = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        table.refresh(works)
-        took.append(time.perf_counter() - begin)
-    assert min(took) < 5e-3  # under 1 ms on a quiet machine
 
 
 def test_a_table_of_nothing_has_no_chunks() -> None:
