@@ -21,7 +21,7 @@ from everstep.agent.discovery import Discovery
 from everstep.agent.members import Contact
 from everstep.agent.node import Node, Send, SendClaim, SendOrders, SendReport, Step
 from everstep.agent.tls import channel_credentials
-from everstep.agent.view import View
+from everstep.agent.view import Entry, View
 from everstep.proto import peer_pb2 as wire
 from everstep.proto.errors import EverstepError, InvalidConfiguration, PeerUnavailable, Refused
 from everstep.proto.peer_pb2_grpc import PeersStub
@@ -247,6 +247,15 @@ class Peers:
             self._channels[address] = channel
         return PeersStub(channel)
 
+    def _member(self, node_id: str) -> Entry:
+        # gRPC has an error of its own for a channel that is closed, which nobody here expects.
+        if self._closed:
+            raise PeerUnavailable(node_id, "this agent is ending")
+        entry = self.node.members.view.get(node_id)
+        if entry is None or entry.replaced_by:
+            raise PeerUnavailable(node_id, "it is no member of the cluster")
+        return entry
+
     async def call(self, node_id: str, method: str, request: Any, timeout_s: float) -> Any:
         """Ask a peer, or this agent itself.
 
@@ -257,15 +266,13 @@ class Peers:
             timeout_s: For the answer.
 
         Raises:
-            PeerUnavailable: If it is no member or does not answer.
+            PeerUnavailable: If it is no member or does not answer, or this agent is ending.
             EverstepError: What the peer raised.
         """
         request.sender.CopyFrom(self.sender())
         if node_id == self.node_id and self.local is not None:
             return await self.local.handle(method, request)
-        entry = self.node.members.view.get(node_id)
-        if entry is None or entry.replaced_by:
-            raise PeerUnavailable(node_id, "it is no member of the cluster")
+        entry = self._member(node_id)
         try:
             return await getattr(self._stub(entry.address), method)(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
@@ -278,9 +285,7 @@ class Peers:
             PeerUnavailable: If it is no member.
         """
         request.sender.CopyFrom(self.sender())
-        entry = self.node.members.view.get(node_id)
-        if entry is None or entry.replaced_by:
-            raise PeerUnavailable(node_id, "it is no member of the cluster")
+        entry = self._member(node_id)
         return getattr(self._stub(entry.address), method)(request, timeout=timeout_s)
 
     def call_blocking(self, node_id: str, method: str, request: Any, timeout_s: float) -> Any:
