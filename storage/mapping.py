@@ -8,9 +8,11 @@ import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module does not name it yet
-_POPULATED_AT_ONCE_BYTES = 1 << 20
-_UNMAPPED_AT_ONCE_BYTES = 16 << 20
+from everstep.kernels import pages
+from everstep.kernels.native import Bytes
+
+_AT_ONCE_BYTES = 16 << 20
+"""Threads that map something meanwhile wait for one piece."""
 
 
 def map_range(
@@ -46,12 +48,8 @@ def populate(mapping: mmap.mmap) -> None:
 
     Best effort: an older kernel does without.
     """
-    # In pieces, since other threads wait for each call.
-    for offset in range(0, len(mapping), _POPULATED_AT_ONCE_BYTES):
-        length_bytes = min(_POPULATED_AT_ONCE_BYTES, len(mapping) - offset)
-        try:
-            mapping.madvise(_MADV_POPULATE_WRITE, offset, length_bytes)
-        except OSError:
+    for address, length_bytes in _pieces(Bytes(mapping)):
+        if not pages.populate(address, length_bytes):
             return
 
 
@@ -61,13 +59,17 @@ def unmap(mapping: mmap.mmap) -> None:
     Raises:
         BufferError: If a view of it is still held.
     """
-    # Page by page for 15 GB takes a quarter of a second, in which nobody else can map anything, or
-    # run Python: an agent would not answer.
-    total_bytes = 0 if mapping.closed else len(mapping)
-    for offset in range(0, total_bytes, _UNMAPPED_AT_ONCE_BYTES):
-        length_bytes = min(_UNMAPPED_AT_ONCE_BYTES, total_bytes - offset)
-        mapping.madvise(mmap.MADV_DONTNEED, offset, length_bytes)
+    # Page by page for 15 GB takes a quarter of a second, in which nobody else can map anything.
+    if not mapping.closed:
+        for address, length_bytes in _pieces(Bytes(mapping)):
+            pages.let_go(address, length_bytes)
     mapping.close()
+
+
+def _pieces(memory: Bytes) -> Iterator[tuple[int, int]]:
+    """Address and length of what is done at once; the mapping cannot be closed meanwhile."""
+    for offset in range(0, memory.bytes, _AT_ONCE_BYTES):
+        yield memory.address + offset, min(_AT_ONCE_BYTES, memory.bytes - offset)
 
 
 @contextmanager
