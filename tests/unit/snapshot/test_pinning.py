@@ -1,9 +1,11 @@
 """Pinned arenas and staging buffers, with a fake CUDA runtime and real threads and forks."""
 
 import atexit
+import mmap
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -103,6 +105,35 @@ def test_pinning_happens_in_the_background_slot_by_slot(cuda: FakeCuda) -> None:
     cuda.control.fake_gate(0)
     assert scene.arena.wait(DEADLINE_S)
     assert scene.arena.close()
+
+
+def test_all_pages_are_there_before_a_slot_is_pinned(cuda: FakeCuda) -> None:
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.truncate(SLOTS * SLOT_BYTES)
+        file.seek(SLOT_BYTES)
+        file.write(b"kept")
+        file.flush()
+        memory = Mapping(SLOTS * SLOT_BYTES, Path(f"/proc/self/fd/{file.fileno()}"))
+        cuda.control.fake_gate(1)
+        arena = PinnedArena(
+            memory.address,
+            SLOT_BYTES,
+            SLOTS,
+            cuda.runtime,
+            piece_bytes=PIECE_BYTES,
+            populate_threads=2,
+        )
+        try:
+            assert cuda.control.fake_wait_at_gate(int(DEADLINE_S * 1000))
+            # The first slot's, and the page of the second one that was written to.
+            assert os.fstat(file.fileno()).st_blocks * 512 == SLOT_BYTES + mmap.PAGESIZE
+            cuda.control.fake_gate(0)
+            assert arena.wait(DEADLINE_S)
+            assert os.fstat(file.fileno()).st_blocks * 512 == SLOTS * SLOT_BYTES
+            assert memory.bytes[SLOT_BYTES : SLOT_BYTES + 4] == b"kept"
+        finally:
+            cuda.control.fake_gate(0)
+            assert arena.close(DEADLINE_S)
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(None, 0), (5, 5)])
