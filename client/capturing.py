@@ -215,6 +215,7 @@ class Capturing:
         """On the capture's thread: copy what is left, then seal."""
         capture = work.capture
         try:
+            capture.enter_thread()
             capture.carry(self._limits.seal_s)
             if not capture.done.is_set():
                 capture.give_up()

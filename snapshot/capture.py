@@ -102,9 +102,7 @@ class Placed:
 
 def value_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The value's bytes, as a flat CPU tensor; a copy, unless the memory holds them in order."""
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    if not plain.is_contiguous():
-        plain = plain.contiguous()
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     # Not view(): a dimension of length 1 may have any stride.
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
@@ -343,8 +341,13 @@ class Capture:
             return all(fenced)
         return self._host_copied.wait(max(0.0, deadline_s - time.monotonic())) and all(fenced)
 
+    def enter_thread(self) -> None:
+        """Say that this thread is the capture's own, before `carry`."""
+        for part in self._parts:
+            part.part.device.enter_thread()
+
     def carry(self, timeout_s: float) -> None:
-        """On the capture's own thread: copy, and wait until it is done, bounded."""
+        """Copy, and wait until it is done, bounded; on the capture's own thread or another."""
         if not self._parts:
             while self.advance():
                 pass
@@ -378,8 +381,7 @@ class Capture:
     def replica_samples(self) -> bytes:
         """What must be equal on all ranks, else their replicas have drifted apart.
 
-        Only once it is complete. 8 bytes for each replicated leaf; zeros for one that cannot be
-        looked at where it is.
+        Only once it is complete. 8 bytes for each replicated leaf; zeros where none can be had.
         """
         samples = bytearray(8 * len(self.plan.replicated))
         found = [(self.plan.host_replicas, self._host_samples)]
@@ -440,13 +442,11 @@ class Capture:
     def _complete_host(self) -> None:
         """The last block is copied: its sources may change, so compare them now."""
         plan = self.plan
-        torn: list[str] = []
-        if [source.tensor._version for source in plan.lazy] != self._versions:
-            torn = [
-                source.leaf.name
-                for source, version in zip(plan.lazy, self._versions, strict=True)
-                if source.tensor._version != version
-            ]
+        torn = [
+            source.leaf.name
+            for source, version in zip(plan.lazy, self._versions, strict=True)
+            if source.tensor._version != version
+        ]
         after = plan.sampler.fingerprints(SAMPLES, self._seed)
         if after != self._fingerprints:
             torn += (

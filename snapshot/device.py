@@ -118,6 +118,9 @@ class Device(Protocol):
     def ring(self) -> Ring:
         """For copies to memory that is not pinned."""
 
+    def enter_thread(self) -> None:
+        """Make this thread, one of our own, one that breaks no graph that another one records."""
+
     def mark(self, lane: Lane, *, timed: bool = False) -> Mark:
         """A mark at the end of what the lane has to do now."""
 

@@ -150,6 +150,10 @@ class CudaDevice:
         self._held_most = 0
         self._others_peak = 0
 
+    def enter_thread(self) -> None:
+        """See `Device`."""
+        self._runtime.enter_thread(self._device.index)
+
     def mark(self, lane: Lane, *, timed: bool = False) -> Mark:
         """See `Device`."""
         event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]

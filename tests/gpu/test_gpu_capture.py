@@ -193,6 +193,30 @@ def test_nothing_on_the_step_path_waits_for_the_device(
     assert differing(image, expected) == []
 
 
+def test_a_graph_can_be_recorded_while_a_snapshot_is_copied(
+    agent: AgentProcess, job: str, connect: Connect
+) -> None:
+    loop = Loop(11)
+    client = attached(connect, loop)
+    for step in (1, 2):  # everything is compiled
+        loop.step()
+        assert client.snapshot(step).wait()
+    static = torch.ones(1000, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    expected = loop.tensors()
+    handle = client.snapshot(3)
+    with torch.cuda.graph(graph):  # forbids unsafe calls in all threads
+        static.add_(1)
+        # Without an update it is copied slowly, and without this thread's help.
+        eventually(handle.done, "a commit")
+        static.add_(1)
+    graph.replay()
+    assert static.sum().item() == 3000
+    image = image_of(agent, job, 3)
+    assert image is not None
+    assert differing(image, expected) == []
+
+
 def test_unchanged_units_are_not_copied(
     agent: AgentProcess, job: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ overwritten at once, so that whoever reads it late reads rubbish.
 """
 
 import ctypes
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from random import Random
@@ -101,6 +102,7 @@ class FakeDevice:
         self.fail_copies = False
         self.copied_off = 0
         self.fused_clones = 0
+        self.entered: set[int] = set()
         self._memory: list[FakeMemory] = []
 
     # What the test does.
@@ -140,6 +142,9 @@ class FakeDevice:
         self._enqueue("update", pass_time)
 
     # What the capture calls.
+
+    def enter_thread(self) -> None:
+        self.entered.add(threading.get_ident())
 
     def mark(self, lane: Lane, *, timed: bool = False) -> FakeMark:
         mark = FakeMark()
