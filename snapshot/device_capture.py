@@ -85,11 +85,9 @@ class DeviceCapture:
         self._claim = claim
         self._seed = seed
         self._lock = threading.Lock()
-        self._mover: PinnedMover | StagedMover = (
-            PinnedMover(part.device, address, split)
-            if split is not None
-            else StagedMover(part.device, address)
-        )
+        self._mover: PinnedMover | StagedMover = StagedMover(part.device, address)
+        if split is not None:
+            self._mover = PinnedMover(part.device, address, split)
         self._address = address
         # The window stops between rows, and each fits into a chunk of scratch.
         most = min(self._mover.most_bytes, device_scratch.CHUNK_BYTES // 8)
@@ -125,7 +123,7 @@ class DeviceCapture:
         return self._fenced is not None or self._closed or self._is_worthless
 
     def begin(self) -> None:
-        """Clone and sample what must be now; enqueue the digests."""
+        """Clone and sample what must be now."""
         for tenant in list(self._device.tenants):
             if tenant.is_abandoned:
                 tenant.poll()
@@ -229,14 +227,19 @@ class DeviceCapture:
         device.follow("copies", self._begun)
         self._opened = device.mark("copies", timed=True)
         device.follow("digests", self._begun)
+        self.stats.clone_bytes = int(self._drains[:, 2].sum())
+        device.tenants.append(self)
+
+    def _digest(self) -> None:
+        """Enqueue digests and the clones that go with them; not by `begin`, whose thread has the
+        training to do, unless the update comes first."""
+        part = self.part
         if part.unit_tables:
             tables = [one for one, _ in part.unit_tables]
-            clones = self._scratch.fuse(tables, len(plan.touched))
-            self._accumulators = device.digest(part.unit_tables, base, clones)
-        self._digested = device.mark("digests")
-        self.stats.clone_bytes = int(self._drains[:, 2].sum())
+            clones = self._scratch.fuse(tables, len(part.plan.touched))
+            self._accumulators = self._device.digest(part.unit_tables, self._base, clones)
+        self._digested = self._device.mark("digests")
         self._scratch.clone("digests")
-        device.tenants.append(self)
 
     def _allocate_ahead(self) -> None:
         """Memory for clones of what will not have left the device when the update comes.
@@ -273,6 +276,8 @@ class DeviceCapture:
     def _advance(self) -> None:
         self.moved = self._mover.pump()
         self._scratch.free()
+        if self._digested is None:
+            self._digest()
         if not self._is_open:
             self._open()
         if self._skipped is None and self._known is not None and self.digests:
@@ -361,6 +366,8 @@ class DeviceCapture:
         device = self._device
         self._tripwire.compare_versions()
         self._tripwire.look_again("update")
+        if self._digested is None:
+            self._digest()
         # Behind the samples, so that they are there once it is done.
         fenced = device.mark("update", timed=True)
         # The host may be far ahead of the device, and the thread that carries the capture late:
@@ -435,10 +442,8 @@ class DeviceCapture:
     def _collect(self) -> None:
         """Everything is in the slot: read what the kernels found."""
         # More than that, if bytes had left before it was known that the slot holds them.
-        assert self._mover.done_bytes >= self._left_bytes, (
-            self._mover.done_bytes,
-            self._left_bytes,
-        )
+        done_bytes = self._mover.done_bytes
+        assert done_bytes >= self._left_bytes, (done_bytes, self._left_bytes)
         self.torn = self._tripwire.torn()
         self.replica_samples = self._tripwire.replica_samples()
         self._measure()

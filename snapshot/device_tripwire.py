@@ -24,7 +24,7 @@ class Tripwire:
     def __init__(self, part: DevicePart, seed: int) -> None:
         self._part = part
         self._seed = seed
-        self._held: list[torch.Tensor] = []
+        self._held: list[torch.UntypedStorage] = []
         self._versions: list[int] = []
         self._torn: set[str] = set()
         self._base = 0
@@ -34,10 +34,9 @@ class Tripwire:
 
     def hold(self) -> None:
         """Note the versions; first of all, on the training thread."""
-        # Aliases keep the storage of this moment, whatever becomes of the tensors' `.data`; they
-        # share the version counters.
-        self._held = [source.tensor.detach() for source in self._part.live]
-        self._versions = [tensor._version for tensor in self._held]
+        # The storage of this moment, whatever becomes of the tensors' `.data`.
+        self._held = [source.tensor.untyped_storage() for source in self._part.live]
+        self._versions = self._versions_now()
 
     def begin(self, base: int) -> None:
         """Enqueue the first look on the update lane; `base` is the clone block's address."""
@@ -56,10 +55,13 @@ class Tripwire:
 
     def compare_versions(self) -> None:
         """On the thread that is about to change the leaves, or when nobody has."""
-        now = [tensor._version for tensor in self._held]
+        now = self._versions_now()
         if now != self._versions:
             pairs = zip(self._part.live, self._versions, now, strict=True)
             self._torn |= {source.leaf.name for source, old, new in pairs if old != new}
+
+    def _versions_now(self) -> list[int]:
+        return [source.tensor._version for source in self._part.live]
 
     def torn(self) -> tuple[str, ...]:
         """The leaves that changed, in order; once both looks are done."""

@@ -36,6 +36,7 @@ class Incremental:
         slot = self.slots[number]
         taken = begun(self.setting, seed=step, plan=self.plan, slot=slot, slot_index=number)
         if digests_first:
+            taken.capture.poll()
             self.device.run("update", "digests")
         for _ in range(polls):
             taken.capture.poll()
