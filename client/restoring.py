@@ -34,7 +34,7 @@ from everstep.proto.errors import (
 from everstep.proto.state_pb2 import Record
 from everstep.snapshot import values
 from everstep.snapshot.device_fill import Pinned
-from everstep.snapshot.layout import decode
+from everstep.snapshot.layout import Layout, decode
 from everstep.snapshot.record import open_record
 from everstep.snapshot.restore import Need, Restoration, Shard
 
@@ -101,6 +101,8 @@ class Restoring:
         self._session = session
         self._rank = rank
         self._limits = limits
+        # This rank's, as it came last and as it was understood: `rewind` gets it again and again.
+        self._layout: tuple[bytes, Layout] | None = None
 
     def restore(
         self,
@@ -158,7 +160,7 @@ class Restoring:
         if not reply.found:
             return None
         try:
-            shards = {found.rank: _shard(reply, found) for found in reply.shards}
+            shards = {found.rank: _shard(reply, found, self._layout) for found in reply.shards}
         except _CopyDamaged as damaged:
             raise FormatInvalid("the copy to be restored", str(damaged)) from damaged
         saved = _saved(shards, self._rank, self._world)
@@ -192,7 +194,8 @@ class Restoring:
     def _load(
         self, reply: wire.RestoreReply, attachments: Mapping[str, Attachment], terms: Terms
     ) -> Restored:
-        shards = {found.rank: _shard(reply, found) for found in reply.shards}
+        shards = {found.rank: _shard(reply, found, self._layout) for found in reply.shards}
+        self._note_layout(reply, shards)
         saved = _saved(shards, self._rank, self._world)
         plan = checking.check(attachments, saved, terms, self._rank, self._world)
         with (
@@ -223,6 +226,11 @@ class Restoring:
             notes=tuple(notes),
             moved_bytes=restoration.moved_bytes,
         )
+
+    def _note_layout(self, reply: wire.RestoreReply, shards: Mapping[int, Shard]) -> None:
+        for found in reply.shards:
+            if found.rank == self._rank:
+                self._layout = found.layout, shards[found.rank].layout
 
     def _gather(
         self, reply: wire.RestoreReply, restoration: Restoration, needs: Sequence[Need]
@@ -267,11 +275,16 @@ def _saved(shards: Mapping[int, Shard], rank: int, world: int) -> Saved:
     return Saved.of(layouts, records, rank, world)
 
 
-def _shard(reply: wire.RestoreReply, found: wire.ShardLocation) -> Shard:
+def _shard(
+    reply: wire.RestoreReply,
+    found: wire.ShardLocation,
+    known: tuple[bytes, Layout] | None = None,
+) -> Shard:
     where = f"{found.path}, rank {found.rank}"
     try:
         record = open_record(found.record, where)
-        layout = decode(found.layout, where)
+        same = known is not None and known[0] == found.layout
+        layout = known[1] if known is not None and same else decode(found.layout, where)
     except FormatInvalid as error:
         raise _CopyDamaged(_copy(reply, found.rank, found.level, str(error))) from error
     return Shard(found.rank, found.path, found.offset, layout, record, found.level)
