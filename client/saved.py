@@ -88,6 +88,7 @@ class Saved:
         records: Mapping[int, Record],
         rank: int,
         world: int | None = None,
+        holdings: Holdings | None = None,
     ) -> "Saved":
         """Read it from the shards' descriptions.
 
@@ -96,9 +97,10 @@ class Saved:
             records: Likewise.
             rank: Who looks.
             world: How many ranks there are now; None: as many as then.
+            holdings: Of these layouts, if they were made before.
         """
         base = rank if rank in layouts else min(layouts)
-        holdings = Holdings(layouts)
+        holdings = holdings or Holdings(layouts)
         resized = world not in (None, len(layouts))
         own = [leaf.tensor for leaf in layouts[base].leaves]
         tensors = dict.fromkeys([*own, *holdings.tensors])

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy
 from numpy.typing import NDArray
@@ -113,9 +114,10 @@ def clipped(rows: Rows, start: int, stop: int) -> Rows:
     return numpy.stack([rows[:, 0] + begin - rows[:, 1], begin, end - begin], axis=1)
 
 
-@dataclass(slots=True)
+@dataclass
 class Tensor:
-    """All that the shards of a snapshot hold of one tensor.
+    """All that the shards of a snapshot hold of one tensor. Once anything was asked of it, its
+    leaves do not change: what costs is looked up once.
 
     Attributes:
         name: The same on all ranks.
@@ -126,10 +128,9 @@ class Tensor:
     name: str
     leaves: dict[int, list[Leaf]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    _divergent: bool | None = None
-    _places: dict[Box, list[tuple[int, Leaf]]] | None = None
+    known_divergent: bool | None = None
 
-    @property
+    @cached_property
     def first(self) -> Leaf:
         """One of the leaves: type and global shape are those of all."""
         return next(iter(self.leaves.values()))[0]
@@ -139,12 +140,12 @@ class Tensor:
         """Torch's name of the type, without "torch."."""
         return self.first.dtype
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Of the whole tensor."""
         return self.first.global_shape
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Of the whole tensor."""
         return math.prod(self.shape)
@@ -154,22 +155,19 @@ class Tensor:
         """Whether some rank has a part of it only."""
         return any(leaf.block is not None for leaf in self.leaves[min(self.leaves)])
 
-    @property
+    @cached_property
     def is_divergent(self) -> bool:
         """Whether ranks have states of their own of it, which must not be merged."""
-        if self._divergent is None:
-            self._divergent = self._diverges()
-        return self._divergent
+        return self._diverges() if self.known_divergent is None else self.known_divergent
 
-    @property
+    @cached_property
     def places(self) -> dict[Box, list[tuple[int, Leaf]]]:
-        """The leaves with their ranks, by where they lie; looked up once: leaves do not change."""
-        if self._places is None:
-            self._places = {}
-            for rank, leaves in self.leaves.items():
-                for leaf in leaves:
-                    self._places.setdefault(box_of(leaf), []).append((rank, leaf))
-        return self._places
+        """The leaves with their ranks, by where they lie."""
+        places: dict[Box, list[tuple[int, Leaf]]] = {}
+        for rank, leaves in self.leaves.items():
+            for leaf in leaves:
+                places.setdefault(box_of(leaf), []).append((rank, leaf))
+        return places
 
     def of(self, rank: int) -> "Tensor":
         """As a rank may see it: all of it, or where ranks have states of their own, which may be of
@@ -185,7 +183,7 @@ class Tensor:
         seen[rank] = own
         return Tensor(self.name, {r: x for r, x in sorted(seen.items()) if x}, self.problems, True)
 
-    @property
+    @cached_property
     def is_private(self) -> bool:
         """Whether it is nothing but what every rank has for itself."""
         found = [leaf for leaves in self.leaves.values() for leaf in leaves]
@@ -211,7 +209,8 @@ class Tensor:
                 return True
         return False
 
-    def check(self) -> list[str]:
+    @cached_property
+    def contradictions(self) -> list[str]:
         """What contradicts itself, in words; nothing of it must be read then."""
         problems = list(self.problems)
         leaves = [leaf for found in self.leaves.values() for leaf in found]
@@ -376,5 +375,8 @@ class Holdings:
         """What contradicts itself in these tensors, in words, all of it."""
         found = {self.origin(name) for name in names}
         return [
-            p for name in sorted(found) if name in self.tensors for p in self.tensors[name].check()
+            problem
+            for name in sorted(found)
+            if name in self.tensors
+            for problem in self.tensors[name].contradictions
         ]
