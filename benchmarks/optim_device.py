@@ -30,7 +30,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 SECOND = ("v", "h")
 LAYOUTS = (
     *(Launch(2048, 4), Launch(1024, 4), Launch(512, 4), Launch(1024, 4, 2), Launch(512, 4, 4)),
-    *(Launch(1024, 4, 4), Launch(2048, 8, 2)),
+    *(Launch(1024, 4, 4), Launch(512, 2), Launch(1024, 8)),
 )
 TUNED = ("int8", "4bit", "fp8")
 

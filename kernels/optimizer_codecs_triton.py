@@ -1,9 +1,12 @@
 """Codecs of optimizer state as device code: how a tile is decoded, and encoded again.
 
-Owns `load_state` and `store_state`, which choose a codec by its name at compile time, and the
-places that a tile of blocks has in a tensor's elements, bytes and scales. Gives the bits of
-`client/optim/codecs`; needs a launch with ``enable_fp_fusion=False``. A new codec is a branch in
-the two of them. bf16 is handled as 16 bits: the interpreter's own conversion does not round.
+Owns `fetch_state`, `decode_state` and `store_state`, which choose a codec by its name at compile
+time, and the places that a tile of blocks has in a tensor's elements, bytes and scales. Gives the
+bits of `client/optim/codecs`; needs a launch with ``enable_fp_fusion=False``. A new codec is a
+branch in each of them. bf16 is handled as 16 bits: the interpreter's own conversion does not round.
+
+All states are fetched before the first is decoded: no load moves up over a branch, and decoding may
+have one.
 """
 
 import triton
@@ -213,11 +216,10 @@ def _encode(CODEC: tl.constexpr, x, ratio, maps):
 
 
 @triton.jit
-def load_state(
+def fetch_state(
     CODEC: tl.constexpr,
     BLOCK: tl.constexpr,
     addresses,
-    maps,
     first,
     total,
     row,
@@ -227,17 +229,22 @@ def load_state(
     FLAT: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One state of a tile in fp32. `addresses` holds those of codes, scales and corrections."""
+    """What `decode_state` makes one state of a tile of: up to three tensors.
+
+    `addresses` holds those of codes, scales and corrections.
+    """
     start, place, inside = tile(first, total, row, across, 1, WIDTH, BLOCKS, FLAT, VECTOR)
     address = tl.load(addresses)
     if CODEC == "fp32":
         x = tl.load(pointer(address, start, tl.float32, 4 * VECTOR) + place, inside, other=0.0)
+        parts = x, x, x
     elif CODEC == "bf16":
-        x = from_bf16(tl.load(pointer(address, start, tl.uint16, 2 * VECTOR) + place, inside, 0))
+        x = tl.load(pointer(address, start, tl.uint16, 2 * VECTOR) + place, inside, 0)
+        parts = x, x, x
     elif CODEC == "bf16_int8":
         bits = tl.load(pointer(address, start, tl.uint16, 2 * VECTOR) + place, inside, other=0)
         corrections = pointer(tl.load(addresses + 2), start, tl.int8, VECTOR)
-        x = merge(bits, tl.load(corrections + place, inside, other=0))
+        parts = bits, tl.load(corrections + place, inside, other=0), bits
     else:
         PARTS: tl.constexpr = WIDTH // BLOCK
         scales, block, exists = tile(first, total, row, across, BLOCK, PARTS, BLOCKS, FLAT, 1)
@@ -248,14 +255,42 @@ def load_state(
             HALF: tl.constexpr = WIDTH // 2
             start, place, inside = tile(first, total, row, across, 2, HALF, BLOCKS, FLAT, VECTOR)
             codes = pointer(address, start, tl.uint8, (VECTOR + 1) // 2)
-            pair = tl.load(codes + place, inside, other=0)
-            code = tl.reshape(tl.join(pair & 15, pair >> 4), (BLOCKS, WIDTH))
+            code = tl.load(codes + place, inside, other=0)
         else:
             code = tl.load(pointer(address, start, tl.uint8, VECTOR) + place, inside, other=0)
+        least = scale
         if EACH == 2:
             least = tl.load(scales + block * EACH + 1, exists, other=0.0)
-            x = fp8_decode(code, scale, least, maps, BLOCKS, PARTS, BLOCK)
+        parts = code, scale, least
+    return parts
+
+
+@triton.jit
+def decode_state(
+    CODEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    code,
+    scale,
+    least,
+    maps,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """One state of a tile in fp32, of what `fetch_state` has loaded."""
+    if CODEC == "fp32":
+        x = code
+    elif CODEC == "bf16":
+        x = from_bf16(code)
+    elif CODEC == "bf16_int8":
+        x = merge(code, scale)
+    else:
+        PARTS: tl.constexpr = WIDTH // BLOCK
+        if CODEC == "fp8_signed" or CODEC == "fp8_second":
+            SECOND: tl.constexpr = CODEC == "fp8_second"
+            x = fp8_decode(code, scale, least, maps, SECOND, BLOCKS, PARTS, BLOCK)
         else:
+            if CODEC == "fourbit_signed" or CODEC == "fourbit_second":
+                code = tl.reshape(tl.join(code & 15, code >> 4), (BLOCKS, WIDTH))
             x = _decode(CODEC, code, _spread(scale, BLOCKS, PARTS, BLOCK), maps)
     return x
 
@@ -276,7 +311,7 @@ def store_state(
     FLAT: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Encode one state of a tile; arguments as for `load_state`."""
+    """Encode one state of a tile; arguments as for `fetch_state`."""
     start, place, inside = tile(first, total, row, across, 1, WIDTH, BLOCKS, FLAT, VECTOR)
     address = tl.load(addresses)
     if CODEC == "fp32":
@@ -299,14 +334,15 @@ def store_state(
         scales, block, exists = tile(first, total, row, across, BLOCK, PARTS, BLOCKS, FLAT, 1)
         EACH: tl.constexpr = 2 if CODEC == "fp8_signed" or CODEC == "fp8_second" else 1
         scales = pointer(tl.load(addresses + 1), scales * EACH, tl.float32, 4)
-        tl.store(scales + block * EACH, scale, exists)
         if EACH == 2:
             least = _minimum(bits, BLOCKS, PARTS, BLOCK)
             least = tl.where(scale == scale, least, scale)
-            tl.store(scales + block * EACH + 1, least, exists)
+            both = (block * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]
+            tl.store(scales + both, tl.join(scale, least), exists[:, :, None])
             SECOND: tl.constexpr = CODEC == "fp8_second"
-            code = fp8_encode(x, scale, least, maps, SECOND, BLOCKS, PARTS, BLOCK)
+            code = fp8_encode(x, scale, least, SECOND, BLOCKS, PARTS, BLOCK)
         else:
+            tl.store(scales + block, scale, exists)
             if CODEC == "fourbit_second":
                 ratio = _ratio(16.0, scale, SMALLEST_FOURBIT)
             elif CODEC == "int8_second":
@@ -314,8 +350,8 @@ def store_state(
             else:
                 ratio = _ratio(1.0, scale, SMALLEST_NORMAL)
             code = _encode(CODEC, x, _spread(ratio, BLOCKS, PARTS, BLOCK), maps)
-        kept = tl.where(scale == scale, 0xFF, 0)
-        code = code & _spread(kept, BLOCKS, PARTS, BLOCK)
+            kept = tl.where(scale == scale, 0xFF, 0)
+            code = code & _spread(kept, BLOCKS, PARTS, BLOCK)
         if not FLAT:  # what pads the last byte of a row
             code = tl.where(inside, code, 0)
         code = code.to(tl.uint8)

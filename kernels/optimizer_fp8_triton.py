@@ -1,7 +1,8 @@
 """The FP8 codec with expanded range as device code: COAT, arXiv 2410.19313.
 
-Owns `fp8_encode` and `fp8_decode`; `client/optim/codecs/fp8.py` states the arithmetic, operation by
-operation, and gives the same bits. What a code is worth is looked up, by the power of its block.
+Owns `fp8_encode` and `fp8_decode`, which bring what `optimizer_fp8_words_triton` computes of blocks
+to their elements; `client/optim/codecs/fp8.py` states the arithmetic, operation by operation, and
+gives the same bits. What a code is worth is looked up, by the power of its block.
 """
 
 import triton
@@ -10,13 +11,11 @@ import triton.language as tl
 from everstep.kernels import optimizer_lookups
 from everstep.kernels.optimizer_fp8_words_triton import (
     fp8_code,
-    fp8_power,
-    margin_of,
-    near_inverse,
+    fp8_row,
+    fp8_stretch,
+    fp8_value,
 )
-from everstep.kernels.optimizer_words_triton import look_up
 
-_LEAST = tl.constexpr(2.0**-126)
 _VALUES = tl.constexpr(optimizer_lookups.FP8_VALUES)
 
 
@@ -32,38 +31,32 @@ def fp8_encode(
     x,
     most,
     least,
-    maps,
     SECOND: tl.constexpr,
     BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Codes of a tile; in blocks of NaN they mean nothing.
+    """Codes of a tile, uint8; 0 in blocks of NaN.
 
     Args:
         x: The values.
         most: The largest magnitude of each block.
         least: The smallest that is not 0.
-        maps: `optimizer_lookups.table`.
         SECOND: Whether values are never negative.
         BLOCKS: Of the tile.
         PARTS: How many blocks of the codec each of them has.
         BLOCK: Elements to a block of the codec.
     """
-    inverse = near_inverse(most)
-    # In a block of next to nothing all codes are the least.
-    power = tl.where(most >= _LEAST, fp8_power(most, least, maps), 256.0)
-    margin = _spread(margin_of(most, power), BLOCKS, PARTS, BLOCK)
-    power = _spread(power, BLOCKS, PARTS, BLOCK)
-    inverse = _spread(inverse, BLOCKS, PARTS, BLOCK)
-    code = fp8_code(x, inverse, _spread(most, BLOCKS, PARTS, BLOCK), power, margin, maps)
-    if SECOND:
-        code = tl.maximum(code, 1)
-    code = tl.where(x == 0.0, 0, code)
-    if not SECOND:
-        sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-        code = tl.where(code > 0, code | sign, 0)
-    return code
+    inverse, most, power, offset, ratio = fp8_stretch(most, least)
+    return fp8_code(
+        x,
+        _spread(inverse, BLOCKS, PARTS, BLOCK),
+        _spread(most, BLOCKS, PARTS, BLOCK),
+        _spread(power, BLOCKS, PARTS, BLOCK),
+        _spread(offset, BLOCKS, PARTS, BLOCK),
+        _spread(ratio, BLOCKS, PARTS, BLOCK),
+        SECOND,
+    )
 
 
 @triton.jit
@@ -72,11 +65,22 @@ def fp8_decode(
     most,
     least,
     maps,
+    SECOND: tl.constexpr,
     BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Values of a tile of codes; arguments as for `fp8_encode`."""
-    row = _spread(fp8_power(most, least, maps).to(tl.int32) * 256, BLOCKS, PARTS, BLOCK)
-    share = look_up(maps + _VALUES, row + code.to(tl.int32))
-    return _spread(most, BLOCKS, PARTS, BLOCK) * share
+    """Values of a tile of codes.
+
+    Args:
+        code: uint8.
+        most: The largest magnitude of each block.
+        least: The smallest that is not 0.
+        maps: `optimizer_lookups.table`.
+        SECOND: As for `fp8_encode`, like the others.
+        BLOCKS: See there.
+        PARTS: See there.
+        BLOCK: See there.
+    """
+    row = _spread(fp8_row(most, least, maps + _VALUES), BLOCKS, PARTS, BLOCK)
+    return _spread(most, BLOCKS, PARTS, BLOCK) * fp8_value(code, row, maps + _VALUES, SECOND)

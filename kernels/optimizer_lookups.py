@@ -1,9 +1,7 @@
 """What the device code of optimizer codecs looks up instead of computing it: one fp32 table.
 
 Owns the table and where its parts begin. Its entries are results of the very operations that
-`client/optim/codecs` state, done here in numpy, so that looking up gives the same bits. An FP8
-code is a step function of one number: the table has, for each stretch of it, the code at its start
-and the one place at most where the next code begins.
+`client/optim/codecs` state, done here in numpy, so that looking up gives the same bits.
 """
 
 from functools import lru_cache
@@ -48,19 +46,8 @@ FOURBIT_VALUES = 768
 FOURBIT_CODES = 784
 SIGNED_CODES = FOURBIT_CODES + 4 * FOURBIT_STEPS.bins
 SECOND_CODES = SIGNED_CODES + 4 * DYNAMIC_STEPS.bins
-FP8_CODES = SECOND_CODES + 4 * DYNAMIC_STEPS.bins
-FP8_POWERS = FP8_CODES + 1024
-FP8_VALUES = FP8_POWERS + 3584
-ENTRIES = FP8_VALUES + 257 * 256
-
-FP8_STRETCHES = 512
-"""Of powers from 0 to -511 sixteenths of an octave, to the nearest whole one."""
-
-FP8_SPREADS = 7 * 256
-"""Of spreads from 1 to 127 octaves, by their bits from this many on; see `FP8_FIRST_SPREAD`."""
-
-FP8_SPREAD_SHIFT = 15
-FP8_FIRST_SPREAD = 0x3F800000 >> FP8_SPREAD_SHIFT
+FP8_VALUES = -(-(SECOND_CODES + 4 * DYNAMIC_STEPS.bins) // 32) * 32  # in whole cache lines
+ENTRIES = FP8_VALUES + 257 * 128
 
 _ONE = numpy.float32(1)
 _NEVER = numpy.float32(numpy.inf)
@@ -80,9 +67,7 @@ def table() -> Floats:
         made[codes_at : codes_at + codes.size] = codes.reshape(-1)
     codes = numpy.arange(256, dtype=numpy.uint8).view(numpy.int8).astype(numpy.float32)
     made[COMPANDED : COMPANDED + 256] = codes / (254 - numpy.abs(codes))
-    made[FP8_CODES : FP8_CODES + 2 * FP8_STRETCHES] = _fp8_codes().reshape(-1)
-    made[FP8_POWERS : FP8_POWERS + 2 * FP8_SPREADS] = _fp8_powers().reshape(-1)
-    made[FP8_VALUES + 256 :] = _fp8_values().reshape(-1)
+    made[FP8_VALUES + 128 :] = _fp8_values().reshape(-1)
     made.flags.writeable = False
     return made
 
@@ -110,94 +95,15 @@ def _codes(steps: Steps, thresholds: tuple[float, ...]) -> Floats:
     return made
 
 
-def _fp8_codes() -> Floats:
-    """For each stretch: where a code begins, if one does, and the bits of that code."""
-    begins = _fp8_begins()
-    made = numpy.full((FP8_STRETCHES, 2), _NEVER)
-    first = made.view(numpy.int32)[:, 1]
-    stretches = numpy.rint(-begins).astype(numpy.int64)
-    assert len(set(stretches)) == len(begins), "two codes begin in one stretch"
-    made[stretches, 0] = begins
-    # Powers fall as stretches rise: a code begins below all stretches before its own.
-    first[:] = 1
-    for stretch in stretches:
-        first[:stretch] += 1
-    return made
-
-
-def _fp8_begins() -> Floats:
-    """The least power, in sixteenths of an octave, of each code from 1 to 126."""
-    wanted = numpy.arange(1, 127)
-    low = numpy.zeros(126, numpy.int32)  # bits of magnitudes
-    high = numpy.full(126, 512, numpy.float32).view(numpy.int32)
-    while int((high - low).max()) > 1:
-        middle = low + (high - low) // 2
-        reached = _fp8_code(-middle.view(numpy.float32)) >= wanted
-        low, high = numpy.where(reached, middle, low), numpy.where(reached, high, middle)
-    return -low.view(numpy.float32)
-
-
-def _fp8_powers() -> Floats:
-    """For each bin of spreads: the part from which on a power holds, if one does, and it."""
-    parts = _fp8_parts()
-    spreads = -numpy.log2(parts.astype(numpy.float64)).astype(numpy.float32)
-    places = spreads.view(numpy.int32) / 2.0**FP8_SPREAD_SHIFT - FP8_FIRST_SPREAD
-    # The device's logarithm, which finds the bin, is right to 2**-22.
-    assert numpy.abs(places - numpy.rint(places)).min() > 2.0**-10
-    bins = numpy.floor(places).astype(numpy.int64)
-    assert len(set(bins)) == len(parts), "two powers begin in one bin"
-    made = numpy.full((FP8_SPREADS, 2), _NEVER)
-    made[bins, 0] = parts
-    made[:, 1] = _FP8_LEAST + 1
-    for place in bins:
-        made[:place, 1] += 1
-    return made
-
-
-_FP8_LEAST = 2
-_FP8_MOST = 256
-
-
-def _fp8_parts() -> Floats:
-    """The least part that the smallest magnitude is of the largest, for powers from 3 to 256."""
-    wanted = numpy.arange(_FP8_LEAST + 1, _FP8_MOST + 1)
-    low = numpy.full(len(wanted), 2.0**-126, numpy.float32).view(numpy.int32)
-    high = numpy.full(len(wanted), 1, numpy.float32).view(numpy.int32)
-    while int((high - low).max()) > 1:
-        middle = low + (high - low) // 2
-        reached = _fp8_power(middle.view(numpy.float32)) >= wanted
-        low, high = numpy.where(reached, low, middle), numpy.where(reached, middle, high)
-    return high.view(numpy.float32)
-
-
-def _fp8_power(part: Floats) -> Floats:
-    """Sixteen times the power that stretches a block."""
-    spread = numpy.maximum(-_log2(part), _ONE)
-    power = numpy.floor(numpy.float32(optimizer_tables.FP8_RANGE) / spread)
-    return numpy.clip(power, _ONE, numpy.float32(_FP8_MOST))
-
-
-def _fp8_code(sixteenths: Floats) -> NDArray[numpy.int32]:
-    """The code of 448 * 2^(sixteenths / 16)."""
-    value = numpy.float32(448) * _exp2(sixteenths * numpy.float32(0.0625))
-    bits = value.view(numpy.int32)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-    small = numpy.rint(value * numpy.float32(512)).astype(numpy.int32)
-    code = numpy.where(value >= numpy.float32(2**-6), normal, small)
-    return numpy.minimum(code, 126).astype(numpy.int32)
-
-
 def _fp8_values() -> Floats:
-    """[256, 256]: what a code is of the block's largest magnitude, for sixteenths from 1 on."""
-    code = numpy.arange(256, dtype=numpy.int32)
-    m = code & 127
+    """[256, 128]: what a code is of the block's largest magnitude, for sixteenths from 1 on."""
+    m = numpy.arange(128, dtype=numpy.int32)
     normal = ((m << 20) + (120 << 23)).view(numpy.float32)
     value = numpy.where(m >= 8, normal, m.astype(numpy.float32) * numpy.float32(2**-9))
     value = numpy.maximum(value, numpy.float32(2**-9))
     logarithm = _log2(value * numpy.float32(1 / 448))
     root = numpy.float32(16) / numpy.arange(1, 257, dtype=numpy.float32)
-    share = numpy.where(m == 0, numpy.float32(0), _exp2(logarithm[None] * root[:, None]))
-    return numpy.where(code >= 128, -share, share)
+    return numpy.where(m == 0, numpy.float32(0), _exp2(logarithm[None] * root[:, None]))
 
 
 def _log2(value: Floats) -> Floats:

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from everstep.kernels.optimizer_codecs_triton import (
+    decode_state,
+    fetch_state,
     from_bf16,
-    load_state,
     merge,
     pointer,
     split,
@@ -158,17 +159,23 @@ def advance(
         if DIRECTED == "read":
             direction = _load(tl.load(entry + DIRECTION), start, place, inside, "fp32", VECTOR)
         if CODEC_A != "":
-            a = load_state(
-                CODEC_A, BLOCK_A, a_, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
+            a0, a1, a2 = fetch_state(
+                CODEC_A, BLOCK_A, a_, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
             )
         if CODEC_B != "":
-            b = load_state(
-                CODEC_B, BLOCK_B, b_, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
+            b0, b1, b2 = fetch_state(
+                CODEC_B, BLOCK_B, b_, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
             )
         if CODEC_C != "":
-            c = load_state(
-                CODEC_C, BLOCK_C, c_, maps, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
+            c0, c1, c2 = fetch_state(
+                CODEC_C, BLOCK_C, c_, first, total, row, across, WIDTH, BLOCKS, FLAT, VECTOR
             )
+        if CODEC_A != "":
+            a = decode_state(CODEC_A, BLOCK_A, a0, a1, a2, maps, WIDTH, BLOCKS)
+        if CODEC_B != "":
+            b = decode_state(CODEC_B, BLOCK_B, b0, b1, b2, maps, WIDTH, BLOCKS)
+        if CODEC_C != "":
+            c = decode_state(CODEC_C, BLOCK_C, c0, c1, c2, maps, WIDTH, BLOCKS)
         p, a, b, c, direction = update(METHOD, numbers, p, g, a, b, c, direction)
         if WRITTEN == "split":
             bits, code = split(p)

@@ -2,12 +2,13 @@
 
 import copy
 
-import numpy
 import pytest
 import torch
 
+from everstep.client.optim.codecs import CODECS, Parts
 from everstep.kernels import optimizer_lookups
 from everstep.kernels.optimizer_kinds_triton import Launch, addresses_of, kind_of
+from everstep.kernels.optimizer_tables import FP8_RANGE
 from everstep.kernels.optimizer_triton import Table
 from everstep.kernels.optimizer_work import METHODS, Work
 from tests.unit.kernels.device_works import KINDS, assert_same, check, make_work, tensors
@@ -234,25 +235,13 @@ def test_no_works_are_stepped() -> None:
     Table([make_work("adam", "fp32", (0, 4))], "adam").step()
 
 
-def test_fp8_codes_that_are_looked_up_are_those_that_are_computed() -> None:
-    powers = -numpy.linspace(0, 320, 40_001, dtype=numpy.float32)
-    limits = optimizer_lookups._fp8_begins()
-    near = limits.view(numpy.int32)[:, None] + numpy.arange(-40, 41, dtype=numpy.int32)
-    powers = numpy.concatenate([powers, near.reshape(-1).view(numpy.float32)])
-    table = optimizer_lookups.table()
-    at = optimizer_lookups.FP8_CODES + 2 * numpy.rint(-powers).astype(int)
-    found = table[at + 1].view(numpy.int32) - (powers < table[at])
-    assert (found == optimizer_lookups._fp8_code(powers)).all()
-
-
-def test_fp8_powers_that_are_looked_up_are_those_that_are_computed() -> None:
-    bits = numpy.linspace(0x00800000, 0x3F800000, 100_001).astype(numpy.int32)
-    limits = optimizer_lookups._fp8_parts().view(numpy.int32)
-    near = limits[:, None] + numpy.arange(-40, 41, dtype=numpy.int32)
-    parts = numpy.concatenate([bits, near.reshape(-1)]).view(numpy.float32)
-    table = optimizer_lookups.table()
-    spreads = numpy.maximum(-numpy.log2(parts), numpy.float32(1)).view(numpy.int32)
-    shift, first = optimizer_lookups.FP8_SPREAD_SHIFT, optimizer_lookups.FP8_FIRST_SPREAD
-    at = optimizer_lookups.FP8_POWERS + 2 * ((spreads >> shift) - first)
-    found = table[at + 1] - (parts < table[at])
-    assert (found == optimizer_lookups._fp8_power(parts)).all()
+def test_fp8_values_that_are_looked_up_are_those_that_are_computed() -> None:
+    sixteenths = torch.arange(1, 257)
+    # Half a sixteenth above the quotient's floor: far from where powers change.
+    least = torch.exp2(-FP8_RANGE / (sixteenths + 0.5)).clamp(min=2.0**-126)
+    scales = torch.stack([torch.ones(256), least], -1)[1:, None]
+    codes = torch.arange(127, dtype=torch.uint8).expand(255, 127).contiguous()
+    computed = CODECS["fp8"].decode(Parts(codes, scales), "signed", 128, (255, 127))
+    begin = optimizer_lookups.FP8_VALUES + 2 * 128
+    rows = optimizer_lookups.table()[begin:].reshape(255, 128)[:, :127]
+    assert rows.tobytes() == computed.numpy().tobytes()
