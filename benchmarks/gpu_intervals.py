@@ -27,7 +27,7 @@ JOB = "gpu-bench"
 NVME_INTERVAL = 20
 _WARM_STEPS = 6
 _WAYS = ("window", "scratch", "direct")
-_NONE_STEPS = 8
+_NONE_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,9 +65,7 @@ def layout_of(kind: Kind) -> Launch:
     tile, the smaller tiles are best: instructions are what most codecs wait for.
     """
     codecs = (kind.CODEC_A, kind.CODEC_B, kind.CODEC_C)
-    if any(codec.startswith("fp8") for codec in codecs):
-        launch = Launch(512, 4)
-    elif any(codec.startswith("fourbit") for codec in codecs):
+    if any(codec.startswith(("fp8", "fourbit")) for codec in codecs):
         launch = Launch(512, 4, 4)
     elif sum(map(bool, (kind.BLOCK_A, kind.BLOCK_B, kind.BLOCK_C))) > 1:
         launch = Launch(1024, 4, 4)

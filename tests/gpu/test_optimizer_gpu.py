@@ -11,7 +11,8 @@ from everstep.kernels.optimizer_triton import Table
 from everstep.kernels.optimizer_work import METHODS
 from tests.unit.kernels.device_works import KINDS, assert_same, check, make_work
 
-pytestmark = pytest.mark.gpu
+# Warnings of whatever torch the machine with the device has are not ours to judge.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(64, 1024), (33, 260), (5, 129), (1, 70_001), (300, 16), (7, 96)]
