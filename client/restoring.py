@@ -108,6 +108,7 @@ class Restoring:
         # What came last, and how it was understood: `rewind` gets it again and again.
         self._known: dict[bytes, Layout] = {}
         self._holdings: Holdings | None = None
+        self._needs: list[Need] = []
 
     def restore(
         self,
@@ -201,26 +202,27 @@ class Restoring:
         self, reply: wire.RestoreReply, attachments: Mapping[str, Attachment], terms: Terms
     ) -> Restored:
         shards = {found.rank: _shard(reply, found, self._known) for found in reply.shards}
-        self._understand(reply, shards)
-        saved = _saved(shards, self._rank, self._world, self._holdings)
-        plan = checking.check(attachments, saved, terms, self._rank, self._world)
+        holdings = self._understood(reply, shards)
         with (
             torch.no_grad(),
             ThreadPoolExecutor(_threads(), "everstep-restore") as executor,
             Restoration(
-                shards, self._rank, executor, pinned=self._pinned, holdings=saved.holdings
+                shards, self._rank, executor, pinned=self._pinned, holdings=holdings
             ) as restoration,
         ):
-            try:
+            with _blamed(reply, shards):
+                restoration.begin(self._needs)
+            saved = _saved(shards, self._rank, self._world, holdings)
+            plan = checking.check(attachments, saved, terms, self._rank, self._world)
+            with _blamed(reply, shards):
                 self._gather(reply, restoration, plan.needs)
                 restoration.verify(plan.needs)
-            except (Damaged, OSError) as error:
-                raise _CopyDamaged(_rejection(reply, shards, error)) from error
             if restoration.problem:
                 log.warning("restoring takes longer than it should: %s", restoration.problem)
             restoration.plan(plan.prepare())
             restoration.run()
             plan.finish()
+        self._needs = plan.needs if self._known else []
         notes = list(plan.resizing.notes)
         if not terms.weights_only and terms.takes(RNG_PATH):
             notes += self._restore_generators(saved, shards[saved.rank].record)
@@ -233,13 +235,14 @@ class Restoring:
             moved_bytes=restoration.moved_bytes,
         )
 
-    def _understand(self, reply: wire.RestoreReply, shards: Mapping[int, Shard]) -> None:
-        """Remember the layouts, and what they hold together, unless that is much."""
+    def _understood(self, reply: wire.RestoreReply, shards: Mapping[int, Shard]) -> Holdings:
+        """What the shards hold; remembered with its layout, if that is one alone."""
         known = {found.layout: shards[found.rank].layout for found in reply.shards}
-        alone = len(known) == len(reply.shards) == 1
-        if not alone or known.keys() != self._known.keys():
+        if self._holdings is None or known.keys() != self._known.keys():
             self._holdings = Holdings({rank: shard.layout for rank, shard in shards.items()})
-        self._known = known if alone else {}
+            self._needs = []
+        self._known = known if len(reply.shards) == 1 else {}
+        return self._holdings
 
     def _gather(
         self, reply: wire.RestoreReply, restoration: Restoration, needs: Sequence[Need]
@@ -317,6 +320,15 @@ def _copy(reply: wire.RestoreReply, rank: int, level: str, reason: str) -> wire.
     return wire.RejectedCopy(
         step=reply.step, incarnation=reply.incarnation, rank=rank, level=level, reason=reason
     )
+
+
+@contextmanager
+def _blamed(reply: wire.RestoreReply, shards: Mapping[int, Shard]) -> Iterator[None]:
+    """What is found to be damaged is said to be."""
+    try:
+        yield
+    except (Damaged, OSError) as error:
+        raise _CopyDamaged(_rejection(reply, shards, error)) from error
 
 
 def _rejection(

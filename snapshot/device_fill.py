@@ -57,6 +57,15 @@ class _Chunk:
         return sum(stretch.count for stretch in self.stretches)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """Stretches on their way to the device: those that lie in pinned memory; the rest is `left`."""
+
+    wanted: list[Stretch]
+    chunks: list[_Chunk]
+    left: list[Stretch]
+
+
 class DeviceFill:
     """Brings bytes of shards to one device.
 
@@ -82,7 +91,23 @@ class DeviceFill:
         self._reader = reader
         self._pinned = pinned
         self._pump = RingPump(accelerator, reader, executor)
+        self._ahead: _Sending | None = None
         self._staged: dict[int, list[Stretch]] = {}
+
+    def begin(self, ranges: Mapping[int, Iterable[Range]]) -> None:
+        """Send what `stage` will probably be asked for, as far as it lies in pinned memory.
+
+        A wrong guess costs the time that it takes, and nothing else.
+
+        Raises:
+            FormatInvalid: If a file is too short.
+        """
+        wanted = _wanted(ranges)
+        if wanted and self._begins_pinned(wanted):
+            with suppress(DeviceFailure):
+                self._ahead = self._enqueued(wanted)
+            if self._ahead is None:
+                self._give_up()
 
     def stage(self, ranges: Mapping[int, Iterable[Range]]) -> bool:
         """Bring all units with a byte of these ranges to memory of their own on the device.
@@ -98,20 +123,13 @@ class DeviceFill:
             ShardCorrupt: With the units that do not match.
             FormatInvalid: If a file is too short.
         """
-        wanted = [
-            stretch
-            for holder, parts in ranges.items()
-            for stretch in stretches(holder, parts, CHUNK_BYTES // UNIT_BYTES)
-        ]
         try:
-            chunks = self._sent(wanted)
+            chunks = self._sent(_wanted(ranges))
         except DeviceFailure as failure:
             self.problem = str(failure)
             chunks = None
         if chunks is None:
-            with suppress(DeviceFailure):
-                wait_for(self._accelerator.mark())
-                self._accelerator.free()
+            self._give_up()
             return False
         for chunk in chunks:
             for stretch in chunk.stretches:
@@ -197,8 +215,29 @@ class DeviceFill:
         self._accelerator.free()
         self._pump.close()
 
-    def _sent(self, wanted: Sequence[Stretch]) -> list[_Chunk] | None:
-        """Bring the stretches to new device memory, and check them; None if there is no room.
+    def _give_up(self) -> None:
+        """Free what was to be staged; nothing of it was used."""
+        with suppress(DeviceFailure):
+            wait_for(self._accelerator.mark())
+            self._accelerator.free()
+
+    def _sent(self, wanted: list[Stretch]) -> list[_Chunk] | None:
+        """Bring the stretches to new device memory, and check them; None if there is no room."""
+        sending, self._ahead = self._ahead, None
+        if sending is not None and sending.wanted != wanted:
+            sending = None
+            self._give_up()
+        sending = sending or self._enqueued(wanted)
+        if sending is None:
+            return None
+        on_device = self._accelerator.can_digest
+        self._pump.send(sending.left, self._staging_rows, check=not on_device)
+        if on_device:
+            self._compare(sending.chunks)
+        return sending.chunks
+
+    def _enqueued(self, wanted: list[Stretch]) -> _Sending | None:
+        """Have the stretches sent to new device memory; None if there is no room.
 
         Chunk by chunk, so that one is allocated (3 ms of the 47 that all took) while the one before
         travels. That allocating does not wait for copies is what CUDA does, not what it promises.
@@ -225,10 +264,7 @@ class DeviceFill:
                 chunk.digests = self._accelerator.digests(chunk.address, chunk.count)
             chunks.append(chunk)
             left += rest
-        self._pump.send(left, self._staging_rows, check=not on_device)
-        if on_device:
-            self._compare(chunks)
-        return chunks
+        return _Sending(wanted, chunks, left)
 
     def _placed(self, wanted: Sequence[Stretch]) -> _Chunk | None:
         """The stretches with a place each in new device memory."""
@@ -323,6 +359,14 @@ class DeviceFill:
                 f"{len(bad)} units came to the device, or were digested there, otherwise than they "
                 "are in memory"
             )
+
+
+def _wanted(ranges: Mapping[int, Iterable[Range]]) -> list[Stretch]:
+    return [
+        stretch
+        for holder, parts in ranges.items()
+        for stretch in stretches(holder, parts, CHUNK_BYTES // UNIT_BYTES)
+    ]
 
 
 def _overlaps(pieces: Iterable[Row], begin: int, end: int, source: int) -> Iterator[Row]:

@@ -22,7 +22,7 @@ from everstep.proto.failpoint import failpoint
 from everstep.snapshot.accelerator import Accelerator
 from everstep.snapshot.capture import dtype_name
 from everstep.snapshot.device_fill import DeviceFill, Pinned
-from everstep.snapshot.reading import Shard, ShardReader, units_of
+from everstep.snapshot.reading import Range, Shard, ShardReader, units_of
 from everstep.snapshot.reshard import Box, Holdings, Rows, Tensor
 from everstep.snapshot.restore_cuda import accelerator
 from everstep.snapshot.ring_pump import Row
@@ -148,6 +148,16 @@ class Restoration:
         """Say where a shard is whose units were brought here."""
         self._shards[rank] = replace(self._shards[rank], path=path, offset=offset, level=level)
 
+    def begin(self, needs: Iterable[Need]) -> None:
+        """Send to devices what will probably be needed there, while others find out.
+
+        Raises:
+            FormatInvalid: If a file is too short, or the shards do not hold every byte.
+        """
+        if all(shard.path for shard in self._shards.values()):
+            for fill, ranges in self._wanted_by(needs)[1].items():
+                fill.begin(_listed(ranges))
+
     def verify(self, needs: Iterable[Need]) -> None:
         """Check every unit that holds a needed byte; touch no tensor.
 
@@ -157,15 +167,9 @@ class Restoration:
             ShardCorrupt: If a unit does not match its digest.
             FormatInvalid: If a file is too short, or the shards do not hold every byte.
         """
-        on_host: dict[int, list[Rows]] = {}
-        on_device: dict[DeviceFill, dict[int, list[Rows]]] = {}
-        for tensor, need, box in self._asked(needs):
-            fill = None if need.device is None else self._fill_for(need.device)
-            ranges = on_host if fill is None else on_device.setdefault(fill, {})
-            for holder, rows in self._rows_of(tensor, box, need.rank).items():
-                ranges.setdefault(holder, []).append(rows)
+        on_host, on_device = self._wanted_by(needs)
         for fill, ranges in on_device.items():
-            if not fill.stage({holder: _ranges(rows).tolist() for holder, rows in ranges.items()}):
+            if not fill.stage(_listed(ranges)):
                 self.problem = self.problem or fill.problem
                 for holder, found in ranges.items():
                     on_host.setdefault(holder, []).extend(found)
@@ -215,6 +219,19 @@ class Restoration:
         """The ranks whose shards were read."""
         sent = (holder for wanted in self._sent.values() for holder in wanted)
         return {*self._pieces, *self._readers, *sent}
+
+    def _wanted_by(
+        self, needs: Iterable[Need]
+    ) -> tuple[dict[int, list[Rows]], dict[DeviceFill, dict[int, list[Rows]]]]:
+        """What each shard must give the host, and devices."""
+        on_host: dict[int, list[Rows]] = {}
+        on_device: dict[DeviceFill, dict[int, list[Rows]]] = {}
+        for tensor, need, box in self._asked(needs):
+            fill = None if need.device is None else self._fill_for(need.device)
+            ranges = on_host if fill is None else on_device.setdefault(fill, {})
+            for holder, rows in self._rows_of(tensor, box, need.rank).items():
+                ranges.setdefault(holder, []).append(rows)
+        return on_host, on_device
 
     def _own(self, rank: int | None) -> int:
         return self._rank if rank is None else rank
@@ -302,6 +319,10 @@ class Restoration:
             else:
                 sent = self._sent.setdefault(tensor.device, {}).setdefault(holder, [])
                 sent += map(tuple, (rows + begin).tolist())
+
+
+def _listed(ranges: Mapping[int, Sequence[Rows]]) -> dict[int, list[Range]]:
+    return {holder: _ranges(rows).tolist() for holder, rows in ranges.items()}
 
 
 def _ranges(parts: Sequence[Rows]) -> Rows:

@@ -11,7 +11,7 @@ import torch
 from everstep.proto.errors import FormatInvalid, ShardCorrupt
 from everstep.proto.ids import UNIT_BYTES
 from everstep.snapshot import device_fill
-from everstep.snapshot.accelerator import DeviceFailure
+from everstep.snapshot.accelerator import DeviceFailure, Table
 from everstep.snapshot.device_fill import CHUNK_BYTES, DeviceFill, Pinned
 from everstep.snapshot.reading import Shard, ShardReader
 from everstep.snapshot.restore import Restoration, Wanted
@@ -45,6 +45,7 @@ def restore(
     *,
     rank: int = 0,
     hinted: list[str] | None = None,
+    ahead: list[str] | None = None,
     pinned: Pinned | None = None,
 ) -> str:
     """What the client does, all tensors being on the device; returns the problem, if any."""
@@ -55,6 +56,8 @@ def restore(
             shards, rank, executor, pinned=pinned, accelerators=lambda _: device
         ) as restoration,
     ):
+        if ahead is not None:
+            restoration.begin(needs({n: wanted[n] for n in ahead}, devices))
         restoration.verify(needs(wanted, devices))
         assert all(not tensor.any() for tensor in wanted.values())
         restoration.plan([Wanted(name, tensor) for name, tensor in wanted.items()])
@@ -400,6 +403,59 @@ def test_a_device_that_fails_among_pinned_copies(folder: Folder, small: None) ->
         device.copies_left = 1 << 30
         restoration.plan([Wanted(name, tensor) for name, tensor in live.items()])
         restoration.run()
+    assert same(live, tensors)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("guess", ["all", "some", "none"])
+def test_what_is_sent_ahead(
+    folder: Folder, device: FakeAccelerator, small: None, guess: str, pinned: bool
+) -> None:
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    arena = Arena(shard).pinned if pinned else None
+    ahead = {"all": list(live), "some": ["t/scalar"], "none": []}[guess]
+    assert restore(device, {0: shard}, live, ahead=ahead, pinned=arena) == ""
+    assert same(live, tensors)
+    units = -(-shard.record.image_bytes // UNIT_BYTES)
+    if device._room > UNIT_BYTES and device.can_digest:
+        # Once, but for the unit that was sent for nothing.
+        assert device.digested == units + (guess == "some" and pinned)
+
+
+def test_damage_in_what_is_sent_ahead(folder: Folder, device: FakeAccelerator) -> None:
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    unit = damage(shard, "t/large", 17 * UNIT_BYTES)
+    with pytest.raises(ShardCorrupt) as caught:
+        restore(device, {0: shard}, live, ahead=list(live), pinned=Arena(shard).pinned)
+    assert caught.value.units == (unit,)
+    assert same(live, zeros(tensors))
+    assert not device.staging
+
+
+@pytest.mark.parametrize("copies", [0, 1, 2])
+def test_a_device_that_fails_while_it_is_sent_ahead(
+    folder: Folder, small: None, copies: int
+) -> None:
+    device = FakeAccelerator()
+    device.copies_left = copies
+    copy = device.copy
+
+    def recovers(table: Table) -> None:
+        try:
+            copy(table)
+        except DeviceFailure:
+            device.copies_left = 1 << 30
+            raise
+
+    device.copy = recovers  # type: ignore[method-assign]
+    tensors = some()
+    live = zeros(tensors)
+    shard = folder.shard(tensors)
+    assert restore(device, {0: shard}, live, ahead=list(live), pinned=Arena(shard).pinned) == ""
     assert same(live, tensors)
 
 
