@@ -80,6 +80,22 @@ def _log_to(file: Path | None, level: str) -> None:
         format="%(asctime)s %(levelname)s %(message)s",
         handlers=[logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)],
     )
+    logging.getLogger("grpc._cython.cygrpc").addFilter(is_worth_telling)
+
+
+def is_worth_telling(record: logging.LogRecord) -> bool:
+    """Whether gRPC's own message is to be logged; one of them in fewer words.
+
+    It logs an error with a traceback where a call ended while its answer was being sent. Nothing is
+    wrong then: the caller did not wait any longer, and has gone on.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if type(error).__name__ != "ExecuteBatchError":
+        return True
+    record.msg, record.args = "an answer came too late for its caller: %s", (record.getMessage(),)
+    record.exc_info = record.exc_text = None
+    record.levelno, record.levelname = logging.INFO, "INFO"
+    return logging.getLogger().isEnabledFor(logging.INFO)
 
 
 @contextlib.contextmanager
