@@ -11,6 +11,7 @@ import logging
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -115,7 +116,7 @@ class Snapshotting:
             arrangement, offer = self._granted(attachments, collected, step, asked)
         except (NotCapturable, StateMismatch) as error:
             if asked is not None:
-                self._withdraw(step, str(error))
+                self._withdraw(asked, step, str(error))
             raise
         except StaleIncarnation as error:
             return Snapshot(step, str(error))
@@ -202,9 +203,11 @@ class Snapshotting:
         )
         return self._channel.start("Offer", request, self._limits.offer_s)
 
-    def _withdraw(self, step: int, reason: str) -> None:
+    def _withdraw(self, asked: Pending, step: int, reason: str) -> None:
         """Nothing will be copied to the slot that was asked for."""
         request = wire.AbandonRequest(session=self._session.identity, step=step, reason=reason)
+        with suppress(EverstepError):
+            asked.result()  # or else it may be granted after it was given back
         try:
             self._channel.call("Abandon", request, self._limits.offer_s)
         except EverstepError:
