@@ -14,6 +14,7 @@ from torch import nn, optim
 import everstep
 from everstep.client.limits import Limits
 from everstep.proto.errors import DeadlineExceeded, Refused
+from everstep.snapshot.capture import Capture
 
 from .conftest import Hold, eventually
 from .runs import make, one_step, restored
@@ -41,6 +42,20 @@ def in_thread(action: Callable[[], Any]) -> tuple[threading.Thread, threading.Ev
     thread = threading.Thread(target=run)
     thread.start()
     return thread, finished
+
+
+def test_only_its_own_thread_says_that_it_carries_a_capture(
+    connect: Connect, trained: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of the user's must not be told to break no graph: it may be recording one."""
+    entered: list[str] = []
+    monkeypatch.setattr(
+        Capture, "enter_thread", lambda self: entered.append(threading.current_thread().name)
+    )
+    client = connect()
+    client.attach(**trained)
+    assert client.snapshot(1).wait()
+    assert [name.rpartition("_")[0] for name in entered] == ["everstep-capture"]
 
 
 def test_snapshot_returns_before_the_copy_and_the_fence_completes_it(

@@ -1,5 +1,6 @@
 """Copy-on-update on a device whose lanes run when the test says so."""
 
+import threading
 from random import Random
 from typing import Any
 
@@ -261,3 +262,14 @@ def test_a_fence_while_a_graph_is_recorded_does_nothing() -> None:
     setting.device.recording = False
     assert taken.capture.fence(1)
     assert taken.capture.fenced
+
+
+def test_its_own_thread_enters_every_device() -> None:
+    """Else what it does may break a graph that somebody records meanwhile."""
+    setting = Setting({"t/x": torch.randn(MANY)})
+    taken = begun(setting)
+    assert not setting.device.entered
+    taken.capture.enter_thread()
+    assert setting.device.entered == {threading.get_ident()}
+    assert taken.capture.fence(1)
+    taken.settle(setting.device)
