@@ -168,3 +168,20 @@ def test_nvme_interval(connect: Connect, shared_agent: AgentProcess, job: str) -
         if step in (3, 6):
             eventually(lambda: step in shared_agent.steps_on_nvme(job), f"{step} on NVMe")  # noqa: B023
     assert shared_agent.steps_on_nvme(job) == [3, 6]
+
+
+def test_to_states_of_other_forms(connect: Connect) -> None:
+    """What was understood of one layout is of no use for the next."""
+    client = connect()
+    tree = {"first": torch.ones(2)}
+    client.attach(tree=tree)
+    for step, name in enumerate(("second", "third", "fourth"), 1):
+        tree[name] = torch.full((step, 3), float(step))
+        expected = {key: tensor.clone() for key, tensor in tree.items()}
+        assert client.snapshot(step).wait()
+        for _ in range(2):
+            for tensor in tree.values():
+                tensor.zero_()
+            assert client.rewind() == step
+            assert list(tree) == list(expected)
+            assert all(torch.equal(tree[key], expected[key]) for key in tree)
