@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,32 +88,39 @@ def say_bandwidth(training: Any) -> None:
 
 
 def nvme(options: argparse.Namespace) -> None:
-    """Restore from the NVMe files; then read them bare, and as other loaders do."""
+    """Restore from the NVMe files; before or after that read them bare, and as others do."""
     from benchmarks import gpu_files
 
     training = built(options, steps=0)
     client = client_of(options, training)
     (path,) = gpu_files.newest_images(Path(options.nvme_dir) / options.job)
+    loaders = list(gpu_files.LOADERS.items())
+    for name, load in reversed(loaders) if options.last else ():
+        say_loading(name, load, path, training.device)
     gpu_files.forget(path)
     begun = time.perf_counter()
     step = client.restore(levels=("nvme",))
     training.pace.synchronize()
     say("restored", step=step, seconds=time.perf_counter() - begun, levels=client.restored_from)
-    say_bandwidth(training)
     client.close(timeout=0)
-    for name, load in gpu_files.LOADERS.items():
-        gpu_files.forget(path)
-        begun = time.perf_counter()
-        try:
-            count = load(path, training.device)
-        except ImportError as error:
-            say("loader", name=name, problem=f"not installed: {error}")
-            continue
-        except Exception as error:
-            say("loader", name=name, problem=f"{type(error).__name__}: {error}")
-            continue
-        seconds = time.perf_counter() - begun
-        say("loader", name=name, seconds=seconds, bytes=count)
+    for name, load in () if options.last else loaders:
+        say_loading(name, load, path, training.device)
+
+
+def say_loading(name: str, load: Callable[..., int], path: Path, device: Any) -> None:
+    """How long another way takes for the same file."""
+    from benchmarks import gpu_files
+
+    gpu_files.forget(path)
+    begun = time.perf_counter()
+    try:
+        count = load(path, device)
+    except ImportError as error:
+        say("loader", name=name, problem=f"not installed: {error}")
+    except Exception as error:
+        say("loader", name=name, problem=f"{type(error).__name__}: {error}")
+    else:
+        say("loader", name=name, seconds=time.perf_counter() - begun, bytes=count)
 
 
 def main() -> None:
@@ -127,6 +135,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--nvme-dir", default="")
+    parser.add_argument("--last", action="store_true", help="restore after the other loaders")
     options = parser.parse_args()
     {"train": train, "resume": resume, "nvme": nvme}[options.role](options)
 
