@@ -255,8 +255,11 @@ class Node:
             if self._boots.get(node_id, boot_id) != boot_id:
                 self.coordination.forget(node_id)
             self._boots[node_id] = boot_id
-            self._undecided = True
-            self.coordination.report(node_id, report)
+            if report.term == self._term:
+                # Else it may still do what an earlier coordinator says, or may say so itself: it
+                # hears of this term in the answer, and what it reports then counts.
+                self._undecided = True
+                self.coordination.report(node_id, report)
             # Its orders are in the answer.
             self._push(step, now_s, node_id)
         orders = self._orders_for(
@@ -288,7 +291,9 @@ class Node:
         self.members.answered(orders.coordinator, orders.suspected, None, now_s)
         obeys = orders.coordinator == node_id and orders.term >= self._term
         if obeys and node_id != self.node_id and self.members.joined:
-            self._term = orders.term
+            if orders.term > self._term:
+                self._term = orders.term
+                self.members.hurry()
             self._obey(orders.orders, step, now_s)
         self._go_on(step, now_s)
         return step

@@ -43,7 +43,7 @@ class Member:
     state: State
     sequence: int = 0
     term: int = 0
-    reported: JobFact | None = None
+    reported: tuple[int, JobFact] | None = None
     due: bool = False
 
 
@@ -138,8 +138,8 @@ def _report_all(made: Cluster, members: list[Member]) -> None:
     due = []
     for member in members:
         fact = job_fact(member.state.jobs[JOB])
-        if fact != member.reported:
-            member.reported = fact
+        if (member.term, fact) != member.reported:
+            member.reported = (member.term, fact)
             member.sequence += 1
             report = Report(member.sequence, member.term, (fact,))
             due.append((member, f"boot-{member.node_id}", report))

@@ -6,6 +6,7 @@ that is the run which the others are compared with.
 """
 
 import argparse
+import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -72,12 +73,19 @@ def _train_with_snapshots(
                 # One round by itself, so that what it sends can be told.
                 first = not handle.wait("parity", _PARITY_WAIT_S)
         pending = _noted(pending, diary)
-    if pending:
-        # The run may be over before its last steps are protected, and nobody would know of it.
-        with suppress(DeadlineExceeded, Refused):
-            pending[-1].wait("parity", _LAST_PARITY_WAIT_S)
-        _noted(pending, diary)
+    _await_the_last(pending)
+    _noted(pending, diary)
     _close(client, diary)
+
+
+def _await_the_last(pending: list[Snapshot]) -> None:
+    """The run may be over before its last steps are protected, and nobody would know of it. The
+    newest of them may be given up, on a busy machine: then the one before it counts."""
+    deadline = time.monotonic() + _LAST_PARITY_WAIT_S
+    for handle in reversed(pending):
+        with suppress(DeadlineExceeded, Refused):
+            if handle.wait("parity", max(0.0, deadline - time.monotonic())):
+                return
 
 
 def _noted(pending: list[Snapshot], diary: Diary) -> list[Snapshot]:

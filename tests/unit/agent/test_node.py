@@ -3,9 +3,9 @@
 import pytest
 
 from everstep.agent import events
-from everstep.agent.holdings import Orders, Report
+from everstep.agent.holdings import JobFact, Orders, Report, RoundFact
 from everstep.agent.members import MemberRules, Members
-from everstep.agent.node import Node, SendOrders, SendReport
+from everstep.agent.node import Node, SendOrders, SendReport, Step
 from everstep.agent.protection import ProtectionRules
 from everstep.agent.state import Rules, State
 from everstep.agent.view import Entry, View
@@ -42,6 +42,12 @@ def told(made: Node, sender: int, term: int, *, boot: str = "", coordinator: str
     given = orders(sender, term, coordinator=coordinator)
     made.answered(f"n{sender}", boot or f"boot{sender}", VIEW, given, SINCE_S + 0.1)
     return made.state.jobs[JOB].incarnation
+
+
+def reported(made: Node, index: int, *held: JobFact, sequence: int = 1) -> tuple[Orders, Step]:
+    """A member says what it holds, having heard of the term."""
+    report = Report(sequence, made.coordination.term, held)
+    return made.reported(f"n{index}", f"boot{index}", VIEW, report, SINCE_S)
 
 
 def test_orders_of_an_older_term_are_not_obeyed() -> None:
@@ -91,9 +97,7 @@ def test_the_coordinator_answers_who_reports_and_tells_the_others() -> None:
     made.tick(SINCE_S)
     for index in (2, 3):
         held = fact([index - 2], [part(S1, "sealed", [index - 2], 2)])
-        answer, step = made.reported(
-            f"n{index}", f"boot{index}", VIEW, Report(1, 0, (held,)), SINCE_S
-        )
+        answer, step = reported(made, index, held)
     assert [type(order) for order in answer.orders] == [events.CommitOrdered]
     (send,) = (send for send in step.sends if isinstance(send, SendOrders))
     assert send.node_id == "n2" and send.orders.orders == answer.orders
@@ -124,11 +128,39 @@ def test_a_coordinator_is_ready_once_all_have_reported_in_its_term() -> None:
     made.tick(SINCE_S)
     for index in (2, 3):
         assert not made.ready(SINCE_S)
-        made.reported(f"n{index}", f"boot{index}", VIEW, Report(1, 0, ()), SINCE_S)
+        reported(made, index)
     assert made.ready(SINCE_S)
     # Somebody obeyed a newer coordinator: this one begins anew, and knows nothing yet.
     made.reported("n2", "boot2", VIEW, Report(2, made._term + (1 << 40), ()), SINCE_S)
     assert not made.ready(SINCE_S)
+
+
+def test_what_was_reported_to_an_earlier_coordinator_does_not_count() -> None:
+    """It may be over by the time it comes: that one's decision may follow it on its way."""
+    made = node(1)
+    made.tick(SINCE_S)
+    begun = fact([], rounds=[RoundFact("1-1-1-1-0.1", S1, "encoding", ("n2",))])
+    for index, sequence in ((2, 1), (3, 1), (2, 2)):
+        earlier = Report(sequence, 0, (begun,) if index == 2 else ())
+        answer, _ = made.reported(f"n{index}", f"boot{index}", VIEW, earlier, SINCE_S)
+        made.tick(SINCE_S)
+        assert not answer.orders and answer.term == made.coordination.term > 0
+    reported(made, 3, sequence=2)
+    reported(made, 2, begun, sequence=3)
+    made.tick(SINCE_S)
+    answer, _ = reported(made, 2, begun, sequence=4)
+    assert [order.commit for order in answer.orders] == [False]  # type: ignore[union-attr]
+
+
+def test_who_hears_of_a_new_term_reports_in_it_at_once() -> None:
+    made = with_job(2)
+    made.tick(SINCE_S)
+    assert not made.tick(SINCE_S + 0.01).sends
+    step = made.answered("n1", "boot1", VIEW, Orders(0, 7, (), (), "n1"), SINCE_S + 0.02)
+    (send,) = step.sends
+    assert isinstance(send, SendReport) and send.report.term == 7
+    again = made.answered("n1", "boot1", VIEW, Orders(0, 7, (), (), "n1"), SINCE_S + 0.03)
+    assert not again.sends
 
 
 def test_no_two_coordinators_have_the_same_term() -> None:
