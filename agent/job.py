@@ -123,6 +123,8 @@ class RoundStage(Enum):
     PREPARED = "prepared"
     """Whole and published: good for recovery, whatever becomes of the round."""
     COMMITTED = "committed"
+    MENDING = "mending"
+    """Was one of the two, was found damaged, and is encoded anew."""
     FAILED = "failed"
 
 
@@ -134,6 +136,11 @@ class Round:
     stage: RoundStage = RoundStage.ENCODING
     problem: str = ""
     on_nvme: bool = False
+
+    @property
+    def is_encoding(self) -> bool:
+        """Whether it is being encoded, for the first time or anew."""
+        return self.stage in (RoundStage.ENCODING, RoundStage.MENDING)
 
 
 @dataclass(slots=True)

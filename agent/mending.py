@@ -22,7 +22,6 @@ from everstep.agent import events
 from everstep.agent.actions import Place
 from everstep.agent.describing import Described
 from everstep.agent.fetching import BufferFor
-from everstep.agent.job import RoundStage
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.rates import Rate
 from everstep.agent.reservation import arena_lock, new_arena, reserved_event, slot_bytes_for
@@ -365,7 +364,7 @@ class Mending:
         """Have this node's parity of a snapshot made again, if it has part in any."""
         job = self._pipeline.state.jobs.get(name)
         for plan_id, known in list(job.rounds.items()) if job is not None else ():
-            if known.plan.snapshot == snapshot and known.stage is not RoundStage.ENCODING:
+            if known.plan.snapshot == snapshot and not known.is_encoding:
                 self._pipeline.submit(events.ParityDamaged(name, plan_id, "it is to be made anew"))
 
     async def _in_thread(self, work: Callable[[], _Answer]) -> _Answer:

@@ -339,11 +339,13 @@ def _orphan_decision(
     if len(plans) < groups_of(next(iter(plans))):
         members |= cluster.members  # of some group nobody knows who was in it
     silent = (members & cluster.members).difference(facts.reported)
-    if silent & cluster.live:
+    # It had its part, and maybe had committed it, before that was found damaged.
+    mending = {n for nodes in plans.values() for n in nodes if nodes[n].stage == "mending"}
+    if (silent | mending) & cluster.live:
         return _Orphan.UNKNOWN  # it will say
-    if stages != {"prepared"}:
+    if stages - {"prepared", "mending"}:
         return _Orphan.GIVEN_UP
-    lacking = members.difference(*plans.values()) | silent
+    lacking = members.difference(*plans.values()) | silent | mending
     if not lacking:
         return _Orphan.COMMITTED
     # Who committed it has forgotten the rounds before it, and forgets it only for a newer one: a

@@ -28,9 +28,7 @@ def prepare_ordered(state: "State", event: events.PrepareOrdered) -> None:
             return
         job = state.jobs[plan.job] = Job(plan.job, plan.world, plan.snapshot.incarnation)
     # One that is prepared and of which nobody knows the end is kept beside: see `agent.protection`.
-    if plan.plan_id in job.rounds or any(
-        known.stage is RoundStage.ENCODING for known in job.rounds.values()
-    ):
+    if plan.plan_id in job.rounds or any(known.is_encoding for known in job.rounds.values()):
         return
     for known in [r for r in job.rounds.values() if r.stage is RoundStage.FAILED]:
         _forget(state, job, known)
@@ -61,13 +59,17 @@ def encoded(state: "State", event: events.Encoded) -> None:
     if job is None or known is None:  # given up meanwhile
         state.act(actions.DeleteParity(event.job, event.plan_id))
         return
-    if known.stage is not RoundStage.ENCODING:
+    if not known.is_encoding:
         return
     if event.problem:
         job.count("parities_failed")
         job.last_error = f"parity of {known.plan.snapshot}: {event.problem}"
-        known.stage = RoundStage.FAILED
-        known.problem = event.problem
+        was_whole = known.stage is RoundStage.MENDING
+        known.stage, known.problem = RoundStage.FAILED, event.problem
+        if was_whole:
+            # Lost, as on a node without its memory: to report that it failed would be to say that
+            # nobody can have committed the round.
+            _forget(state, job, known)
     else:
         known.stage = RoundStage.PREPARED
 
@@ -112,12 +114,12 @@ def _useless(job: Job, older: Round, committed: Round) -> bool:
     if older.stage is RoundStage.PREPARED:
         # Maybe it was committed elsewhere: then only something as new takes its place.
         return job.preference(older.plan.snapshot) <= job.preference(committed.plan.snapshot)
-    return older.stage is not RoundStage.ENCODING
+    return not older.is_encoding
 
 
 def _forget(state: "State", job: Job, known: Round) -> None:
     del job.rounds[known.plan.plan_id]
-    if known.stage is RoundStage.ENCODING:
+    if known.is_encoding:
         state.act(actions.StopEncoding(job.name, known.plan.plan_id))
     state.act(actions.DeleteParity(job.name, known.plan.plan_id))
 
@@ -138,9 +140,10 @@ def parity_damaged(state: "State", event: events.ParityDamaged) -> None:
     """See `everstep.agent.events.ParityDamaged`: it is encoded anew, if its sources are there."""
     job = state.jobs.get(event.job)
     known = job.rounds.get(event.plan_id) if job is not None else None
-    if job is None or known is None or known.stage is RoundStage.ENCODING:
+    if job is None or known is None or known.is_encoding:
         return
     job.count("damaged")
     job.last_error = f"parity of {known.plan.snapshot}: {event.reason}"
-    known.stage = RoundStage.ENCODING
+    failed = known.stage is RoundStage.FAILED
+    known.stage = RoundStage.ENCODING if failed else RoundStage.MENDING
     state.act(actions.Encode(known.plan))

@@ -302,7 +302,7 @@ def test_parity_is_made_anew_where_this_node_has_part_in_it(tmp_path: Path) -> N
         plan = await group.plan_of()
         await mended(mending, plan, [0, 3], parity=True)
         assert [action.plan.plan_id for action in encodes] == [PLAN]
-        assert node.state.jobs[JOB].rounds[PLAN].stage is RoundStage.ENCODING
+        assert node.state.jobs[JOB].rounds[PLAN].stage is RoundStage.MENDING
 
     run(tmp_path, 1, body, at="n1")
 

@@ -129,6 +129,21 @@ def test_a_round_that_a_lost_member_may_have_committed_is_kept_until_a_newer_one
     assert begun(office).keys() == {"n1", "n2"}, "and it holds up nothing"
 
 
+def test_a_member_whose_parity_is_mended_may_have_committed_it() -> None:
+    office = Office(2, RULES)
+    mending = orphan("mending", ("n1", "n2"))
+    committed(office, S1, {"n1": orphan("prepared", ("n1", "n2")), "n2": mending})
+    office.decide()
+    assert office.orders("n1", events.RoundEnded) == [] and begun(office) == {}, "it is waited for"
+    office.live = frozenset({"n1"})
+    office.decide()
+    assert office.orders("n1", events.RoundEnded) == [], "and kept if nobody can say"
+    office.live = office.members
+    committed(office, S1, dict.fromkeys(("n1", "n2"), orphan("prepared", ("n1", "n2"))))
+    office.decide()
+    assert [one.commit for one in office.orders("n2", events.RoundEnded)] == [True]
+
+
 def test_a_live_member_that_has_not_reported_yet_is_waited_for() -> None:
     office = Office(3, RULES)
     known = orphan("prepared", ("n1", "n2", "n3"))

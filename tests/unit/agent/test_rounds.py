@@ -1,5 +1,7 @@
 """A node's part in parity rounds."""
 
+import pytest
+
 from everstep.agent import actions, events
 from everstep.agent.actions import Place
 from everstep.agent.job import RoundStage
@@ -184,3 +186,46 @@ def test_a_step_that_is_taken_again_does_not_overwrite_the_newest_that_all_have_
     found = node.feed(events.CommitOrdered(JOB, SnapshotId(2, 4), b"id"))
     assert actions.NotifyCommitted(JOB, SnapshotId(2, 4), "memory") in found
     assert not any(isinstance(action, actions.Flush) for action in found)
+
+
+def damaged(*, is_committed: bool) -> OneNode:
+    """A node whose part of a round was whole."""
+    node = OneNode()
+    node.commit(1)
+    node.prepare(1)
+    node.feed(events.Encoded(JOB, "plan-1"))
+    if is_committed:
+        node.feed(events.RoundEnded(JOB, "plan-1", commit=True))
+    assert node.feed(events.ParityDamaged(JOB, "plan-1", "rot")) == [actions.Encode(node.plan(1))]
+    assert node.stages == {"plan-1": RoundStage.MENDING}
+    return node
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_parity_that_is_mended_may_be_committed_again(is_committed: bool) -> None:
+    node = damaged(is_committed=is_committed)
+    node.commit(2)
+    assert node.prepare(2) == [], "one at a time"
+    assert node.feed(events.Encoded(JOB, "plan-1")) == []
+    assert node.stages == {"plan-1": RoundStage.PREPARED}
+    node.feed(events.RoundEnded(JOB, "plan-1", commit=True))
+    assert node.stages == {"plan-1": RoundStage.COMMITTED}
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_parity_that_cannot_be_mended_is_lost_and_has_not_failed(is_committed: bool) -> None:
+    node = damaged(is_committed=is_committed)
+    lost = node.feed(events.Encoded(JOB, "plan-1", problem="n2 does not have it any more"))
+    assert lost == [actions.DeleteParity(JOB, "plan-1")]
+    assert node.stages == {}
+
+
+def test_parity_that_never_was_whole_is_encoded_again_as_if_for_the_first_time() -> None:
+    node = OneNode()
+    node.commit(1)
+    node.prepare(1)
+    node.feed(events.Encoded(JOB, "plan-1", problem="late"))
+    node.feed(events.ParityDamaged(JOB, "plan-1", "it is to be made anew"))
+    assert node.stages == {"plan-1": RoundStage.ENCODING}
+    node.feed(events.Encoded(JOB, "plan-1", problem="late"))
+    assert node.stages == {"plan-1": RoundStage.FAILED}

@@ -241,7 +241,7 @@ def test_rotten_parity_is_encoded_anew(tmp_path: Path) -> None:
         (found,) = [one for one in await scrubbing.verify_and_repair(JOB) if one.problem]
         assert found.item.rank == -1 and found.again
         assert [action.plan.plan_id for action in encodes] == [PLAN]
-        assert node.state.jobs[JOB].rounds[PLAN].stage is RoundStage.ENCODING
+        assert node.state.jobs[JOB].rounds[PLAN].stage is RoundStage.MENDING
 
     run(tmp_path, 1, body)
 
