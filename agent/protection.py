@@ -11,7 +11,7 @@ had committed the round, and told so. Such a round is kept as it is, and so is t
 until a newer round is committed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -54,6 +54,20 @@ class _Round:
     waiting: set[str]
     commit: bool | None = None
     reason: str = ""
+
+    def hear(self, table: JobTable, node_ids: Iterable[str]) -> None:
+        """Take what these members have reported of their parts."""
+        for node_id in node_ids:
+            fact = table.rounds.get(self.by_node[node_id].plan_id, {}).get(node_id)
+            if fact is None:
+                continue
+            if fact.stage == "prepared":
+                self.waiting.discard(node_id)
+            elif fact.stage == "failed":
+                self.commit = False
+                self.reason = f"{node_id}: {fact.problem}"
+            else:
+                self.waiting.add(node_id)
 
 
 @dataclass(slots=True)
@@ -148,13 +162,9 @@ class Protection:
         known = progress.round
         assert known is not None
         if known.commit is None:
-            for node_id in list(known.waiting):
-                fact = table.rounds.get(known.by_node[node_id].plan_id, {}).get(node_id)
-                if fact is not None and fact.stage == "prepared":
-                    known.waiting.discard(node_id)
-                elif fact is not None and fact.stage == "failed":
-                    known.commit = False
-                    known.reason = f"{node_id}: {fact.problem}"
+            known.hear(table, list(known.waiting))
+            if not known.waiting:
+                known.hear(table, known.by_node)  # who had its part may have lost it since
             late = ", ".join(sorted(known.waiting)[:16])
             if known.commit is None and not known.waiting:
                 known.commit = True

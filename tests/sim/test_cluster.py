@@ -101,6 +101,7 @@ def test_enough_happens_among_many() -> None:
         "replacement",
         "resized",
         "restored",
+        "rot",
         "stale report",
         "stopped",
         "takeover",

@@ -203,7 +203,7 @@ class Agent:
     def _send(self, send: SendClaim | SendReport | SendOrders) -> None:
         network, view = self.world.network, self.node.members.view
         if isinstance(send, SendOrders):
-            self.world.ledger.ordered(send.orders)
+            self.world.ledger.ordered(send.orders, send.node_id)
             network.send(
                 self.host.address, send.address, self._deliver, send.address, "on_orders",
                 self.host.node_id, self.boot_id, view, send.orders,
@@ -255,7 +255,7 @@ class Agent:
             self.world.seen["stale report"] += 1
             self._answer(sender, sender.on_refusal, node.members.view)
             return
-        self.world.ledger.ordered(orders)
+        self.world.ledger.ordered(orders, sender.host.node_id)
         self._answer(
             sender, sender.on_orders, self.host.node_id, self.boot_id, node.members.view, orders
         )

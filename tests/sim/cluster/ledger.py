@@ -131,7 +131,12 @@ class Ledger:
             if node_id in nodes:
                 self.lost_of.setdefault(plan_id, set()).add(node_id)
 
-    def ordered(self, orders: Orders) -> None:
+    def rotten(self, plan_id: str, node_id: str) -> None:
+        """A node's part of a round turns out to be damaged; not more than m of a group may."""
+        self.dirty = True
+        self.lost_of.setdefault(plan_id, set()).add(node_id)
+
+    def ordered(self, orders: Orders, node_id: str) -> None:
         """Orders leave a coordinator: nobody may ever have said otherwise."""
         for order in orders.orders:
             if isinstance(order, events.CommitOrdered | events.DropOrdered):
@@ -142,7 +147,8 @@ class Ledger:
                 insist(before == commit, f"{order} after the opposite")
             elif isinstance(order, events.RoundEnded):
                 before = self.ends.setdefault(order.plan_id, order.commit)
-                if before and not order.commit and self._superseded(order.plan_id):
+                lost = node_id in self.lost_of.get(order.plan_id, ())
+                if before and not order.commit and (lost or self._superseded(order.plan_id)):
                     continue  # somebody who missed the end of it gives up what is left of it
                 insist(before == order.commit, f"{order} after the opposite")
 
@@ -186,6 +192,10 @@ class Ledger:
             there = {host.node_id for host in self.hosts.values() if not host.lost}
             if level == "parity" and not self._counts(promise):
                 del self.promised[level]
+                continue
+            if self._two_of_one_name(promise.snapshot):
+                del self.promised[level]
+                self.disputed += 1
                 continue
             insist(
                 bool(there - asked),

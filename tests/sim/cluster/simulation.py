@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from everstep.agent import events
 from everstep.agent.protection import ProtectionRules
 from everstep.proto.ids import UNIT_BYTES
 from everstep.storage.retention import Rule, expired
 
 from .clock import Clock, Network
+from .files import JOB
 from .host import Agent, Host
 from .ledger import Ledger, insist
 from .training import Training
@@ -80,6 +82,7 @@ class Simulation:
         self.training = Training(self, ranks, slots, chance.choice((1, 1, 2)), captures)
         if seed % 4 in (1, 2):
             self.training.resizing = random.Random(seed)
+        self.rotting = random.Random(seed) if seed % 5 == 3 else None
         self.fault_rate_s = chance.choice((0.5, 1.0, 2.0, 4.0))
         self.faults, self.weights = self._choose_faults()
         self.stormy = True
@@ -248,6 +251,20 @@ class Simulation:
         """Flushes fail."""
         self.ledger.disk_trouble = 0.5
 
+    def rot(self) -> None:
+        """A scrub finds that some node's parity is damaged."""
+        if not self.stormy or self.rotting is None:
+            return
+        agents = [host.agent for host in self.hosts.values() if host.agent and host.runs]
+        found = [(agent, one) for agent in agents for one in agent.host.memory.parities]
+        if found:
+            agent, plan_id = self.rotting.choice(found)
+            self.ledger.rotten(plan_id, agent.host.node_id)
+            del agent.host.memory.parities[plan_id]
+            agent.feed(events.ParityDamaged(JOB, plan_id, "rot"))
+            self.seen["rot"] += 1
+        self.clock.later(self.rotting.expovariate(1.0), self.rot)
+
     # How it goes.
 
     def begin(self) -> None:
@@ -255,6 +272,7 @@ class Simulation:
         for host in self.hosts.values():
             self.clock.later(self.chance.uniform(0, 0.3), self._start, host)
         self.clock.later(1.5, self.training.turn)
+        self.clock.later(4.0, self.rot)
 
     def run(self) -> None:
         """The storm and the calm."""

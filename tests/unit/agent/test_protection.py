@@ -1,5 +1,7 @@
 """The coordinator's side of parity rounds."""
 
+import pytest
+
 from everstep.agent import events
 from everstep.agent.holdings import RoundFact
 from everstep.agent.protection import ProtectionRules, groups_of, round_of
@@ -76,6 +78,24 @@ def test_one_failure_and_the_deadline_give_a_round_up() -> None:
         office.decide(1.0 if failed else 11.0)
         (end,) = office.orders("n1", events.RoundEnded)
         assert not end.commit and "n2" in end.reason
+
+
+@pytest.mark.parametrize("stage", ["failed", "encoding", "mending"])
+def test_a_member_that_has_lost_its_part_since_is_heard_before_the_commit(stage: str) -> None:
+    office = Office(2, RULES)
+    committed(office, S1)
+    office.decide()
+    plans = begun(office)
+    committed(office, S1, {"n1": own(office, plans["n1"], "prepared"), "n2": None})
+    office.decide(1.0)
+    one, other = (own(office, plans[n], s) for n, s in (("n1", stage), ("n2", "prepared")))
+    committed(office, S1, {"n1": one, "n2": other})
+    office.decide(1.0)
+    ends = office.orders("n2", events.RoundEnded)
+    assert [end.commit for end in ends] == ([False] if stage == "failed" else [])
+    committed(office, S1, {n: own(office, plans[n], "prepared") for n in plans})
+    office.decide(1.0)
+    assert [end.commit for end in office.orders("n2", events.RoundEnded)] == [stage != "failed"]
 
 
 def test_a_commit_that_comes_during_a_round_is_skipped() -> None:
