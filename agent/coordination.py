@@ -133,17 +133,19 @@ class Coordination:
         for name, table in self.jobs.items():
             fact = table.facts.get(node_id)
             if fact is not None:
-                found += self._orders_for(name, table, fact)
+                found += self._orders_for(name, table, fact, cluster)
         found += self._protection.orders(self, node_id, cluster)
         return tuple(found)
 
-    def _orders_for(self, name: str, table: JobTable, fact: JobFact) -> Iterator[Order]:
+    def _orders_for(
+        self, name: str, table: JobTable, fact: JobFact, cluster: Cluster
+    ) -> Iterator[Order]:
         if 0 < fact.incarnation < table.incarnation:
             yield events.BeginOrdered(name, table.incarnation, table.world, table.launch_id)
         # Ascending: a commit drops what is older and open, and both may be whole by now.
         for part in sorted(fact.snapshots, key=lambda part: part.snapshot):
             if part.stage == "sealed":
-                order = self._verdict(name, part.snapshot)
+                order = self._verdict(name, part.snapshot, cluster)
                 if order is not None:
                     yield order
         for flushed in fact.flushed:
@@ -170,7 +172,7 @@ class Coordination:
             if latest.incarnation == table.incarnation:
                 yield events.DurableOrdered(name, latest)
 
-    def _verdict(self, name: str, snapshot: SnapshotId) -> Order | None:
+    def _verdict(self, name: str, snapshot: SnapshotId, cluster: Cluster) -> Order | None:
         table = self.jobs[name]
         known = table.snapshots[snapshot]
         if known.committed_at or self.is_committed(name, snapshot):
@@ -195,7 +197,9 @@ class Coordination:
             return events.DropOrdered(
                 name, snapshot, f"{known.passed_by} went on to a newer step without sealing it"
             )
-        absent = table.absent_rank(snapshot)
+        # Who has not reported in this term may hold that rank's part: it may even be committed.
+        heard = cluster.members <= self.reported.keys()
+        absent = table.absent_rank(snapshot) if heard else None
         if absent is not None and not known.given_up:
             # Nobody shall wait for it: if it was to seal this, its node would say so. Some will
             # have heard of the drop before it says otherwise.

@@ -60,6 +60,17 @@ def test_what_a_rank_has_sealed_is_committed_though_it_is_gone_since() -> None:
     assert all(isinstance(order, events.CommitOrdered) for order in office.orders("n1"))
 
 
+def test_a_member_that_has_not_reported_may_have_what_is_missing() -> None:
+    """Its numbers may even have been given again, and the step be committed."""
+    office = Office(3)
+    office.reports("n1", SEALED)
+    office.reports("n2", without_parts(GONE))
+    office.live = frozenset({"n1", "n2"})
+    assert office.orders("n1") == []
+    office.reports("n3", replace(fact([], [part(S1, "sealed", [1], 2)]), members=(GONE,)))
+    assert isinstance(office.orders("n1")[0], events.CommitOrdered)
+
+
 def test_what_a_node_still_checks_is_waited_for() -> None:
     office = Office(2)
     office.reports("n1", SEALED)
