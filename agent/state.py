@@ -162,8 +162,11 @@ class State:
             raise StaleIncarnation(caller.job, decided, job.incarnation)
         if holder is not None and other and event.holder_alive:
             raise RankClaimed(caller.job, caller.rank, holder.pid)
-        # Of another world, it is a number that was taken again when its memory was out of reach.
-        if decided > job.incarnation or job.world != caller.world:
+        # Of another launch or world, it is a number that was taken again while those who remember
+        # it could not be asked: nobody shall wait here for the ranks of that one.
+        is_first = not caller.incarnation and not event.live
+        other_launch = bool(event.launch_id and job.launch_id) and event.launch_id != job.launch_id
+        if decided > job.incarnation or job.world != caller.world or (is_first and other_launch):
             self.begin_incarnation(job, caller.world, event.launch_id, decided)
 
     def _rejoin(self, job: Job, event: events.Attach) -> None:

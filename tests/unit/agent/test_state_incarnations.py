@@ -215,3 +215,30 @@ def test_a_restart_drops_what_was_being_copied_and_keeps_what_is_committed() -> 
     (dropped,) = node.took(actions.NotifyDropped)
     assert "restarted" in dropped.reason
     assert node.committed() == [1]
+
+
+@pytest.mark.parametrize(
+    ("incarnation", "launch", "is_live", "remaining"),
+    [
+        (0, "b", False, {1}),
+        (0, "a", False, {0, 1}),
+        (0, "", False, {0, 1}),
+        (0, "b", True, {0, 1}),
+        (3, "b", False, {0, 1}),
+    ],
+    ids=["another launch", "the same", "unnamed", "joins live", "comes again"],
+)
+def test_a_number_that_is_taken_again_begins_without_the_ranks_of_before(
+    incarnation: int, launch: str, is_live: bool, remaining: set[int]
+) -> None:
+    """Two coordinators that could not hear one another have given it to two launches."""
+    node = Node(replace(QUIET, clustered=True, node_id="n1"))
+    for rank, number, name, live in ((0, 0, "a", False), (1, incarnation, launch, is_live)):
+        caller = events.Caller(JOB, rank, 2, f"p{rank}", number)
+        node.handle(events.Attach(caller, name, 7, 1.0, False, decided=3, live=live))
+        if not rank:
+            node.handle(events.SessionLost(JOB, 0, "p0"))
+    assert node.job.incarnation == 3
+    assert set(node.job.members) == remaining
+    waits = node.job.why_not(SnapshotId(3, 1)) == "rank 0 is not attached any more"
+    assert waits == (0 in remaining)
