@@ -209,6 +209,8 @@ class Ledger:
         """After all memory of them was lost, numbers may be taken again."""
         for snapshot in [s for s in self.commits if s.incarnation >= incarnation]:
             del self.commits[snapshot]
+        for number in [n for n in self.restores if n > incarnation]:
+            del self.restores[number]
         self.void = {known for known in self.void if known[1].incarnation < incarnation}
         for told in (*self.told_of.values(), *self.told_before.values()):
             told -= {s for s in told if s.incarnation >= incarnation}
