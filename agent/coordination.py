@@ -197,10 +197,10 @@ class Coordination:
             return events.DropOrdered(
                 name, snapshot, f"{known.passed_by} went on to a newer step without sealing it"
             )
+        absent = table.absent_rank(snapshot)
         # Who has not reported in this term may hold that rank's part: it may even be committed.
-        heard = cluster.members <= self.reported.keys()
-        absent = table.absent_rank(snapshot) if heard else None
-        if absent is not None and not known.given_up:
+        heard = absent is not None and cluster.members <= self.reported.keys()
+        if heard and not known.given_up:
             # Nobody shall wait for it: if it was to seal this, its node would say so. Some will
             # have heard of the drop before it says otherwise.
             known.given_up = f"rank {absent} is not attached, or is joining"
