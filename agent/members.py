@@ -59,6 +59,8 @@ class ClaimAnswer:
     refusal: str = ""
     coordinator: str = ""
     """Whom to ask instead; the claimant itself: whoever answered has no place either."""
+    joined: bool = True
+    """Whether whoever answered has a place."""
 
 
 class Message(enum.Enum):
@@ -131,7 +133,7 @@ class Members:
         self._schedules: dict[str, _Schedule] = {}
         self._probing: dict[str, _Schedule] = {}
         self._met: set[str] = set()
-        """Addresses of agents that know this one's view, whatever they are called there."""
+        """Addresses of agents that have a place in this one's view, whatever they are called."""
         self._strange: dict[str, str] | None = None
         self._liveness = Liveness(rules.node_id, rules.suspect_after_s)
         self._due_s: float | None = None
@@ -311,7 +313,7 @@ class Members:
         # A place that nobody but the claimant knows of does not win against one that is held.
         self.learned(claim.view if granted else claim.view.without(claim.node_id), now_s)
         if not self.joined:
-            return ClaimAnswer(self.view, coordinator=self._first_of(claim, now_s))
+            return ClaimAnswer(self.view, "", self._first_of(claim, now_s), joined=False)
         self._advance(now_s)
         decides = self._liveness.decider(claim.node_id)
         if decides != own.node_id:
@@ -469,7 +471,7 @@ class Members:
         """A claim that `due` asked for was answered. One that was not needs no word."""
         self.learned(answer.view, now_s)
         if self.joined:
-            if answer.coordinator and not answer.refusal:
+            if answer.coordinator and not answer.refusal and answer.joined:
                 self._met.add(contact.address)
                 self._strange = None
             return

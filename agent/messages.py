@@ -96,13 +96,17 @@ def parsed_claim(message: wire.ClaimRequest) -> Claim:
 def answer_message(answer: ClaimAnswer) -> wire.ClaimReply:
     """The answer to a claim as a message."""
     return wire.ClaimReply(
-        view=view_message(answer.view), refusal=answer.refusal, coordinator=answer.coordinator
+        view=view_message(answer.view),
+        refusal=answer.refusal,
+        coordinator=answer.coordinator,
+        joined=answer.joined,
     )
 
 
 def parsed_answer(message: wire.ClaimReply) -> ClaimAnswer:
     """The answer to a claim in a message."""
-    return ClaimAnswer(parsed_view(message.view), message.refusal[:1000], message.coordinator)
+    refusal = message.refusal[:1000]
+    return ClaimAnswer(parsed_view(message.view), refusal, message.coordinator, message.joined)
 
 
 def view_digest(view: View) -> bytes:

@@ -73,14 +73,16 @@ class ClaimRequest(_message.Message):
     def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., address: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., replaces: _Optional[str] = ..., view: _Optional[_Union[View, _Mapping]] = ...) -> None: ...
 
 class ClaimReply(_message.Message):
-    __slots__ = ("view", "refusal", "coordinator")
+    __slots__ = ("view", "refusal", "coordinator", "joined")
     VIEW_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
     view: View
     refusal: str
     coordinator: str
-    def __init__(self, view: _Optional[_Union[View, _Mapping]] = ..., refusal: _Optional[str] = ..., coordinator: _Optional[str] = ...) -> None: ...
+    joined: bool
+    def __init__(self, view: _Optional[_Union[View, _Mapping]] = ..., refusal: _Optional[str] = ..., coordinator: _Optional[str] = ..., joined: _Optional[bool] = ...) -> None: ...
 
 class ShardFact(_message.Message):
     __slots__ = ("rank", "layout_id", "image_bytes", "record_digest", "replica_samples")

@@ -147,7 +147,7 @@ def test_of_agents_that_start_together_the_smallest_founds_when_all_others_wait(
     to_two, to_three = one.due(0)
     (to_one, *_) = two.due(0)
     answer = one.claimed(two.claim(), 0.1)
-    assert answer == ClaimAnswer(View(), coordinator="n1")
+    assert answer == ClaimAnswer(View(), coordinator="n1", joined=False)
     two.claim_answered(to_one, answer, 0.2)
     one.claim_answered(to_two, two.claimed(one.claim(), 0.1), 0.2)
     one.due(0.3)
@@ -160,6 +160,32 @@ def test_of_agents_that_start_together_the_smallest_founds_when_all_others_wait(
     two.claim_answered(to_one, one.claimed(two.claim(), 1), 1)
     assert two.view == one.view == View([entry("n1", 1, "x"), entry("n2", 2, "y")])
     assert two.coordinator(1) == "n1"
+
+
+def test_a_founder_is_not_ready_before_those_that_answer_have_their_places() -> None:
+    """What they hold may be all that is left."""
+    agents = {f"h{i}:1": Members(rules(f"n{i}", f"b{i}"), SEEDS) for i in (1, 2, 3)}
+    one, two, three = agents.values()
+
+    def ask(sender: Members, now_s: float, *, only: str = "") -> None:
+        for contact in sender.due(now_s):
+            if contact.message is Message.CLAIM and only in ("", contact.address):
+                answer = agents[contact.address].claimed(sender.claim(), now_s)
+                sender.claim_answered(contact, answer, now_s)
+
+    for now_s in (0.0, 0.1):
+        ask(one, now_s)
+    assert one.joined and not one.ready(0.2)
+    ask(two, 0.2)
+    one.heard("n2", "b2", one.epoch, 0.3, report=True)
+    assert two.joined
+    for tenths in range(3, 30):
+        ask(one, tenths / 10)
+        assert not three.joined and not one.ready(tenths / 10)
+    ask(three, 3.0, only="h1:1")
+    assert three.joined and not one.ready(3.1)
+    one.heard("n3", "b3", one.epoch, 3.2, report=True)
+    assert one.ready(3.2)
 
 
 def test_only_the_coordinator_grants() -> None:
