@@ -125,6 +125,8 @@ class RoundStage(Enum):
     COMMITTED = "committed"
     MENDING = "mending"
     """Was one of the two, was found damaged, and is encoded anew."""
+    LOST = "lost"
+    """Was one of the two, and cannot be encoded anew."""
     FAILED = "failed"
 
 

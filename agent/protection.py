@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from everstep.agent.coordination import Cluster, Coordination
 
 _GIVEN_UP = "given up by a new coordinator: not all members had finished it"
+_GONE = ("failed", "lost")
+_DAMAGED = ("mending", "lost")
+"""Stages of a member that had its part, and maybe had committed it, before that was damaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,7 @@ class _Round:
                 continue
             if fact.stage == "prepared":
                 self.waiting.discard(node_id)
-            elif fact.stage == "failed":
+            elif fact.stage in _GONE:
                 self.commit = False
                 self.reason = f"{node_id}: {fact.problem}"
             else:
@@ -301,7 +304,7 @@ class Protection:
             for fact in told.rounds if told is not None else ():
                 commit = progress.orphans.get(fact.plan_id)
                 if commit is not None and fact.stage != "committed":
-                    commit = commit and fact.stage != "failed"
+                    commit = commit and fact.stage not in _GONE
                     reason = "" if commit else _GIVEN_UP
                     yield events.RoundEnded(name, fact.plan_id, commit, reason)
 
@@ -318,7 +321,7 @@ def _own_orders(
     elif fact is not None and known.commit is not None and fact.stage != "committed":
         # A node that was lost after it had prepared, and came back with nothing, has failed what
         # the others commit: it has no part that it could commit.
-        commit = known.commit and fact.stage != "failed"
+        commit = known.commit and fact.stage not in _GONE
         yield events.RoundEnded(name, plan.plan_id, commit, known.reason)
 
 
@@ -349,13 +352,13 @@ def _orphan_decision(
     if len(plans) < groups_of(next(iter(plans))):
         members |= cluster.members  # of some group nobody knows who was in it
     silent = (members & cluster.members).difference(facts.reported)
-    # It had its part, and maybe had committed it, before that was found damaged.
-    mending = {n for nodes in plans.values() for n in nodes if nodes[n].stage == "mending"}
-    if (silent | mending) & cluster.live:
+    stage_of = {n: fact.stage for nodes in plans.values() for n, fact in nodes.items()}
+    damaged = {n for n, stage in stage_of.items() if stage in _DAMAGED}
+    if any(n in silent or stage_of.get(n) == "mending" for n in members & cluster.live):
         return _Orphan.UNKNOWN  # it will say
-    if stages - {"prepared", "mending"}:
+    if stages - {"prepared", *_DAMAGED}:
         return _Orphan.GIVEN_UP
-    lacking = members.difference(*plans.values()) | silent | mending
+    lacking = members.difference(*plans.values()) | silent | damaged
     if not lacking:
         return _Orphan.COMMITTED
     # Who committed it has forgotten the rounds before it, and forgets it only for a newer one: a
@@ -367,7 +370,7 @@ def _orphan_decision(
         for node_id, fact in others.items()
         if fact.stage == "committed"
     }
-    return _Orphan.GIVEN_UP if lacking & elsewhere else _Orphan.KEPT
+    return _Orphan.GIVEN_UP if (lacking - damaged) & elsewhere else _Orphan.KEPT
 
 
 def _unsettled(table: JobTable, plan: ParityPlan, commit: bool, cluster: "Cluster") -> bool:

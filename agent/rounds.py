@@ -64,12 +64,14 @@ def encoded(state: "State", event: events.Encoded) -> None:
     if event.problem:
         job.count("parities_failed")
         job.last_error = f"parity of {known.plan.snapshot}: {event.problem}"
-        was_whole = known.stage is RoundStage.MENDING
-        known.stage, known.problem = RoundStage.FAILED, event.problem
-        if was_whole:
-            # Lost, as on a node without its memory: to report that it failed would be to say that
-            # nobody can have committed the round.
-            _forget(state, job, known)
+        known.problem = event.problem
+        if known.stage is RoundStage.MENDING:
+            # To report that it failed, or to forget it, would be to say that it never was whole,
+            # and that so nobody can have committed the round.
+            known.stage = RoundStage.LOST
+            state.act(actions.DeleteParity(job.name, event.plan_id))
+        else:
+            known.stage = RoundStage.FAILED
     else:
         known.stage = RoundStage.PREPARED
 

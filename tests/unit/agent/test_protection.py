@@ -80,7 +80,7 @@ def test_one_failure_and_the_deadline_give_a_round_up() -> None:
         assert not end.commit and "n2" in end.reason
 
 
-@pytest.mark.parametrize("stage", ["failed", "encoding", "mending"])
+@pytest.mark.parametrize("stage", ["failed", "lost", "encoding", "mending"])
 def test_a_member_that_has_lost_its_part_since_is_heard_before_the_commit(stage: str) -> None:
     office = Office(2, RULES)
     committed(office, S1)
@@ -92,10 +92,11 @@ def test_a_member_that_has_lost_its_part_since_is_heard_before_the_commit(stage:
     committed(office, S1, {"n1": one, "n2": other})
     office.decide(1.0)
     ends = office.orders("n2", events.RoundEnded)
-    assert [end.commit for end in ends] == ([False] if stage == "failed" else [])
+    given_up = stage in ("failed", "lost")
+    assert [end.commit for end in ends] == ([False] if given_up else [])
     committed(office, S1, {n: own(office, plans[n], "prepared") for n in plans})
     office.decide(1.0)
-    assert [end.commit for end in office.orders("n2", events.RoundEnded)] == [stage != "failed"]
+    assert [end.commit for end in office.orders("n2", events.RoundEnded)] == [not given_up]
 
 
 def test_a_commit_that_comes_during_a_round_is_skipped() -> None:
@@ -162,6 +163,22 @@ def test_a_member_whose_parity_is_mended_may_have_committed_it() -> None:
     committed(office, S1, dict.fromkeys(("n1", "n2"), orphan("prepared", ("n1", "n2"))))
     office.decide()
     assert [one.commit for one in office.orders("n2", events.RoundEnded)] == [True]
+
+
+@pytest.mark.parametrize("stage", ["lost", "mending"])
+def test_a_damaged_part_says_nothing_of_what_others_have_committed(stage: str) -> None:
+    """Though its member has committed another round: it had its part of this one."""
+    office = Office(3, RULES)
+    members = ("n1", "n2", "n3")
+    older = RoundFact("6-1-1-1-0.1", S1, "committed", ("n2",))
+    held = [part(S2, "committed", [1], 3)]
+    rounds = [older, RoundFact("7-1-2-1-0.1", S2, stage, members)]
+    office.reports("n2", fact([1], held, world=3, rounds=rounds))
+    known = RoundFact("7-1-2-1-0.1", S2, "prepared", members)
+    office.reports("n3", fact([2], [part(S2, "committed", [2], 3)], world=3, rounds=[known]))
+    office.live = frozenset({"n2", "n3"} if stage == "lost" else {"n3"})
+    office.decide()
+    assert office.orders("n3", events.RoundEnded) == []
 
 
 def test_a_live_member_that_has_not_reported_yet_is_waited_for() -> None:

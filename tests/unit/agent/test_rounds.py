@@ -217,7 +217,11 @@ def test_parity_that_cannot_be_mended_is_lost_and_has_not_failed(is_committed: b
     node = damaged(is_committed=is_committed)
     lost = node.feed(events.Encoded(JOB, "plan-1", problem="n2 does not have it any more"))
     assert lost == [actions.DeleteParity(JOB, "plan-1")]
-    assert node.stages == {}
+    assert node.stages == {"plan-1": RoundStage.LOST}
+    assert node.state.jobs[JOB].in_round(SnapshotId(1, 1)), "others' parity is made of it"
+    node.commit(2)
+    node.protect(2)
+    assert node.stages == {"plan-2": RoundStage.COMMITTED}
 
 
 def test_parity_that_never_was_whole_is_encoded_again_as_if_for_the_first_time() -> None:
