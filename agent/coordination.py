@@ -149,8 +149,10 @@ class Coordination:
                 if order is not None:
                     yield order
         for flushed in fact.flushed:
-            disk = table.flushed[flushed.snapshot]
-            if disk.whole or flushed.snapshot in table.durable:
+            whole = table.flushed[flushed.snapshot].whole and not _overtaken(
+                table, flushed.snapshot
+            )
+            if whole or flushed.snapshot in table.durable:
                 yield events.DurableOrdered(name, flushed.snapshot)
         if fact.incarnation == table.incarnation and not fact.members:
             yield from self._passed_by(name, table, fact)
@@ -232,6 +234,13 @@ def _left_behind(table: JobTable, snapshot: SnapshotId) -> bool:
     """Whether the job was started anew since, and has restored another one."""
     settled = snapshot.incarnation < table.incarnation == table.decided_incarnation
     return settled and snapshot != table.restored
+
+
+def _overtaken(table: JobTable, snapshot: SnapshotId) -> bool:
+    """Whether the job went back to something older since. Were it durable now, nodes that have not
+    heard of that yet would delete for it what the job could go back to again."""
+    settled = snapshot.incarnation < table.incarnation == table.decided_incarnation
+    return settled and (table.restored is None or snapshot > table.restored)
 
 
 def _flush_wanted(table: JobTable, fact: JobFact) -> SnapshotId | None:

@@ -1,12 +1,13 @@
 """What the coordinator makes of the members' reports: commits and drops."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
 from everstep.agent import events, tables
 from everstep.agent.holdings import FlushedFact, RoundFact, ShardFact, SnapshotFact
-from everstep.proto.ids import UNIT_BYTES
+from everstep.proto.ids import UNIT_BYTES, SnapshotId
 from everstep.snapshot import samples
 from everstep.snapshot.samples import Group, encode
 
@@ -130,6 +131,22 @@ def test_durable_means_all_parts_are_on_disk() -> None:
     )
     for node_id in ("n1", "n2"):
         assert [order.snapshot for order in office.orders(node_id, events.DurableOrdered)] == [S1]
+
+
+@pytest.mark.parametrize(
+    ("restored", "is_durable"), [(S1, False), (None, False), (S2, True), (SnapshotId(1, 3), True)]
+)
+def test_what_the_job_has_gone_back_from_does_not_become_durable(
+    restored: SnapshotId | None, is_durable: bool
+) -> None:
+    """A node that was away has the last part of it, and has not heard of the restore."""
+    office = Office(2)
+    office.reports("n1", fact([], flushed=(FlushedFact(S2, 2, (0,)),)))
+    here = fact([1], incarnation=2, restore_decided=True, restored=restored)
+    office.reports("n2", replace(here, flushed=(FlushedFact(S2, 2, (1,)),)))
+    for node_id in ("n1", "n2"):
+        found = office.orders(node_id, events.DurableOrdered)
+        assert [order.snapshot for order in found] == [S2] * is_durable
 
 
 def test_a_late_report_changes_nothing() -> None:
