@@ -149,11 +149,10 @@ class Coordination:
                 if order is not None:
                     yield order
         for flushed in fact.flushed:
-            whole = table.flushed[flushed.snapshot].whole and not _overtaken(
-                table, flushed.snapshot
-            )
-            if whole or flushed.snapshot in table.durable:
-                yield events.DurableOrdered(name, flushed.snapshot)
+            named = flushed.snapshot
+            whole = table.flushed[named].whole and not _overtaken(table, named)
+            if whole or named in table.durable:
+                yield events.DurableOrdered(name, named)
         if fact.incarnation == table.incarnation and not fact.members:
             yield from self._passed_by(name, table, fact)
         wanted = _flush_wanted(table, fact)
