@@ -23,7 +23,13 @@ from everstep.agent.node import Node, Send, SendClaim, SendOrders, SendReport, S
 from everstep.agent.tls import channel_credentials
 from everstep.agent.view import Entry, View
 from everstep.proto import peer_pb2 as wire
-from everstep.proto.errors import EverstepError, InvalidConfiguration, PeerUnavailable, Refused
+from everstep.proto.errors import (
+    EverstepError,
+    InvalidConfiguration,
+    PeerUnavailable,
+    Refused,
+    StaleEpoch,
+)
 from everstep.proto.peer_pb2_grpc import PeersStub
 from everstep.proto.wire_errors import METADATA_KEY, decode
 
@@ -272,11 +278,19 @@ class Peers:
         request.sender.CopyFrom(self.sender())
         if node_id == self.node_id and self.local is not None:
             return await self.local.handle(method, request)
-        entry = self._member(node_id)
-        try:
-            return await getattr(self._stub(entry.address), method)(request, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise _typed(error, node_id, entry.address) from None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            entry = self._member(node_id)
+            left_s = max(0.0, deadline - time.monotonic())
+            try:
+                return await getattr(self._stub(entry.address), method)(request, timeout=left_s)
+            except grpc.aio.AioRpcError as error:
+                problem = _typed(error, node_id, entry.address)
+            # Whoever has not heard yet that this agent has its place hears of it soon.
+            unheard = isinstance(problem, StaleEpoch) and problem.current < problem.epoch
+            if not unheard or time.monotonic() + self._config.cluster.heartbeat_s > deadline:
+                raise problem
+            await asyncio.sleep(self._config.cluster.heartbeat_s)
 
     def stream(self, node_id: str, method: str, request: Any, timeout_s: float) -> Any:
         """As `call`, for a method that answers with several messages: an async iterator.
