@@ -263,7 +263,8 @@ class Peers:
         return entry
 
     async def call(self, node_id: str, method: str, request: Any, timeout_s: float) -> Any:
-        """Ask a peer, or this agent itself.
+        """Ask a peer, or this agent itself; within the deadline again while the peer has not heard
+        yet that this agent has its place.
 
         Args:
             node_id: Whom.
