@@ -88,7 +88,7 @@ class Cluster:
         self.fetching = Fetching(peers, config.bulk, tls=tls)
         self.gathering = Gathering(peers, config.limits.declare_timeout_s)
         timeout_s = config.limits.restore_timeout_s
-        self.deciding = Deciding(self.answering, node.coordination, self.gathering, timeout_s)
+        self.deciding = Deciding(self.answering, node, self.gathering, timeout_s)
         self.answering.handlers |= {
             "Inventory": self.serving.inventory,
             "Describe": self.serving.describe,

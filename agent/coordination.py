@@ -115,6 +115,14 @@ class Coordination:
             table.decided_incarnation, table.restored = incarnation, snapshot
             self._changed |= set(table.facts)
 
+    def revocable(self, name: str, cluster: Cluster) -> frozenset[str]:
+        """Plans whose parity may be freed at any time: of rounds that were given up, or may be yet.
+
+        Nobody was told of these rounds. A restore that counts on one may find nothing of it when it
+        comes to decoding.
+        """
+        return self._protection.revocable(name, self, cluster)
+
     def decide(self, cluster: Cluster, now_s: float) -> None:
         """Start, end and give up parity rounds; give up steps that some node has passed by."""
         for table in self.jobs.values():

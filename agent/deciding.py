@@ -1,20 +1,23 @@
 """Which snapshot all ranks of an incarnation restore, as the coordinator decides it.
 
 Owns the decision over all nodes; `agent.recovery` is its counterpart where an agent stands alone.
-Promises one answer for all ranks of an incarnation, whoever asks and however often; that an answer
-which some node already acted on is given again by the next coordinator; and that it is whole or an
-error which says what is missing (P0). Moves no bytes: see `agent.restoring`.
+Promises one snapshot for all ranks of an incarnation, whoever asks and however often; that one
+which some node already acted on is given again by the next coordinator; that it is whole or an
+error which says what is missing (P0); and that whoever could not carry out the plan for it is
+given another plan, for the same snapshot, if there is one. Moves no bytes: see `agent.restoring`.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from everstep.agent.answering import Answering
-from everstep.agent.coordination import Coordination
 from everstep.agent.gathering import Findings, Gathering, Wishes
 from everstep.agent.holdings import JobFact
 from everstep.agent.job import Job
+from everstep.agent.node import Node
+from everstep.agent.sources import SnapshotPlan
 from everstep.agent.tables import JobTable
 from everstep.proto import peer_pb2
 from everstep.proto.errors import (
@@ -32,6 +35,18 @@ Asked = tuple[int | None, frozenset[str]]
 class _Decision:
     asked: Asked
     task: "asyncio.Task[peer_pb2.DecideReply]"
+    number: int
+    """Of its plan: plans of one incarnation are numbered from 1."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing was decided."""
+        return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
+
+    @property
+    def commit_id(self) -> bytes:
+        """Of the snapshot that was decided on; empty if that is not known."""
+        return self.task.result().plan.commit_id if self.task.done() and not self.failed else b""
 
 
 class Deciding:
@@ -40,19 +55,20 @@ class Deciding:
     def __init__(
         self,
         answering: Answering,
-        coordination: Coordination,
+        node: Node,
         gathering: Gathering,
         timeout_s: float,
     ) -> None:
         self._answering = answering
-        self._coordination = coordination
+        self._node = node
+        self._coordination = node.coordination
         self._gathering = gathering
         self._timeout_s = timeout_s
         self._decisions: dict[tuple[str, int], _Decision] = {}
         answering.handlers["Decide"] = self.decide
 
     async def decide(self, request: peer_pb2.DecideRequest) -> peer_pb2.DecideReply:
-        """The one answer for the incarnation of those who ask.
+        """The one snapshot for the incarnation of those who ask, and where its shards are.
 
         Raises:
             CoordinatorUnknown: If this agent does not coordinate.
@@ -73,14 +89,16 @@ class Deciding:
         for ended in [k for k in self._decisions if k[0] == request.job and k != key]:
             del self._decisions[ended]
         known = self._decisions.get(key)
-        if known is None or (
-            known.task.done() and (known.task.cancelled() or known.task.exception())
-        ):
-            search = self._search(request.job, request.incarnation, asked)
-            task = asyncio.get_running_loop().create_task(search)
-            known = self._decisions[key] = _Decision(asked, task)
-        elif known.asked != asked:
+        if known is not None and not known.failed and known.asked != asked:
             raise _asked_otherwise(request.job)
+        # Who could not carry out this very plan, and not one that was replaced already.
+        stale = known is not None and known.task.done() and known.number <= request.failed_plan
+        if known is None or known.failed or stale:
+            number = max(request.failed_plan, known.number if known is not None else 0) + 1
+            commit_id = known.commit_id if known is not None else b""
+            search = self._search(request.job, request.incarnation, asked, number, commit_id)
+            task = asyncio.get_running_loop().create_task(search)
+            known = self._decisions[key] = _Decision(asked, task, number)
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await asyncio.shield(known.task)
@@ -92,7 +110,7 @@ class Deciding:
         """The newest that the running incarnation has; binds nobody."""
         findings = await self._gathering.gather(job)
         wishes = self._wishes(job, incarnation, asked)
-        plan = await self._gathering.checked(
+        plan = await self._planned(
             job, findings, wishes, lambda p: p.snapshot.incarnation == incarnation
         )
         if plan is not None:
@@ -114,29 +132,49 @@ class Deciding:
             prefer_node={m.rank: node_id for node_id, f in facts.items() for m in f.members},
             preference=_preference(self._coordination.jobs.get(job), facts, incarnation),
             excluded=self._drifted(job),
+            revocable=self._coordination.revocable(job, self._node.cluster(time.monotonic())),
         )
 
-    async def _search(self, job: str, incarnation: int, asked: Asked) -> peer_pb2.DecideReply:
+    async def _planned(
+        self,
+        job: str,
+        findings: Findings,
+        wishes: Wishes,
+        usable: Callable[[SnapshotPlan], bool],
+    ) -> SnapshotPlan | None:
+        """A plan that lasts; only if there is none, one that may come to nothing."""
+        plan = await self._gathering.checked(job, findings, wishes, usable)
+        if plan is None and wishes.revocable:
+            wishes = replace(wishes, revocable=frozenset())
+            plan = await self._gathering.checked(job, findings, wishes, usable)
+        return plan
+
+    async def _search(
+        self, job: str, incarnation: int, asked: Asked, number: int, commit_id: bytes
+    ) -> peer_pb2.DecideReply:
         findings = await self._gathering.gather(job)
-        facts = self._facts(job, incarnation)
         wishes = self._wishes(job, incarnation, asked)
-        bound = _decided_before(facts)
-        if bound is not None:
-            if bound[0] is None:
-                return peer_pb2.DecideReply(found=False)
-            decided = bound[0]
-            plan = await self._gathering.checked(
-                job, findings, wishes, lambda p: p.snapshot == decided
-            )
-        else:
-            plan = await self._gathering.checked(job, findings, wishes, lambda p: True)
+        table = self._coordination.jobs.get(job)
+        bound = table is not None and table.decided_incarnation == incarnation
+        decided = table.restored if table is not None and bound else None
+        if bound and decided is None:
+            return peer_pb2.DecideReply(found=False)
+
+        def usable(plan: SnapshotPlan) -> bool:
+            # What other ranks have loaded already is of this attempt at the step.
+            same = not commit_id or plan.commit_id == commit_id
+            return decided is None or (plan.snapshot == decided and same)
+
+        plan = await self._planned(job, findings, wishes, usable)
         if plan is None:
-            if bound is None and not findings.anything and asked[0] is None:
+            if not bound and not findings.anything and asked[0] is None:
                 self._coordination.restored(job, incarnation, None)
                 return peer_pb2.DecideReply(found=False)
             raise NothingRecoverable(job, tuple(_reasons(findings, wishes)))
         self._coordination.restored(job, incarnation, plan.snapshot)
-        return peer_pb2.DecideReply(found=True, plan=plan.encoded(), rejected=findings.rejected)
+        return peer_pb2.DecideReply(
+            found=True, plan=plan.encoded(), rejected=findings.rejected, plan_number=number
+        )
 
     def _facts(self, job: str, incarnation: int) -> dict[str, JobFact]:
         table = self._coordination.jobs.get(job)
@@ -150,13 +188,6 @@ class Deciding:
             for snapshot, known in (table.snapshots if table is not None else {}).items()
             if known.whole and known.drifted_replicas() != () and not known.committed_at
         )
-
-
-def _decided_before(facts: dict[str, JobFact]) -> tuple[SnapshotId | None] | None:
-    for fact in facts.values():
-        if fact.restore_decided:
-            return (fact.restored,)
-    return None
 
 
 def _preference(

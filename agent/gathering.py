@@ -35,6 +35,8 @@ class Wishes:
     preference: Callable[[SnapshotId], Any] | None = None
     excluded: frozenset[SnapshotId] = frozenset()
     """Whole, but never committed: their replicas had drifted apart."""
+    revocable: frozenset[str] = frozenset()
+    """Plans whose parity may be freed at any time; see `Coordination.revocable`."""
 
 
 @dataclass(slots=True)
@@ -55,7 +57,7 @@ class Findings:
     def plans(self, wishes: Wishes) -> list[SnapshotPlan]:
         """What can be recovered, the most wanted first."""
         planned = plan_snapshots(
-            self.inventories,
+            [node.without(wishes.revocable) for node in self.inventories],
             levels=wishes.levels,
             to_step=wishes.to_step,
             erasures=self.erasures,

@@ -6,8 +6,8 @@ not is left out and named among the problems. Whether the bytes are sound it doe
 are checked where they lie.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 
 from everstep.agent import plans
 from everstep.agent.plans import MAX_IMAGE_BYTES, ParityPlan
@@ -60,6 +60,17 @@ class NodeInventory:
     snapshots: tuple[HeldSnapshot, ...] = ()
     problems: tuple[str, ...] = ()
     """What it could not read, in words."""
+
+    def without(self, plan_ids: Collection[str]) -> "NodeInventory":
+        """The same, lacking the parity of these plans."""
+        kept = [
+            replace(
+                held, parities=tuple(p for p in held.parities if p.plan.plan_id not in plan_ids)
+            )
+            for held in self.snapshots
+        ]
+        # What a node knows by that parity alone, it does not have.
+        return replace(self, snapshots=tuple(h for h in kept if h.shards or h.parities))
 
     def encoded(self) -> peer_pb2.InventoryReply:
         """As a message."""

@@ -38,6 +38,7 @@ class LiveRestoring(Restoring):
             pinned = events.JoinDecided(job.name, rank, incarnation, plan.snapshot)
             self._pipeline.submit(pinned)
             failpoint("agent.join.decided")
+            self._remember(job, decided, plan)
             try:
                 return await self._found(job, rank, decided, plan)
             except NothingRecoverable:

@@ -138,13 +138,8 @@ class Protection:
         self, progress: _Progress, table: JobTable, facts: "Coordination", cluster: "Cluster"
     ) -> set[str]:
         changed: set[str] = set()
-        own = progress.round.plans[0].plan_id if progress.round is not None else ""
-        left: dict[str, dict[str, dict[str, RoundFact]]] = {}
-        for plan_id, nodes in table.rounds.items():
-            if round_of(plan_id) != round_of(own):
-                left.setdefault(round_of(plan_id), {})[plan_id] = nodes
         progress.kept.clear()
-        for plans in left.values():
+        for plans in _left_behind(progress, table):
             open_plans = [p for p in plans if p not in progress.orphans and _is_open(plans[p])]
             if not open_plans:
                 continue
@@ -158,6 +153,25 @@ class Protection:
         for plan_id in [p for p in progress.orphans if p not in table.rounds]:
             del progress.orphans[plan_id]
         return changed
+
+    def revocable(self, name: str, facts: "Coordination", cluster: "Cluster") -> frozenset[str]:
+        """Plans of rounds that were given up, or may be yet, and that nobody has committed."""
+        progress, table = self._jobs.get(name, _Progress()), facts.jobs.get(name)
+        if table is None:
+            return frozenset()
+        own = progress.round
+        found = (
+            {plan.plan_id for plan in own.plans} if own is not None and not own.commit else set()
+        )
+        for plans in _left_behind(progress, table):
+            decided = [
+                progress.orphans[plan_id] for plan_id in plans if plan_id in progress.orphans
+            ]
+            if not decided:
+                decided = [_orphan_decision(plans, table, facts, cluster) is not _Orphan.GIVEN_UP]
+            if not all(decided):
+                found |= plans.keys()
+        return frozenset(found)
 
     def _go_on(
         self, progress: _Progress, table: JobTable, cluster: "Cluster", now_s: float
@@ -336,6 +350,16 @@ class _Orphan(Enum):
 
 def _is_open(nodes: dict[str, RoundFact]) -> bool:
     return any(fact.stage != "committed" for fact in nodes.values())
+
+
+def _left_behind(progress: _Progress, table: JobTable) -> list[dict[str, dict[str, RoundFact]]]:
+    """The rounds that are not this coordinator's present one: by plan, by node."""
+    own = progress.round.plans[0].plan_id if progress.round is not None else ""
+    left: dict[str, dict[str, dict[str, RoundFact]]] = {}
+    for plan_id, nodes in table.rounds.items():
+        if round_of(plan_id) != round_of(own):
+            left.setdefault(round_of(plan_id), {})[plan_id] = nodes
+    return list(left.values())
 
 
 def _orphan_decision(

@@ -1,7 +1,8 @@
 """A restore on one node of several: bring here what this node's trainers need, and say where it is.
 
 Owns the way from the coordinator's decision to local paths. Promises that a trainer is given local
-copies only, of one snapshot, and a description of every shard of it; that shards of this node's own
+copies only, of one snapshot, and a description of every shard of it; that the coordinator is asked
+for another plan if this one cannot be carried out; that shards of this node's own
 ranks are held here again, as committed as before, when it answers, if as many ranks restore it as
 have saved it; and that of all other shards no unit is fetched that nobody has asked for with
 `gather`. What is fetched or decoded was verified on arrival (see `agent.fetching`).
@@ -11,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeGuard
 
@@ -28,6 +29,7 @@ from everstep.agent.recovery import Wanted
 from everstep.agent.sources import Held, SnapshotPlan, Source, parsed
 from everstep.proto.agent_pb2 import RestoreReply, ShardLocation
 from everstep.proto.errors import (
+    Damaged,
     DeadlineExceeded,
     FormatInvalid,
     PeerUnavailable,
@@ -39,8 +41,21 @@ from everstep.proto.peer_pb2 import DecideReply, DecideRequest
 from everstep.snapshot.record import open_record
 
 log = logging.getLogger("everstep.agent")
+_AGAIN_S = 0.1
 Records = dict[int, Described]
 Ask = Callable[[str, DecideRequest, float], Awaitable[DecideReply]]
+
+
+@dataclass(slots=True)
+class _Told:
+    """What the coordinator has said."""
+
+    plan: SnapshotPlan
+    number: int
+    again: bool
+    """Whether it says the same as before, though that could not be carried out."""
+    failed: bool = False
+    """Whether it could not be carried out."""
 
 
 class Restoring:
@@ -62,7 +77,7 @@ class Restoring:
         self._mending = mending
         self._bringing = bringing
         self._timeout_s = pipeline.config.limits.restore_timeout_s
-        self._plans: dict[tuple[str, int], SnapshotPlan] = {}
+        self._told: dict[tuple[str, int], _Told] = {}
         """By job and incarnation, what was told last."""
         self._under_way: dict[tuple[str, int, object], asyncio.Task[object]] = {}
 
@@ -81,20 +96,35 @@ class Restoring:
             raise DeadlineExceeded(what, self._timeout_s) from None
 
     async def _restore(self, job: Job, rank: int, wanted: Wanted) -> RestoreReply:
-        decided, plan = await self._decided(job, wanted, live=False)
-        snapshot = plan.snapshot if plan is not None else None
-        self._pipeline.submit(events.RestoreDecided(job.name, job.incarnation, snapshot))
-        failpoint("agent.restore.decided")
-        if plan is None:
-            return RestoreReply(found=False)
-        return await self._found(job, rank, decided, plan)
+        while True:
+            before = self._told.get((job.name, job.incarnation))
+            failed_plan = before.number if before is not None and before.failed else 0
+            decided, plan = await self._decided(job, wanted, live=False, failed_plan=failed_plan)
+            snapshot = plan.snapshot if plan is not None else None
+            self._pipeline.submit(events.RestoreDecided(job.name, job.incarnation, snapshot))
+            failpoint("agent.restore.decided")
+            if plan is None:
+                return RestoreReply(found=False)
+            told = self._remember(job, decided, plan)
+            try:
+                return await self._found(job, rank, decided, plan)
+            except (PeerUnavailable, Damaged) as error:
+                told.failed = True
+                if told.again:
+                    raise
+                log.warning("job %s: rank %d asks for another plan: %s", job.name, rank, error)
+            await asyncio.sleep(_AGAIN_S)
 
     async def _decided(
-        self, job: Job, wanted: Wanted, *, live: bool
+        self, job: Job, wanted: Wanted, *, live: bool, failed_plan: int = 0
     ) -> tuple[DecideReply, SnapshotPlan | None]:
         incarnation = job.incarnation
         request = DecideRequest(
-            job=job.name, incarnation=incarnation, levels=sorted(wanted.levels), live=live
+            job=job.name,
+            incarnation=incarnation,
+            levels=sorted(wanted.levels),
+            live=live,
+            failed_plan=failed_plan,
         )
         if wanted.to_step is not None:
             request.to_step = wanted.to_step
@@ -125,7 +155,6 @@ class Restoring:
     async def _located(
         self, job: Job, rank: int, plan: SnapshotPlan, *, damaged: bool
     ) -> list[ShardLocation]:
-        self._remember(job, plan)
         records = await self._records_of(job, plan)
         as_saved = plan.world == job.world
         found = []
@@ -142,10 +171,17 @@ class Restoring:
                 found.append(_elsewhere(plan, source, described))
         return found
 
-    def _remember(self, job: Job, plan: SnapshotPlan) -> None:
-        for ended in [known for known in self._plans if known[0] == job.name]:
-            del self._plans[ended]
-        self._plans[job.name, job.incarnation] = plan
+    def _remember(self, job: Job, decided: DecideReply, plan: SnapshotPlan) -> _Told:
+        key = (job.name, job.incarnation)
+        before = self._told.get(key)
+        number = decided.plan_number
+        if before is not None and before.number == number > 0 and before.plan == plan:
+            return before  # another rank of this node was told
+        again = before is not None and before.failed and before.plan == plan
+        for ended in [known for known in self._told if known[0] == job.name]:
+            del self._told[ended]
+        told = self._told[key] = _Told(plan, number, again)
+        return told
 
     def _is_here(self, source: Source) -> TypeGuard[Held]:
         return isinstance(source, Held) and source.node_id == self._node_id
@@ -162,17 +198,18 @@ class Restoring:
             A location for each rank of `needs`, with a path.
 
         Raises:
-            PeerUnavailable: If this agent was started anew since it said what to restore: ask that
-                again first. Likewise if a source stopped delivering.
+            PeerUnavailable: If this agent was started anew since it said what to restore, or if a
+                shard is not there any more as it was planned: ask that again first.
             FormatInvalid: If the snapshot has no such shards or units.
             OutOfSpace: If memory does not hold them.
             EverstepError: If a shard cannot be had.
             DeadlineExceeded: If it takes longer than `restore_timeout_s`.
         """
-        plan = self._plans.get((job.name, job.incarnation))
-        if plan is None or plan.snapshot != snapshot:
+        told = self._told.get((job.name, job.incarnation))
+        if told is None or told.plan.snapshot != snapshot:
             problem = f"it was started anew since it said that {snapshot} is restored: ask it again"
             raise PeerUnavailable(self._node_id, problem)
+        plan = told.plan
         check_needs(needs, {source.rank: source.image_bytes for source in plan.sources})
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -182,6 +219,12 @@ class Restoring:
                     for rank, units in sorted(needs.items())
                 )
                 return list(await asyncio.gather(*gathered))
+        except (PeerUnavailable, Damaged) as error:
+            told.failed = True
+            if told.again:
+                raise
+            problem = f"{snapshot} is not there any more as it was planned: {error}"
+            raise PeerUnavailable(self._node_id, problem) from error
         except TimeoutError:
             what = f"bringing what {job.name} restores to {self._node_id}"
             raise DeadlineExceeded(what, self._timeout_s) from None
@@ -238,7 +281,11 @@ class Restoring:
     async def _records(self, job: str, plan: SnapshotPlan) -> Records:
         deadline_s = time.monotonic() + self._timeout_s
         ranks = tuple(source.rank for source in plan.sources)
-        ask = partial(self._fetching.records, job, plan, ranks, deadline_s)
+
+        def ask() -> Records:
+            failpoint("agent.restore.describe")
+            return self._fetching.records(job, plan, ranks, deadline_s)
+
         # Not in the pipeline's threads: this node, too, may be asked, and answers in those.
         return await asyncio.to_thread(ask)
 

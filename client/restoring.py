@@ -136,6 +136,7 @@ class Restoring:
             except _AskAnew as anew:
                 if time.monotonic() >= deadline:
                     raise (anew.__cause__ or anew) from None
+                log.warning("the restore of rank %d begins anew: %s", self._rank, anew.__cause__)
                 self._session.await_return(deadline)
             except _CopyDamaged as found:
                 if request.live and tries_left:
@@ -175,6 +176,7 @@ class Restoring:
 
     def _ask(self, request: wire.RestoreRequest) -> wire.RestoreReply:
         deadline = time.monotonic() + self._limits.restore_s
+        told = ""
         while True:
             self._session.wait_attached(self._limits.agent_start_s)
             request.session.CopyFrom(self._session.identity)
@@ -189,9 +191,14 @@ class Restoring:
                 self._session.renew(as_new_process=False, timeout_s=self._limits.agent_start_s)
             except DeadlineExceeded:
                 raise
-            except Retryable:
+            except Retryable as error:
                 if time.monotonic() >= deadline:
                     raise
+                if str(error) != told:
+                    told = str(error)
+                    log.warning(
+                        "the restore of rank %d waits, and asks again: %s", self._rank, told
+                    )
                 self._session.await_return(deadline)
 
     @property

@@ -353,20 +353,22 @@ class AgreeReply(_message.Message):
     def __init__(self, agreed: _Optional[_Iterable[int]] = ..., unknown: _Optional[bool] = ...) -> None: ...
 
 class DecideRequest(_message.Message):
-    __slots__ = ("sender", "job", "incarnation", "to_step", "levels", "live")
+    __slots__ = ("sender", "job", "incarnation", "to_step", "levels", "live", "failed_plan")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TO_STEP_FIELD_NUMBER: _ClassVar[int]
     LEVELS_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_PLAN_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     job: str
     incarnation: int
     to_step: int
     levels: _containers.RepeatedScalarFieldContainer[str]
     live: bool
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., to_step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ..., live: _Optional[bool] = ...) -> None: ...
+    failed_plan: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., job: _Optional[str] = ..., incarnation: _Optional[int] = ..., to_step: _Optional[int] = ..., levels: _Optional[_Iterable[str]] = ..., live: _Optional[bool] = ..., failed_plan: _Optional[int] = ...) -> None: ...
 
 class ParitySource(_message.Message):
     __slots__ = ("plan_id", "node_id", "level")
@@ -419,14 +421,16 @@ class SnapshotPlan(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., step: _Optional[int] = ..., world: _Optional[int] = ..., recoverable: _Optional[bool] = ..., sources: _Optional[_Iterable[_Union[ShardSource, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., further_losses: _Optional[int] = ..., further_loss_level: _Optional[str] = ..., parities: _Optional[_Iterable[_Union[ParitySource, _Mapping]]] = ..., memory_losses: _Optional[int] = ..., commit_id: _Optional[bytes] = ...) -> None: ...
 
 class DecideReply(_message.Message):
-    __slots__ = ("found", "plan", "rejected")
+    __slots__ = ("found", "plan", "rejected", "plan_number")
     FOUND_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
+    PLAN_NUMBER_FIELD_NUMBER: _ClassVar[int]
     found: bool
     plan: SnapshotPlan
     rejected: _containers.RepeatedCompositeFieldContainer[_agent_pb2.RejectedCopy]
-    def __init__(self, found: _Optional[bool] = ..., plan: _Optional[_Union[SnapshotPlan, _Mapping]] = ..., rejected: _Optional[_Iterable[_Union[_agent_pb2.RejectedCopy, _Mapping]]] = ...) -> None: ...
+    plan_number: int
+    def __init__(self, found: _Optional[bool] = ..., plan: _Optional[_Union[SnapshotPlan, _Mapping]] = ..., rejected: _Optional[_Iterable[_Union[_agent_pb2.RejectedCopy, _Mapping]]] = ..., plan_number: _Optional[int] = ...) -> None: ...
 
 class InventoryRequest(_message.Message):
     __slots__ = ("sender", "job")

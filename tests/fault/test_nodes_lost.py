@@ -3,9 +3,10 @@
 import contextlib
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from fleet import Fleet
+from fleet import Fleet, Host
 from harness import TrainerError, until
 
 pytestmark = pytest.mark.netns
@@ -17,6 +18,11 @@ def started(fleet: Fleet, steps: int = 2) -> Fleet:
     fleet.launch()
     fleet.commit(steps, "parity")
     return fleet
+
+
+def prepared(host: Host) -> set[int]:
+    """The steps of which a node has parity in memory."""
+    return {int(path.name.split("-")[3]) for path in host.memory.glob("*/parity/*.manifest")}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +117,65 @@ def test_an_agent_dies_in_a_round_of_parity_and_then_a_node(fleet_of: FleetOf, p
     fleet.lose("n2")
     fleet.start("n2", "n3")
     fleet.relaunch("parity")
+    fleet.commit(1, "parity")
+    fleet.assert_calm()
+
+
+def test_a_round_of_parity_is_given_up_in_the_middle_of_a_restore(
+    fleet_of: FleetOf, tmp_path: Path
+) -> None:
+    """A node is lost before its part of a round is there. The others' parts would suffice for its
+    shard, for as long as nobody gives the round up."""
+    publish, describe = tmp_path / "publish", tmp_path / "describe"
+    fleet = fleet_of(options={"parity": {"timeout_s": 8.0}})
+    fleet.start("n1", failpoints=f"agent.restore.describe=hold:{describe}")
+    fleet.start("n2", "n4")
+    fleet.start("n3", failpoints=f"agent.encode.before_publish=hold:{publish}@2")
+    fleet.launch()
+    fleet.commit(1, "parity")
+    fleet.train(1, "memory", timeout=4.0)
+    others = [host for node_id, host in fleet.hosts.items() if node_id != "n3"]
+    until(lambda: all(prepared(host) == {1, 2} for host in others), "the other nodes' parity")
+    until(Path(f"{publish}.reached").exists, "the lost node's part")
+    fleet.lose("n3")
+    fleet.nodes_of_ranks[2] = "n4"
+    fleet.launch()
+    for trainer in fleet.trainers.values():
+        trainer.begin("restore")
+    until(Path(f"{describe}.reached").exists, "a decision on what is restored")
+    until(lambda: all(prepared(host) == {1} for host in others), "the end of the round")
+    Path(f"{describe}.go").touch()
+    found = [trainer.end() for trainer in fleet.trainers.values()]
+    assert {(answer["launch"], answer["step"]) for answer in found} == {(1, 1)}, found
+    assert not [answer for answer in found if answer["wrong"]], found
+    fleet.step = 1
+    fleet.commit(1, "parity")
+    fleet.assert_calm()
+
+
+def test_a_node_that_runs_no_rank_is_lost_in_the_middle_of_a_restore(
+    fleet_of: FleetOf, tmp_path: Path
+) -> None:
+    """It holds what a rank of another node is to load. The others have its parity: nobody needs to
+    start the job again."""
+    describe = tmp_path / "describe"
+    fleet = fleet_of()
+    fleet.start("n1", failpoints=f"agent.restore.describe=hold:{describe}")
+    fleet.start("n2", "n3", "n4")
+    fleet.launch()
+    fleet.commit(2, "parity")
+    fleet.nodes_of_ranks[1] = "n1"
+    fleet.launch()
+    for trainer in fleet.trainers.values():
+        trainer.begin("restore")
+    until(Path(f"{describe}.reached").exists, "a decision on what is restored")
+    fleet.lose("n2")
+    Path(f"{describe}.go").touch()
+    found = [trainer.end() for trainer in fleet.trainers.values()]
+    assert {(answer["launch"], answer["step"]) for answer in found} == {fleet.told["parity"]}
+    assert not [answer for answer in found if answer["wrong"]], found
+    assert "asks for another plan" in fleet.hosts["n1"].said()
+    fleet.step = fleet.told["parity"][1]
     fleet.commit(1, "parity")
     fleet.assert_calm()
 

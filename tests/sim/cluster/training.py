@@ -245,7 +245,11 @@ class Training:
         network = self.world.network
         if not all(h.runs and network.call(coordinator.host.address, h.address) for h in hosts):
             return
-        chosen = newest_recoverable([inventory(h.node_id, h.memory, h.disk) for h in hosts])
+        there = [inventory(h.node_id, h.memory, h.disk) for h in hosts]
+        # What may be freed before it is brought to where it is needed is the last resort.
+        revocable = coordinator.node.coordination.revocable(JOB, coordinator.node.cluster(now_s))
+        lasting = newest_recoverable([held.without(revocable) for held in there])
+        chosen = lasting or newest_recoverable(there)
         tokens = []
         for source in chosen.sources if chosen is not None else ():
             token = self._token(chosen.snapshot, source)

@@ -36,7 +36,9 @@ class Restores:
         self.pipeline.staging = Staging(self.node.memory.root, keep_free_bytes=0)
         self.mending = Mending(self.pipeline, group.fetching[at])
         self.bringing = Bringing(self.pipeline)
-        self.plan = plan
+        self.plan, self.other_plan = plan, plan
+        self.failed_plans: list[int] = []
+        """As the coordinator was told, question by question."""
         self.callers = [events.Caller(JOB, rank, world, f"p{rank}", 0) for rank in range(2)]
         for caller in self.callers:
             attach = events.Attach(caller, "", 7, 1.0, holder_alive=False, decided=3)
@@ -49,7 +51,10 @@ class Restores:
         self._count(fetching)
 
     async def _decide(self, method: str, request: Any, timeout_s: float) -> DecideReply:
-        return DecideReply(found=True, plan=self.plan.encoded())
+        self.failed_plans.append(request.failed_plan)
+        plan = self.other_plan if any(self.failed_plans) else self.plan
+        number = 1 + max(self.failed_plans)
+        return DecideReply(found=True, plan=plan.encoded(), plan_number=number)
 
     def _count(self, fetching: Any) -> None:
         fetch = fetching.fetch
@@ -219,6 +224,48 @@ def test_what_failed_is_fetched_when_it_is_asked_for_again(tmp_path: Path) -> No
         assert restores.fetched == [(2, 0), (2, 1)]
 
     run(tmp_path, body)
+
+
+def test_what_is_lost_with_its_node_meanwhile_comes_by_another_plan(tmp_path: Path) -> None:
+    async def body(group: Group, restores: Restores) -> None:
+        await restores.restore()
+        restores.other_plan = await group.plan_of(("n3",))
+        needs = {2: [range(2)]}
+        with pytest.raises(PeerUnavailable, match="not there any more as it was planned"):
+            await restores.gather(needs)
+        await restores.restore()
+        assert restores.failed_plans == [0, 1]
+        assert staged((await restores.gather(needs))[2]) == content(group, 2, needs[2])
+        await restores.restore(1)
+        assert restores.failed_plans == [0, 1, 0]
+
+    run(tmp_path, body)
+
+
+def test_ranks_whose_own_shards_are_lost_meanwhile_restore_by_another_plan(tmp_path: Path) -> None:
+    async def body(group: Group, restores: Restores) -> None:
+        restores.other_plan = await group.plan_of(("n2",))
+        found, other = await asyncio.gather(restores.restore(1), restores.restore(0))
+        assert found[1].path and other[0].path
+        held = restores.job.snapshots[SNAPSHOT]
+        assert sorted(held.sealed) == [0, 1] and held.stage is Stage.COMMITTED
+        assert set(restores.failed_plans) == {0, 1}
+
+    run(tmp_path, body, world=7)
+
+
+def test_the_same_plan_again_is_no_other_plan(tmp_path: Path) -> None:
+    async def body(group: Group, restores: Restores) -> None:
+        group.down.add("n2")
+        with pytest.raises(PeerUnavailable, match="n2"):
+            await restores.restore(1)
+        assert restores.failed_plans == [0, 1]
+        group.down.clear()
+        found = await restores.restore(1)
+        assert found[1].path
+        assert restores.failed_plans == [0, 1, 2]
+
+    run(tmp_path, body, world=7)
 
 
 def test_without_memory_nothing_is_promised(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Story(LiveRestoring):
         self.pinned: list[SnapshotId | None] = []
 
     async def _decided(
-        self, job: Job, wanted: Wanted, *, live: bool
+        self, job: Job, wanted: Wanted, *, live: bool, failed_plan: int = 0
     ) -> tuple[DecideReply, SnapshotPlan | None]:
         self.asked.append(live)
         step = self.decisions.pop(0)
