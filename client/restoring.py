@@ -46,6 +46,8 @@ log = logging.getLogger("everstep")
 RNG_PATH = "rng"
 _THREADS_LIMIT = 16
 _LIVE_TRIES = 3
+_PAUSE_FIRST_S = 0.05
+_PAUSE_LAST_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,41 @@ class _CopyDamaged(Exception):
 
 
 class _AskAnew(Exception):
-    """The agent is not the one that said where the bytes are: nothing was touched yet."""
+    """The bytes are not where the agent said, or it is another agent: nothing was touched yet."""
+
+    def __init__(self, cause: Retryable) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class _Patience:
+    """A restore that cannot go on yet: it waits, longer each time, and says for what."""
+
+    def __init__(self, session: Session, rank: int, limit_s: float) -> None:
+        self._session = session
+        self._rank = rank
+        self._deadline = time.monotonic() + limit_s
+        self._pause_s = _PAUSE_FIRST_S
+        self._told = ""
+
+    @property
+    def remaining_s(self) -> float:
+        """Until it gives up."""
+        return self._deadline - time.monotonic()
+
+    def wait(self, problem: Retryable) -> None:
+        """Give whatever is wrong some time.
+
+        Raises:
+            Retryable: The problem itself, once there is no time left.
+        """
+        if self.remaining_s <= 0:
+            raise problem from None
+        if str(problem) != self._told:
+            self._told = str(problem)
+            log.warning("rank %d waits to restore, and asks again: %s", self._rank, self._told)
+        self._session.await_return(self._deadline, min(self._pause_s, self.remaining_s))
+        self._pause_s = min(_PAUSE_LAST_S, self._pause_s * 2)
 
 
 class Restoring:
@@ -123,7 +159,7 @@ class Restoring:
         if to is not None:
             request.to_step = to
         tries_left = _LIVE_TRIES
-        deadline = time.monotonic() + self._limits.restore_s
+        patience = self._patience()
         while True:
             reply = self._ask(request)
             self._session.used = True
@@ -134,10 +170,7 @@ class Restoring:
                     restored = self._load(reply, attachments, terms)
                 break
             except _AskAnew as anew:
-                if time.monotonic() >= deadline:
-                    raise (anew.__cause__ or anew) from None
-                log.warning("the restore of rank %d begins anew: %s", self._rank, anew.__cause__)
-                self._session.await_return(deadline)
+                patience.wait(anew.cause)
             except _CopyDamaged as found:
                 if request.live and tries_left:
                     # The others go on: they may have overwritten it. The agent looks anew.
@@ -175,15 +208,14 @@ class Restoring:
         return int(reply.step), saved.tree(name, {}) if name in saved.classes else None
 
     def _ask(self, request: wire.RestoreRequest) -> wire.RestoreReply:
-        deadline = time.monotonic() + self._limits.restore_s
-        told = ""
+        patience = self._patience()
         while True:
             self._session.wait_attached(self._limits.agent_start_s)
             request.session.CopyFrom(self._session.identity)
             request.live = self._session.joined
             try:
-                remaining_s = max(0.1, deadline - time.monotonic())
-                reply: wire.RestoreReply = self._channel.call("Restore", request, remaining_s)
+                timeout_s = max(0.1, patience.remaining_s)
+                reply: wire.RestoreReply = self._channel.call("Restore", request, timeout_s)
                 return reply
             except StaleIncarnation:
                 if self._session.used:
@@ -192,14 +224,10 @@ class Restoring:
             except DeadlineExceeded:
                 raise
             except Retryable as error:
-                if time.monotonic() >= deadline:
-                    raise
-                if str(error) != told:
-                    told = str(error)
-                    log.warning(
-                        "the restore of rank %d waits, and asks again: %s", self._rank, told
-                    )
-                self._session.await_return(deadline)
+                patience.wait(error)
+
+    def _patience(self) -> _Patience:
+        return _Patience(self._session, self._rank, self._limits.restore_s)
 
     @property
     def _world(self) -> int:
@@ -269,7 +297,7 @@ class Restoring:
         except DeadlineExceeded:
             raise
         except Retryable as error:
-            raise _AskAnew from error
+            raise _AskAnew(error) from error
         for found in gathered.shards:
             restoration.locate(found.rank, found.path, found.offset, found.level)
 

@@ -116,9 +116,9 @@ class Session:
         if not self._attached.is_set():
             raise AgentUnavailable(self.channel.address, self.problem) from self._last_error
 
-    def await_return(self, deadline: float) -> None:
+    def await_return(self, deadline: float, pause_s: float = _RETRY_S) -> None:
         """After a failed call: give the agent until the deadline to be back; raise nothing."""
-        time.sleep(_RETRY_S)
+        time.sleep(pause_s)
         with contextlib.suppress(EverstepError):
             self.wait_attached(max(_RETRY_S, deadline - time.monotonic()))
 
