@@ -37,6 +37,8 @@ class _Decision:
     task: "asyncio.Task[peer_pb2.DecideReply]"
     number: int
     """Of its plan: plans of one incarnation are numbered from 1."""
+    bound_to: bytes
+    """The commit id of the plans before it; empty if that is not known."""
 
     @property
     def failed(self) -> bool:
@@ -45,8 +47,9 @@ class _Decision:
 
     @property
     def commit_id(self) -> bytes:
-        """Of the snapshot that was decided on; empty if that is not known."""
-        return self.task.result().plan.commit_id if self.task.done() and not self.failed else b""
+        """Of what plans after it must be for; empty if that is not known."""
+        decided = self.task.done() and not self.failed
+        return (decided and self.task.result().plan.commit_id) or self.bound_to
 
 
 class Deciding:
@@ -98,7 +101,7 @@ class Deciding:
             commit_id = known.commit_id if known is not None else b""
             search = self._search(request.job, request.incarnation, asked, number, commit_id)
             task = asyncio.get_running_loop().create_task(search)
-            known = self._decisions[key] = _Decision(asked, task, number)
+            known = self._decisions[key] = _Decision(asked, task, number, commit_id)
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await asyncio.shield(known.task)
@@ -170,7 +173,8 @@ class Deciding:
             if not bound and not findings.anything and asked[0] is None:
                 self._coordination.restored(job, incarnation, None)
                 return peer_pb2.DecideReply(found=False)
-            raise NothingRecoverable(job, tuple(_reasons(findings, wishes)))
+            everything = replace(wishes, revocable=frozenset())
+            raise NothingRecoverable(job, tuple(_reasons(findings, everything)))
         self._coordination.restored(job, incarnation, plan.snapshot)
         return peer_pb2.DecideReply(
             found=True, plan=plan.encoded(), rejected=findings.rejected, plan_number=number

@@ -56,8 +56,11 @@ class Findings:
 
     def plans(self, wishes: Wishes) -> list[SnapshotPlan]:
         """What can be recovered, the most wanted first."""
+        usable = self.inventories
+        if wishes.revocable:
+            usable = tuple(node.without(wishes.revocable) for node in usable)
         planned = plan_snapshots(
-            [node.without(wishes.revocable) for node in self.inventories],
+            usable,
             levels=wishes.levels,
             to_step=wishes.to_step,
             erasures=self.erasures,

@@ -139,7 +139,7 @@ class Protection:
     ) -> set[str]:
         changed: set[str] = set()
         progress.kept.clear()
-        for plans in _left_behind(progress, table):
+        for plans in _earlier_rounds(progress, table):
             open_plans = [p for p in plans if p not in progress.orphans and _is_open(plans[p])]
             if not open_plans:
                 continue
@@ -163,7 +163,7 @@ class Protection:
         found = (
             {plan.plan_id for plan in own.plans} if own is not None and not own.commit else set()
         )
-        for plans in _left_behind(progress, table):
+        for plans in _earlier_rounds(progress, table):
             decided = [
                 progress.orphans[plan_id] for plan_id in plans if plan_id in progress.orphans
             ]
@@ -352,7 +352,7 @@ def _is_open(nodes: dict[str, RoundFact]) -> bool:
     return any(fact.stage != "committed" for fact in nodes.values())
 
 
-def _left_behind(progress: _Progress, table: JobTable) -> list[dict[str, dict[str, RoundFact]]]:
+def _earlier_rounds(progress: _Progress, table: JobTable) -> list[dict[str, dict[str, RoundFact]]]:
     """The rounds that are not this coordinator's present one: by plan, by node."""
     own = progress.round.plans[0].plan_id if progress.round is not None else ""
     left: dict[str, dict[str, dict[str, RoundFact]]] = {}
