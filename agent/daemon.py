@@ -25,6 +25,7 @@ from everstep.agent.adoption import adoptions
 from everstep.agent.cluster import opened
 from everstep.agent.config import Config
 from everstep.agent.door import Door
+from everstep.agent.offers import Offers
 from everstep.agent.pipeline import Pipeline
 from everstep.agent.recovery_service import serve_recovery
 from everstep.agent.scrubbing import Scrubbing
@@ -46,8 +47,8 @@ _OWN_DESCRIPTORS = 64
 _SWITCH_INTERVAL_S = 0.0005
 """A call takes the GIL a dozen times on its way; each time it waits this long for a thread that
 flushes. By Python's own 5 ms a training thread waited 0.14 s for a slot (measured)."""
-_LINK_DESCRIPTORS = 3
-"""The door's two, and the gRPC server's end of the second."""
+_LINK_DESCRIPTORS = 4
+"""The door's two, the gRPC server's end of the second, and one for offers."""
 
 
 def run(config: Config) -> None:
@@ -187,12 +188,10 @@ async def _serve(config: Config) -> bool:
     private_directory(config.private_socket.parent, os.getuid())
     config.private_socket.unlink(missing_ok=True)
     server.add_insecure_port(format_address(config.private_socket))
-    door = Door(
-        config.agent.socket,
-        config.private_socket,
-        config.agent.allowed_uids,
-        _connection_limit(config.limits.max_connections),
-    )
+    max_connections = _connection_limit(config.limits.max_connections)
+    allowed_uids = config.agent.allowed_uids
+    door = Door(config.agent.socket, config.private_socket, allowed_uids, max_connections)
+    offers = Offers(config.agent.memory_dir, allowed_uids, max_connections, service.offer)
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -203,6 +202,8 @@ async def _serve(config: Config) -> bool:
     else:
         await alone.enter_async_context(_scrubbing(pipeline))
     await server.start()
+    offers.start()
+    service.offers_path = offers.path
     await door.start()
     # What was made so far lives as long as the process.
     gc.collect()
@@ -210,6 +211,7 @@ async def _serve(config: Config) -> bool:
     log.info("agent %s answers at %s", config.agent.node_id, config.agent.socket)
     await ended.wait()
     await alone.aclose()
+    offers.close()
     in_order = await _end(config, pipeline, door, server)
     if cluster is not None and peer_server is not None:
         await cluster.close()

@@ -283,7 +283,7 @@ class Restoring:
         ranks = tuple(source.rank for source in plan.sources)
 
         def ask() -> Records:
-            failpoint("agent.restore.describe")
+            failpoint("agent.gather.records")
             return self._fetching.records(job, plan, ranks, deadline_s)
 
         # Not in the pipeline's threads: this node, too, may be asked, and answers in those.

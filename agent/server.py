@@ -89,6 +89,8 @@ class Service(AgentServicer):
         self._recovery = Recovery(pipeline, config.limits.restore_timeout_s)
         self._agreeing = Agreeing()
         self._version = version
+        self.offers_path = ""
+        """Where offers are taken without gRPC; empty if nowhere."""
         self._started_s = time.monotonic()
 
     async def Attach(self, request: wire.AttachRequest, context: Any) -> AsyncIterator[wire.Notice]:
@@ -164,6 +166,7 @@ class Service(AgentServicer):
                 agent_version=self._version,
                 levels=levels,
                 joined=caller.rank in self._state.jobs[caller.job].joining,
+                offers_path=self.offers_path,
             )
         )
 
@@ -215,6 +218,14 @@ class Service(AgentServicer):
     @_answered
     async def Offer(self, request: wire.OfferRequest, context: Any) -> wire.OfferReply:
         """Grant a slot for a step, or say why not."""
+        return self.offer(request)
+
+    def offer(self, request: wire.OfferRequest) -> wire.OfferReply:
+        """As `Offer`, however it was asked for.
+
+        Raises:
+            EverstepError: If whoever asks may not, or the arena is gone.
+        """
         caller = caller_of(request.session)
         if self._cluster is not None:
             self._cluster.check_place()

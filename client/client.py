@@ -370,6 +370,7 @@ class Client:
         wait_s = self.limits.close_s if timeout is None else timeout
         self._closed = True
         self._capturing.close()
+        self._snapshotting.close()
         for hook in self._hooks:
             hook.remove()
         try:

@@ -20,9 +20,10 @@ from everstep.client import rng
 from everstep.client.arrangement import Arrangement, Arranger
 from everstep.client.attachment import Attachment, Collected
 from everstep.client.capturing import Capturing
-from everstep.client.channel import Channel, Pending
+from everstep.client.channel import Channel
 from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits
+from everstep.client.offers import Asked, OfferLine
 from everstep.client.recollecting import Recollecting
 from everstep.client.restoring import RNG_PATH
 from everstep.client.session import Session
@@ -78,6 +79,7 @@ class Snapshotting:
     ) -> None:
         self.setup_s = 0.0
         self._channel = channel
+        self._offers = OfferLine(channel)
         self._session = session
         self._arranger = arranger
         self._capturing = capturing
@@ -102,7 +104,7 @@ class Snapshotting:
         reason = self._not_ready()
         if reason:
             return Snapshot(step, reason)
-        asked: Pending | None = None
+        asked: Asked | None = None
         try:
             # The agent answers while this thread looks at the state.
             if self._arranger.is_arranged:
@@ -150,7 +152,7 @@ class Snapshotting:
         attachments: Mapping[str, Attachment],
         collected: Collected,
         step: int,
-        asked: Pending | None,
+        asked: Asked | None,
     ) -> tuple[Arrangement, wire.OfferReply]:
         before = self._arranger.arena
         arrangement = self._arrange(attachments, collected, step)
@@ -193,7 +195,7 @@ class Snapshotting:
         self.setup_s = time.perf_counter() - begun
         return arrangement
 
-    def _ask(self, step: int) -> Pending:
+    def _ask(self, step: int) -> Asked:
         request = wire.OfferRequest(
             session=self._session.identity,
             step=step,
@@ -201,9 +203,13 @@ class Snapshotting:
             captures_in_flight=self._capturing.captures_in_flight,
             in_flight=self._capturing.in_flight(),
         )
-        return self._channel.start("Offer", request, self._limits.offer_s)
+        return self._offers.ask(self._session.offers_path, request, self._limits.offer_s)
 
-    def _withdraw(self, asked: Pending, step: int, reason: str) -> None:
+    def close(self) -> None:
+        """Ask for nothing more."""
+        self._offers.hang_up()
+
+    def _withdraw(self, asked: Asked, step: int, reason: str) -> None:
         """Nothing will be copied to the slot that was asked for."""
         request = wire.AbandonRequest(session=self._session.identity, step=step, reason=reason)
         with suppress(EverstepError):
@@ -213,10 +219,10 @@ class Snapshotting:
         except EverstepError:
             log.debug("the agent was not told that step %d is abandoned", step)
 
-    def _offer(self, step: int, asked: Pending | None = None) -> wire.OfferReply:
+    def _offer(self, step: int, asked: Asked | None = None) -> wire.OfferReply:
         deadline = time.monotonic() + (self._limits.seal_s if self._patient else 0.0)
         while True:
-            reply: wire.OfferReply = (asked or self._ask(step)).result()
+            reply = (asked or self._ask(step)).result()
             asked = None
             busy = not reply.granted and reply.reason.startswith("busy")
             if not busy or time.monotonic() >= deadline:

@@ -59,18 +59,20 @@ class Notice(_message.Message):
     def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("incarnation", "node_id", "agent_version", "levels", "joined")
+    __slots__ = ("incarnation", "node_id", "agent_version", "levels", "joined", "offers_path")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     LEVELS_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_PATH_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     node_id: str
     agent_version: str
     levels: _containers.RepeatedScalarFieldContainer[str]
     joined: bool
-    def __init__(self, incarnation: _Optional[int] = ..., node_id: _Optional[str] = ..., agent_version: _Optional[str] = ..., levels: _Optional[_Iterable[str]] = ..., joined: _Optional[bool] = ...) -> None: ...
+    offers_path: str
+    def __init__(self, incarnation: _Optional[int] = ..., node_id: _Optional[str] = ..., agent_version: _Optional[str] = ..., levels: _Optional[_Iterable[str]] = ..., joined: _Optional[bool] = ..., offers_path: _Optional[str] = ...) -> None: ...
 
 class Committed(_message.Message):
     __slots__ = ("incarnation", "step", "level")
@@ -157,6 +159,14 @@ class OfferReply(_message.Message):
     generation: int
     reason: str
     def __init__(self, granted: _Optional[bool] = ..., slot: _Optional[int] = ..., generation: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class OfferAnswer(_message.Message):
+    __slots__ = ("reply", "error")
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    reply: OfferReply
+    error: bytes
+    def __init__(self, reply: _Optional[_Union[OfferReply, _Mapping]] = ..., error: _Optional[bytes] = ...) -> None: ...
 
 class SealRequest(_message.Message):
     __slots__ = ("session", "step", "slot", "generation", "record")

@@ -82,6 +82,16 @@ def decode(error: grpc.RpcError, address: str) -> EverstepError:
     return AgentUnavailable(address, f"{name}: {detail}"[:500])
 
 
+def decode_bytes(data: bytes, address: str) -> EverstepError:
+    """The error that `encode` made these bytes of; `AgentFault` if they are of none.
+
+    Args:
+        data: What came.
+        address: The agent's, for the message.
+    """
+    return _rebuild(data) or AgentFault(address, "its error cannot be read")
+
+
 def _rebuild(data: bytes) -> EverstepError | None:
     try:
         name, arguments, *more = json.loads(data)

@@ -128,7 +128,7 @@ def test_a_round_of_parity_is_given_up_in_the_middle_of_a_restore(
     shard, for as long as nobody gives the round up."""
     publish, describe = tmp_path / "publish", tmp_path / "describe"
     fleet = fleet_of(options={"parity": {"timeout_s": 8.0}})
-    fleet.start("n1", failpoints=f"agent.restore.describe=hold:{describe}")
+    fleet.start("n1", failpoints=f"agent.gather.records=hold:{describe}")
     fleet.start("n2", "n4")
     fleet.start("n3", failpoints=f"agent.encode.before_publish=hold:{publish}@2")
     fleet.launch()
@@ -160,7 +160,7 @@ def test_a_node_that_runs_no_rank_is_lost_in_the_middle_of_a_restore(
     start the job again."""
     describe = tmp_path / "describe"
     fleet = fleet_of()
-    fleet.start("n1", failpoints=f"agent.restore.describe=hold:{describe}")
+    fleet.start("n1", failpoints=f"agent.gather.records=hold:{describe}")
     fleet.start("n2", "n3", "n4")
     fleet.launch()
     fleet.commit(2, "parity")

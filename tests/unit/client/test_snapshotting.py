@@ -39,7 +39,9 @@ def test_a_slot_is_given_back_after_it_was_granted(problem: Exception | None) ->
     """Given back before, it would be granted afterwards, and the step stay open."""
     agent = Agent(problem)
     parts: Any = {
-        "session": SimpleNamespace(ended=None, attached=True, identity=wire.Session()),
+        "session": SimpleNamespace(
+            ended=None, attached=True, identity=wire.Session(), offers_path=""
+        ),
         "arranger": SimpleNamespace(is_arranged=True),
         "capturing": SimpleNamespace(
             under_way=lambda: None, in_flight=list, captures_in_flight=1, begun=True

@@ -1,0 +1,185 @@
+"""Offers without gRPC, at the agent's end: real sockets, one loop."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from everstep.agent.offers import NAME, Offers
+from everstep.proto import agent_pb2 as wire
+from everstep.proto.errors import ArenaLost, StaleIncarnation
+from everstep.proto.wire_errors import decode_bytes
+
+Story = Callable[[Offers], Awaitable[None]]
+STALE = 13
+LOST = 14
+BROKEN = 15
+
+
+class Desk:
+    """Grants every step but three."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def answer(self, request: wire.OfferRequest) -> wire.OfferReply:
+        self.asked.append(request.step)
+        if request.step == STALE:
+            raise StaleIncarnation("gpt", 3, 4)
+        if request.step == LOST:
+            raise ArenaLost("gpt", 0)
+        if request.step == BROKEN:
+            raise ZeroDivisionError("an accident")
+        return wire.OfferReply(granted=True, slot=request.step % 3, generation=7)
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def run(root: Path, desk: Desk, story: Story, *, most: int = 8) -> None:
+    async def whole() -> None:
+        offers = Offers(root, frozenset(), most, desk.answer)
+        offers.start()
+        try:
+            await story(offers)
+        finally:
+            offers.close()
+
+    asyncio.run(whole())
+
+
+def connected(offers: Offers) -> socket.socket:
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    found.connect(offers.path)
+    found.setblocking(False)
+    return found
+
+
+async def ask(peer: socket.socket, step: int) -> wire.OfferAnswer:
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(peer, wire.OfferRequest(step=step).SerializeToString())
+    return wire.OfferAnswer.FromString(await heard(peer))
+
+
+async def heard(peer: socket.socket) -> bytes:
+    async with asyncio.timeout(10):
+        return await asyncio.get_running_loop().sock_recv(peer, 1 << 16)
+
+
+def test_each_question_has_its_answer(tmp_path: Path, desk: Desk) -> None:
+    async def story(offers: Offers) -> None:
+        with connected(offers) as one, connected(offers) as other:
+            for step in (1, 2, 3):
+                for peer in (one, other):
+                    reply = (await ask(peer, step)).reply
+                    assert (reply.granted, reply.slot, reply.generation) == (True, step % 3, 7)
+
+    run(tmp_path, desk, story)
+    assert desk.asked == [1, 1, 2, 2, 3, 3]
+
+
+def test_an_error_arrives_as_itself_and_the_next_question_is_answered(
+    tmp_path: Path, desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(offers: Offers) -> None:
+        with connected(offers) as peer:
+            stale = decode_bytes((await ask(peer, STALE)).error, "here")
+            assert isinstance(stale, StaleIncarnation) and str(stale) == str(
+                StaleIncarnation("gpt", 3, 4)
+            )
+            assert isinstance(decode_bytes((await ask(peer, LOST)).error, "here"), ArenaLost)
+            fault = decode_bytes((await ask(peer, BROKEN)).error, "here")
+            assert "an accident" in str(fault)
+            assert (await ask(peer, 1)).reply.granted
+
+    run(tmp_path, desk, story)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_what_is_no_question_ends_that_connection_alone(tmp_path: Path, desk: Desk) -> None:
+    async def story(offers: Offers) -> None:
+        with connected(offers) as strange, connected(offers) as peer:
+            strange.send(b"GET / HTTP/1.1\r\n\r\n")
+            assert await heard(strange) == b""
+            assert (await ask(peer, 1)).reply.granted
+
+    run(tmp_path, desk, story)
+
+
+@pytest.mark.parametrize("how", ["closed", "shut down, and open in a child"])
+def test_a_question_that_nobody_waits_for_any_more_changes_nothing(
+    tmp_path: Path, desk: Desk, how: str
+) -> None:
+    async def story(offers: Offers) -> None:
+        with connected(offers) as peer:
+            await ask(peer, 1)
+            peer.send(wire.OfferRequest(step=2).SerializeToString())
+            if how == "closed":
+                peer.close()
+            else:
+                peer.shutdown(socket.SHUT_RDWR)
+            with connected(offers) as next_one:
+                await ask(next_one, 3)
+
+    run(tmp_path, desk, story)
+    assert desk.asked == [1, 3]
+
+
+def test_there_is_room_for_so_many(tmp_path: Path, desk: Desk) -> None:
+    async def story(offers: Offers) -> None:
+        with connected(offers) as one:
+            await ask(one, 1)
+            with connected(offers) as two:
+                assert await heard(two) == b""
+        async with asyncio.timeout(10):
+            while not await has_room(offers):
+                pass  # the first one's end is seen at some time
+
+    async def has_room(offers: Offers) -> bool:
+        with connected(offers) as peer:
+            try:
+                return (await ask(peer, 2)).reply.granted
+            except OSError:
+                return False
+
+    run(tmp_path, desk, story, most=1)
+
+
+def test_others_are_not_let_in(tmp_path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("everstep.agent.offers.peer_credentials", lambda peer: (1, os.getuid() + 1))
+
+    async def story(offers: Offers) -> None:
+        with connected(offers) as peer:
+            assert await heard(peer) == b""
+
+    run(tmp_path, desk, story)
+    assert not desk.asked
+
+
+def test_the_socket_is_private_and_goes_with_the_agent(tmp_path: Path, desk: Desk) -> None:
+    (tmp_path / NAME).write_bytes(b"left behind")
+
+    async def story(offers: Offers) -> None:
+        assert offers.path == str(tmp_path / NAME)
+        assert (tmp_path / NAME).stat().st_mode & 0o777 == 0o600
+        with connected(offers) as peer:
+            await ask(peer, 1)
+            offers.close()
+            assert await heard(peer) == b""
+        assert offers.path == ""
+
+    run(tmp_path, desk, story)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("below", ["x" * 120, "missing"])
+def test_where_no_socket_can_be_there_is_none(tmp_path: Path, desk: Desk, below: str) -> None:
+    async def story(offers: Offers) -> None:
+        assert offers.path == ""
+
+    run(tmp_path / below, desk, story)
