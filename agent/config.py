@@ -47,6 +47,7 @@ from everstep.proto.places import (
     default_places,
     fits_socket,
     format_address,
+    offers_socket,
     parse_address,
     private_socket,
 )
@@ -179,6 +180,11 @@ class Config:
     def private_socket(self) -> Path:
         """Where the gRPC server listens, behind the door."""
         return private_socket(self.agent.socket)
+
+    @property
+    def offers_socket(self) -> Path:
+        """Where trainers ask for slots."""
+        return offers_socket(self.agent.socket)
 
     @property
     def lock(self) -> Path:

@@ -189,9 +189,11 @@ async def _serve(config: Config) -> bool:
     config.private_socket.unlink(missing_ok=True)
     server.add_insecure_port(format_address(config.private_socket))
     max_connections = _connection_limit(config.limits.max_connections)
-    allowed_uids = config.agent.allowed_uids
-    door = Door(config.agent.socket, config.private_socket, allowed_uids, max_connections)
-    offers = Offers(config.agent.memory_dir, allowed_uids, max_connections, service.offer)
+    door = Door(
+        config.agent.socket, config.private_socket, config.agent.allowed_uids, max_connections
+    )
+    private_directory(config.offers_socket.parent, os.getuid())
+    offers = Offers(config.offers_socket, max_connections, service.offer)
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -203,7 +205,6 @@ async def _serve(config: Config) -> bool:
         await alone.enter_async_context(_scrubbing(pipeline))
     await server.start()
     offers.start()
-    service.offers_path = offers.path
     await door.start()
     # What was made so far lives as long as the process.
     gc.collect()

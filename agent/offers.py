@@ -1,9 +1,9 @@
 """Offers without gRPC: one short message each way, while a training thread waits.
 
-Owns a socket beside the arenas (SOCK_SEQPACKET, so that a message is whole) and the connections to
-it. Promises that whoever the door lets in is let in here, and nobody else; that a question is
-answered as the service answers the call `Offer`, errors included; and that one whose asker has hung
-up changes nothing: it was waited for no longer. Decides nothing.
+Owns a socket of its own (SOCK_SEQPACKET, so that a message is whole) in a private directory, and
+the connections to it. Promises that a question is answered as the service answers the call `Offer`,
+errors included; and that one whose asker has hung up changes nothing: it was waited for no longer.
+Trainers of other users make the call. Decides nothing.
 
 Why: the call took 1.9 ms of the training thread, this 0.2 (two cores, an idle agent): gRPC for
 Python passes it through several threads at each end, and the door relays it.
@@ -11,7 +11,6 @@ Python passes it through several threads at each end, and the door relays it.
 
 import asyncio
 import logging
-import os
 import select
 import socket as sockets
 from collections.abc import Callable
@@ -19,15 +18,11 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from everstep.agent.door import peer_credentials
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import AgentFault, EverstepError
-from everstep.proto.places import fits_socket
 from everstep.proto.wire_errors import encode
 
 log = logging.getLogger("everstep.agent")
-NAME = ".offers"
-"""No job is called so."""
 _BACKLOG = 128
 _MESSAGE_BYTES = 16 << 10
 _GONE = select.POLLHUP | select.POLLRDHUP | select.POLLERR
@@ -39,41 +34,30 @@ class Offers:
 
     def __init__(
         self,
-        directory: Path,
-        allowed_uids: frozenset[int],
+        path: Path,
         max_connections: int,
         answer: Answer,
     ) -> None:
         """Prepare; nothing is touched before `start`.
 
         Args:
-            directory: Where the socket is made: private to this agent, which holds its lock.
-            allowed_uids: Users who may ask besides this process's own and root.
+            path: Where the socket is made, in a directory of mode 0700; what is there is of the
+                agent before this one.
             max_connections: How many may be connected at one time.
             answer: Answers one; may raise an `EverstepError`.
         """
-        self._path = directory / NAME
-        self._allowed_uids = allowed_uids | {os.getuid(), 0}
+        self._path = path
         self._max_connections = max_connections
         self._answer = answer
         self._listener: sockets.socket | None = None
         self._peers: set[sockets.socket] = set()
 
-    @property
-    def path(self) -> str:
-        """Where to connect; empty while nobody can."""
-        return str(self._path) if self._listener is not None else ""
-
     def start(self) -> None:
         """Listen. Where that is not possible trainers use the call: it is logged, and no error."""
-        if not fits_socket(self._path):
-            log.info("%s is too long for a socket: offers go through gRPC", self._path)
-            return
         listener = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
         try:
-            self._path.unlink(missing_ok=True)  # of the agent before this one
+            self._path.unlink(missing_ok=True)
             listener.bind(str(self._path))
-            self._path.chmod(0o600 if self._allowed_uids <= {os.getuid(), 0} else 0o666)
             listener.listen(_BACKLOG)
             listener.setblocking(False)
         except OSError as error:
@@ -100,8 +84,7 @@ class Offers:
             peer, _ = self._listener.accept()
         except OSError:
             return  # who knocked is gone, or descriptors have run out: trainers use the call
-        _, uid = peer_credentials(peer)
-        if uid not in self._allowed_uids or len(self._peers) >= self._max_connections:
+        if len(self._peers) >= self._max_connections:
             peer.close()
             return
         peer.setblocking(False)

@@ -89,8 +89,6 @@ class Service(AgentServicer):
         self._recovery = Recovery(pipeline, config.limits.restore_timeout_s)
         self._agreeing = Agreeing()
         self._version = version
-        self.offers_path = ""
-        """Where offers are taken without gRPC; empty if nowhere."""
         self._started_s = time.monotonic()
 
     async def Attach(self, request: wire.AttachRequest, context: Any) -> AsyncIterator[wire.Notice]:
@@ -166,7 +164,6 @@ class Service(AgentServicer):
                 agent_version=self._version,
                 levels=levels,
                 joined=caller.rank in self._state.jobs[caller.job].joining,
-                offers_path=self.offers_path,
             )
         )
 

@@ -1,6 +1,6 @@
 """The question for a slot, asked without gRPC where the agent takes it so.
 
-Owns the connection to the socket that the agent named, see `everstep.agent.offers`. Promises that
+Owns the connection to the agent's socket for offers, see `everstep.agent.offers`. Promises that
 an answer is that to the last question, that none is waited for beyond its deadline, and that where
 the socket cannot be reached the call `Offer` is made instead. A question of which the answer did
 not come in time is taken back: an agent that has not read it yet never acts on it. For one thread
@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from everstep.client.channel import Channel
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import AgentFault, AgentUnavailable
+from everstep.proto.places import offers_socket, parse_address
 from everstep.proto.wire_errors import decode_bytes
 
 _MESSAGE_BYTES = 64 << 10
@@ -38,46 +39,49 @@ class OfferLine:
     """Asks one agent for slots."""
 
     def __init__(self, channel: Channel) -> None:
-        """Prepare; nothing is connected before the first question."""
+        """Prepare; nothing is connected before the first question.
+
+        Args:
+            channel: To the same agent, for the call.
+        """
         self._channel = channel
+        self._path = str(offers_socket(parse_address(channel.address)))
         self._socket: sockets.socket | None = None
-        self._path = ""
         self._pid = 0
         self._unanswered: object | None = None
 
-    def ask(self, path: str, request: wire.OfferRequest, timeout_s: float) -> Asked:
+    def ask(self, request: wire.OfferRequest, timeout_s: float) -> Asked:
         """Ask for a slot.
 
         Args:
-            path: Of the socket that the agent named; empty for none.
             request: The question.
             timeout_s: For the answer.
         """
-        if self._unanswered is not None or path != self._path or self._pid != os.getpid():
+        if self._unanswered is not None or self._pid != os.getpid():
             self.hang_up()  # else the next answer could be that to an older question
-        if path and self._sent(path, request.SerializeToString()):
+        if self._sent(request.SerializeToString()):
             asked = _Question(self, self._channel.address, time.monotonic() + timeout_s)
             self._unanswered = asked
             return asked
         return self._channel.start("Offer", request, timeout_s)
 
-    def _sent(self, path: str, data: bytes) -> bool:
-        for _ in range(2):  # the agent may be another one since the last question
+    def _sent(self, data: bytes) -> bool:
+        # The agent may be another one since the last question.
+        for _ in range(1 if self._socket is None else 2):
             try:
-                if self._socket is None:
-                    self._connect(path)
-                assert self._socket is not None
-                self._socket.send(data)
+                self._connected().send(data)
                 return True
             except OSError:
                 self.hang_up()
         return False
 
-    def _connect(self, path: str) -> None:
-        self._socket = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
-        self._socket.setblocking(False)
-        self._path, self._pid = path, os.getpid()
-        self._socket.connect(path)
+    def _connected(self) -> sockets.socket:
+        if self._socket is None:
+            self._socket = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+            self._socket.setblocking(False)
+            self._pid = os.getpid()
+            self._socket.connect(self._path)
+        return self._socket
 
     def receive(self, asked: object, timeout_s: float) -> bytes:
         """The answer to the question that is under way; empty if the agent has hung up.
@@ -101,7 +105,7 @@ class OfferLine:
                     # A child that was forked meanwhile holds it open.
                     self._socket.shutdown(sockets.SHUT_RDWR)
             self._socket.close()
-        self._socket, self._path, self._unanswered = None, "", None
+        self._socket, self._unanswered = None, None
 
 
 class _Question:

@@ -58,8 +58,6 @@ class Session:
     ) -> None:
         self.channel = channel
         self.levels: tuple[str, ...] = ()
-        self.offers_path = ""
-        """Where the agent takes offers without gRPC; empty if nowhere."""
         self.ended: EverstepError | None = None
         """Why this process can never attach again; None while it can."""
         self.used = False
@@ -206,7 +204,6 @@ class Session:
                 with self._changed:
                     self._identity.incarnation = notice.attached.incarnation
                     self.levels = tuple(notice.attached.levels)
-                    self.offers_path = notice.attached.offers_path
                     self.joined = self.joined or notice.attached.joined
                     self._attached.set()
                     self._changed.notify_all()

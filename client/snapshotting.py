@@ -203,7 +203,7 @@ class Snapshotting:
             captures_in_flight=self._capturing.captures_in_flight,
             in_flight=self._capturing.in_flight(),
         )
-        return self._offers.ask(self._session.offers_path, request, self._limits.offer_s)
+        return self._offers.ask(request, self._limits.offer_s)
 
     def close(self) -> None:
         """Ask for nothing more."""

@@ -59,20 +59,18 @@ class Notice(_message.Message):
     def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("incarnation", "node_id", "agent_version", "levels", "joined", "offers_path")
+    __slots__ = ("incarnation", "node_id", "agent_version", "levels", "joined")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     LEVELS_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
-    OFFERS_PATH_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     node_id: str
     agent_version: str
     levels: _containers.RepeatedScalarFieldContainer[str]
     joined: bool
-    offers_path: str
-    def __init__(self, incarnation: _Optional[int] = ..., node_id: _Optional[str] = ..., agent_version: _Optional[str] = ..., levels: _Optional[_Iterable[str]] = ..., joined: _Optional[bool] = ..., offers_path: _Optional[str] = ...) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., node_id: _Optional[str] = ..., agent_version: _Optional[str] = ..., levels: _Optional[_Iterable[str]] = ..., joined: _Optional[bool] = ...) -> None: ...
 
 class Committed(_message.Message):
     __slots__ = ("incarnation", "step", "level")

@@ -123,6 +123,11 @@ def private_socket(socket: Path) -> Path:
     return socket.parent / "private" / socket.name
 
 
+def offers_socket(socket: Path) -> Path:
+    """Where the agent at `socket` takes offers; no longer than its private socket."""
+    return socket.parent / "offers" / socket.name
+
+
 def format_address(socket: Path) -> str:
     """Spell a socket's path the way gRPC parses it, percent-encoded where it must be."""
     return _SCHEME + quote(os.fsencode(socket))

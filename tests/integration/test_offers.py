@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 import everstep
-from everstep.agent.offers import NAME
 from everstep.client.channel import Channel
+from everstep.proto.places import offers_socket
 
 from .conftest import AgentProcess, eventually
 from .runs import make, one_step
@@ -38,7 +38,8 @@ def test_a_training_thread_does_not_wait_for_grpc(
     for step in (1, 2, 3):
         one_step(objects)
         assert client.snapshot(step).wait()
-    assert (agent_process.memory_dir / NAME).is_socket()
+    path = offers_socket(agent_process.socket)
+    assert path.is_socket() and path.parent.stat().st_mode & 0o777 == 0o700
     agent_process.kill()
     agent_process.start()
     eventually(lambda: client._session.attached, "the client's return")
@@ -50,7 +51,7 @@ def test_a_training_thread_does_not_wait_for_grpc(
 def test_without_the_socket_it_asks_by_grpc(
     agent_process: AgentProcess, connect: Connect, calls: list[str]
 ) -> None:
-    (agent_process.memory_dir / NAME).unlink()
+    offers_socket(agent_process.socket).unlink()
     client = connect(agent=agent_process.address)
     objects = make()
     client.attach(**objects)

@@ -14,6 +14,7 @@ import pytest
 from everstep.client.offers import OfferLine
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import AgentFault, AgentUnavailable, StaleIncarnation
+from everstep.proto.places import format_address, offers_socket
 from everstep.proto.wire_errors import encode
 
 GRANTED = wire.OfferAnswer(reply=wire.OfferReply(granted=True, slot=2, generation=5))
@@ -29,8 +30,10 @@ def slot_of_step(request: wire.OfferRequest) -> bytes:
 class Agent:
     """Answers as it is told; None: not at all."""
 
-    def __init__(self, path: Path, answer: Answer) -> None:
-        self.path = str(path)
+    def __init__(self, socket: Path, answer: Answer) -> None:
+        self.address = format_address(socket)
+        offers_socket(socket).parent.mkdir()
+        self.path = str(offers_socket(socket))
         self.answer = answer
         self.calls: list[int] = []
         """Steps that came by the call."""
@@ -89,12 +92,10 @@ class Agent:
         self.calls.append(request.step)
         return SimpleNamespace(result=lambda: wire.OfferReply(granted=True, slot=99))
 
-    address = "unix:/agent.sock"
-
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[Agent]:
-    found = Agent(tmp_path / "offers", slot_of_step)
+    found = Agent(tmp_path / "agent.sock", slot_of_step)
     yield found
     if os.path.exists(found.path):
         found.end()
@@ -108,7 +109,7 @@ def line(agent: Agent) -> Iterator[OfferLine]:
 
 
 def ask(line: OfferLine, agent: Agent, step: int, timeout_s: float = 10.0) -> int:
-    return line.ask(agent.path, wire.OfferRequest(step=step), timeout_s).result().slot
+    return line.ask(wire.OfferRequest(step=step), timeout_s).result().slot
 
 
 def test_questions_are_answered_over_one_connection(agent: Agent, line: OfferLine) -> None:
@@ -116,11 +117,16 @@ def test_questions_are_answered_over_one_connection(agent: Agent, line: OfferLin
     assert len(agent._peers) == 1 and not agent.calls
 
 
-def test_without_a_socket_the_call_is_made(agent: Agent, line: OfferLine, tmp_path: Path) -> None:
-    assert line.ask("", wire.OfferRequest(step=1), 1.0).result().slot == 99
-    nowhere = str(tmp_path / "nowhere")
-    assert line.ask(nowhere, wire.OfferRequest(step=2), 1.0).result().slot == 99
+@pytest.mark.parametrize("left", [False, True], ids=["no socket", "nobody listens"])
+def test_without_a_socket_the_call_is_made(agent: Agent, line: OfferLine, left: bool) -> None:
+    agent.end()
+    if left:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+            dead.bind(agent.path)
+    assert [ask(line, agent, step) for step in (1, 2)] == [99, 99]
     assert (agent.calls, agent.steps) == ([1, 2], [])
+    if left:
+        os.unlink(agent.path)
 
 
 def test_another_agent_at_the_same_place_is_found(agent: Agent, line: OfferLine) -> None:
@@ -146,7 +152,7 @@ def test_an_answer_that_does_not_come_in_time(agent: Agent, line: OfferLine) -> 
 def test_a_question_that_was_dropped_is_not_answered_by_the_next(
     agent: Agent, line: OfferLine
 ) -> None:
-    dropped = line.ask(agent.path, wire.OfferRequest(step=1), 10.0)
+    dropped = line.ask(wire.OfferRequest(step=1), 10.0)
     assert ask(line, agent, 2) == 2
     with pytest.raises(AgentUnavailable, match="closed the connection"):
         dropped.result()
@@ -155,7 +161,7 @@ def test_a_question_that_was_dropped_is_not_answered_by_the_next(
 
 def test_the_agent_dies_before_it_answers(agent: Agent, line: OfferLine) -> None:
     agent.answer = lambda request: None
-    asked = line.ask(agent.path, wire.OfferRequest(step=1), 10.0)
+    asked = line.ask(wire.OfferRequest(step=1), 10.0)
     agent.end()
     with pytest.raises(AgentUnavailable):
         asked.result()

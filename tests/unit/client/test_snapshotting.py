@@ -16,6 +16,8 @@ from everstep.snapshot.layout import Part
 class Agent:
     """A channel to an agent that has not answered yet when the state is refused."""
 
+    address = "unix:/nowhere/agent.sock"
+
     def __init__(self, problem: Exception | None) -> None:
         self.said: list[str] = []
         self._problem = problem
@@ -39,9 +41,7 @@ def test_a_slot_is_given_back_after_it_was_granted(problem: Exception | None) ->
     """Given back before, it would be granted afterwards, and the step stay open."""
     agent = Agent(problem)
     parts: Any = {
-        "session": SimpleNamespace(
-            ended=None, attached=True, identity=wire.Session(), offers_path=""
-        ),
+        "session": SimpleNamespace(ended=None, attached=True, identity=wire.Session()),
         "arranger": SimpleNamespace(is_arranged=True),
         "capturing": SimpleNamespace(
             under_way=lambda: None, in_flight=list, captures_in_flight=1, begun=True

@@ -16,6 +16,7 @@ from everstep.proto.places import (
     directory_problem,
     fits_socket,
     format_address,
+    offers_socket,
     parse_address,
     private_directory,
     private_socket,
@@ -80,6 +81,7 @@ def test_a_socket_path_always_fits(variable: str) -> None:
         places = default_places({variable: "/" + "x" * length}, 7)
         assert fits_socket(places.socket)
         assert fits_socket(private_socket(places.socket))
+        assert fits_socket(offers_socket(places.socket))
         seen.add(places.socket)
     assert len(seen) == 80, "two homes must not end at one socket"
     assert places.socket.parent == Path("/tmp/everstep-7")
