@@ -5,7 +5,7 @@ the connections to it. Promises that a question is answered as the service answe
 errors included; and that one whose asker has hung up changes nothing: it was waited for no longer.
 Trainers of other users make the call. Decides nothing.
 
-Why: the call takes 1.3 ms, this 0.2 (`python -m benchmarks.offer`): gRPC for Python passes it
+Why: the call takes 1.5 ms, this 0.3 (`python -m benchmarks.offer`): gRPC for Python passes it
 through several threads at each end, and the door relays it.
 """
 
