@@ -25,6 +25,7 @@ from everstep.proto.wire_errors import encode
 log = logging.getLogger("everstep.agent")
 _BACKLOG = 128
 _MESSAGE_BYTES = 16 << 10
+_PAUSE_S = 1.0
 _GONE = select.POLLHUP | select.POLLRDHUP | select.POLLERR
 Answer = Callable[[wire.OfferRequest], wire.OfferReply]
 
@@ -82,14 +83,25 @@ class Offers:
         assert self._listener is not None
         try:
             peer, _ = self._listener.accept()
-        except OSError:
-            return  # who knocked is gone, or descriptors have run out: trainers use the call
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # who knocked is gone
+        except OSError as error:
+            # Descriptors have run out: the next look would find the same.
+            log.warning("no connection for offers: %s", error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            loop.call_later(_PAUSE_S, self._listen_again)
+            return
         if len(self._peers) >= self._max_connections:
             peer.close()
             return
         peer.setblocking(False)
         self._peers.add(peer)
         asyncio.get_running_loop().add_reader(peer, self._readable, peer)
+
+    def _listen_again(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _hang_up(self, peer: sockets.socket) -> None:
         self._peers.discard(peer)

@@ -2,9 +2,9 @@
 
 Owns the connection to the agent's socket for offers, see `everstep.agent.offers`. Promises that
 an answer is that to the last question, that none is waited for beyond its deadline, and that where
-the socket cannot be reached the call `Offer` is made instead. A question of which the answer did
-not come in time is taken back: an agent that has not read it yet never acts on it. For one thread
-at a time.
+the socket cannot be reached, or the agent hangs up, the call `Offer` is made instead. A question of
+which the answer did not come in time is taken back: an agent that has not read it yet never acts on
+it. For one thread at a time.
 """
 
 import contextlib
@@ -60,9 +60,17 @@ class OfferLine:
         if self._unanswered is not None or self._pid != os.getpid():
             self.hang_up()  # else the next answer could be that to an older question
         if self._sent(request.SerializeToString()):
-            asked = _Question(self, self._channel.address, time.monotonic() + timeout_s)
-            self._unanswered = asked
+            self._unanswered = asked = _Question(self, request, time.monotonic() + timeout_s)
             return asked
+        return self.call(request, timeout_s)
+
+    @property
+    def address(self) -> str:
+        """The agent's."""
+        return self._channel.address
+
+    def call(self, request: wire.OfferRequest, timeout_s: float) -> Asked:
+        """Ask by gRPC."""
         return self._channel.start("Offer", request, timeout_s)
 
     def _sent(self, data: bytes) -> bool:
@@ -84,17 +92,26 @@ class OfferLine:
         return self._socket
 
     def receive(self, asked: object, timeout_s: float) -> bytes:
-        """The answer to the question that is under way; empty if the agent has hung up.
+        """The answer to a question; empty if the agent has hung up, or another was asked since.
 
         Raises:
-            OSError: If it does not come.
+            TimeoutError: If it does not come in time; the question is taken back.
         """
         if asked is not self._unanswered or self._socket is None:
             return b""
-        self._socket.settimeout(max(timeout_s, 1e-6))
-        data = self._socket.recv(_MESSAGE_BYTES)
-        self._socket.setblocking(False)
-        self._unanswered = None
+        data = b""
+        try:
+            self._socket.settimeout(max(timeout_s, 1e-6))
+            data = self._socket.recv(_MESSAGE_BYTES)
+            self._socket.setblocking(False)
+            self._unanswered = None
+        except TimeoutError:
+            self.hang_up()
+            raise
+        except OSError:
+            pass
+        if not data:
+            self.hang_up()
         return data
 
     def hang_up(self) -> None:
@@ -109,31 +126,32 @@ class OfferLine:
 
 
 class _Question:
-    """Asked of the socket."""
+    """Asked at the socket."""
 
-    def __init__(self, line: OfferLine, address: str, deadline: float) -> None:
+    def __init__(self, line: OfferLine, request: wire.OfferRequest, deadline: float) -> None:
         self._line = line
-        self._address = address
+        self._request = request
         self._deadline = deadline
 
     def result(self) -> wire.OfferReply:
         """See `Asked`."""
+        address = self._line.address
         try:
-            data = self._line.receive(self, self._deadline - time.monotonic())
-            answer = wire.OfferAnswer.FromString(data)
+            data = self._line.receive(self, self._remaining_s)
         except TimeoutError:
-            self._line.hang_up()
-            raise AgentUnavailable(self._address, "deadline exceeded: no slot was named") from None
-        except OSError as error:
-            self._line.hang_up()
-            raise AgentUnavailable(self._address, f"unavailable: {error}") from error
+            raise AgentUnavailable(address, "deadline exceeded: it named no slot") from None
+        if not data:
+            # It has no room for another connection, is ending, or was started anew.
+            return self._line.call(self._request, self._remaining_s).result()
+        try:
+            answer = wire.OfferAnswer.FromString(data)
         except DecodeError as error:
             self._line.hang_up()
-            raise AgentFault(self._address, "its answer to an offer cannot be read") from error
-        kind = answer.WhichOneof("answer")
-        if kind is None:
-            self._line.hang_up()
-            raise AgentUnavailable(self._address, "unavailable: it has closed the connection")
-        if kind == "error":
-            raise decode_bytes(answer.error, self._address)
-        return answer.reply
+            raise AgentFault(address, "its answer to an offer cannot be read") from error
+        if answer.WhichOneof("answer") == "reply":
+            return answer.reply
+        raise decode_bytes(answer.error, address)
+
+    @property
+    def _remaining_s(self) -> float:
+        return max(1e-3, self._deadline - time.monotonic())

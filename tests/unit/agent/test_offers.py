@@ -1,6 +1,7 @@
 """Offers without gRPC, at the agent's end: real sockets, one loop."""
 
 import asyncio
+import errno
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -148,6 +149,39 @@ def test_there_is_room_for_so_many(tmp_path: Path, desk: Desk) -> None:
                 return False
 
     run(tmp_path, desk, story, most=1)
+
+
+class Full:
+    """A listener of a process that has no descriptors left."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.fileno, self.close = listener.fileno, listener.close
+        self.tries = 0
+
+    def accept(self) -> None:
+        self.tries += 1
+        raise OSError(errno.EMFILE, "too many open files")
+
+
+def test_without_descriptors_it_waits(
+    tmp_path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("everstep.agent.offers._PAUSE_S", 0.01)
+
+    async def story(offers: Offers) -> None:
+        listener = offers._listener
+        assert listener is not None
+        offers._listener = full = Full(listener)  # type: ignore[assignment]
+        with connected(offers) as peer:
+            turns = 0
+            while full.tries < 3:
+                await asyncio.sleep(0)
+                turns += 1
+            assert turns > 30, "and the agent does other things"
+            offers._listener = listener
+            assert (await ask(peer, 1)).reply.granted
+
+    run(tmp_path, desk, story)
 
 
 def test_the_socket_goes_with_the_agent(tmp_path: Path, desk: Desk) -> None:

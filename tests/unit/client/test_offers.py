@@ -154,17 +154,21 @@ def test_a_question_that_was_dropped_is_not_answered_by_the_next(
 ) -> None:
     dropped = line.ask(wire.OfferRequest(step=1), 10.0)
     assert ask(line, agent, 2) == 2
-    with pytest.raises(AgentUnavailable, match="closed the connection"):
-        dropped.result()
+    assert dropped.result().slot == 99
     assert ask(line, agent, 3) == 3
+    assert len(agent._peers) == 2 and agent.calls == [1]
 
 
-def test_the_agent_dies_before_it_answers(agent: Agent, line: OfferLine) -> None:
+def test_an_agent_that_hangs_up_is_asked_by_the_call(agent: Agent, line: OfferLine) -> None:
+    """It has no room, is ending, or died: the call says what is wrong, if anything is."""
     agent.answer = lambda request: None
     asked = line.ask(wire.OfferRequest(step=1), 10.0)
     agent.end()
-    with pytest.raises(AgentUnavailable):
-        asked.result()
+    assert asked.result().slot == 99
+    agent.listen()
+    agent.answer = slot_of_step
+    assert ask(line, agent, 2) == 2
+    assert (agent.calls, agent.steps) == ([1], [1, 2])
 
 
 def test_what_the_agent_raises_is_raised(agent: Agent, line: OfferLine) -> None:
