@@ -192,7 +192,6 @@ async def _serve(config: Config) -> bool:
     door = Door(
         config.agent.socket, config.private_socket, config.agent.allowed_uids, max_connections
     )
-    private_directory(config.offers_socket.parent, os.getuid())
     offers = Offers(config.offers_socket, max_connections, service.offer)
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -11,6 +11,7 @@ through several threads at each end, and the door relays it.
 
 import asyncio
 import logging
+import os
 import select
 import socket as sockets
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from everstep.proto import agent_pb2 as wire
-from everstep.proto.errors import AgentFault, EverstepError
+from everstep.proto.errors import AgentFault, EverstepError, InvalidConfiguration
+from everstep.proto.places import private_directory
 from everstep.proto.wire_errors import encode
 
 log = logging.getLogger("everstep.agent")
@@ -42,8 +44,8 @@ class Offers:
         """Prepare; nothing is touched before `start`.
 
         Args:
-            path: Where the socket is made, in a directory of mode 0700; what is there is of the
-                agent before this one.
+            path: Where the socket is made, in a directory of mode 0700, which is made if it is
+                missing; what is there is of the agent before this one.
             max_connections: How many may be connected at one time.
             answer: Answers one; may raise an `EverstepError`.
         """
@@ -57,11 +59,12 @@ class Offers:
         """Listen. Where that is not possible trainers use the call: it is logged, and no error."""
         listener = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
         try:
+            private_directory(self._path.parent, os.getuid())
             self._path.unlink(missing_ok=True)
             listener.bind(str(self._path))
             listener.listen(_BACKLOG)
             listener.setblocking(False)
-        except OSError as error:
+        except (OSError, InvalidConfiguration) as error:
             listener.close()
             log.warning("offers go through gRPC: no socket at %s: %s", self._path, error)
             return

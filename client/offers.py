@@ -4,12 +4,13 @@ Owns the connection to the agent's socket for offers, see `everstep.agent.offers
 an answer is that to the last question, that none is waited for beyond its deadline, and that where
 the socket cannot be reached, or the agent hangs up, the call `Offer` is made instead. A question of
 which the answer did not come in time is taken back: an agent that has not read it yet never acts on
-it. For one thread at a time.
+it. Believes nobody but the user who owns the agent's public socket. For one thread at a time.
 """
 
 import contextlib
 import os
 import socket as sockets
+import struct
 import time
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from everstep.proto.places import offers_socket, parse_address
 from everstep.proto.wire_errors import decode_bytes
 
 _MESSAGE_BYTES = 64 << 10
+_PEER = (sockets.SOL_SOCKET, sockets.SO_PEERCRED)
 
 
 class Asked(Protocol):
@@ -45,7 +47,8 @@ class OfferLine:
             channel: To the same agent, for the call.
         """
         self._channel = channel
-        self._path = str(offers_socket(parse_address(channel.address)))
+        self._public = parse_address(channel.address)
+        self._path = str(offers_socket(self._public))
         self._socket: sockets.socket | None = None
         self._pid = 0
         self._unanswered: object | None = None
@@ -89,6 +92,12 @@ class OfferLine:
             self._socket.setblocking(False)
             self._pid = os.getpid()
             self._socket.connect(self._path)
+            # A slot that anybody else names may hold the newest commit.
+            _, uid, _ = struct.unpack(
+                "iII", self._socket.getsockopt(*_PEER, struct.calcsize("iII"))
+            )
+            if uid != self._public.lstat().st_uid:
+                raise PermissionError(f"{self._path} is not the agent's")
         return self._socket
 
     def receive(self, asked: object, timeout_s: float) -> bytes:

@@ -14,7 +14,7 @@ from everstep.proto.errors import ArenaLost, StaleIncarnation
 from everstep.proto.wire_errors import decode_bytes
 
 Story = Callable[[Offers], Awaitable[None]]
-NAME = "offers"
+NAME = "agent.sock"
 STALE = 13
 LOST = 14
 BROKEN = 15
@@ -44,7 +44,7 @@ def desk() -> Desk:
 
 def run(root: Path, desk: Desk, story: Story, *, most: int = 8) -> None:
     async def whole() -> None:
-        offers = Offers(root / NAME, most, desk.answer)
+        offers = Offers(root / "offers" / NAME, most, desk.answer)
         offers.start()
         try:
             await story(offers)
@@ -185,7 +185,9 @@ def test_without_descriptors_it_waits(
 
 
 def test_the_socket_goes_with_the_agent(tmp_path: Path, desk: Desk) -> None:
-    (tmp_path / NAME).write_bytes(b"left behind")
+    directory = tmp_path / "offers"
+    directory.mkdir(mode=0o700)
+    (directory / NAME).write_bytes(b"left behind")
 
     async def story(offers: Offers) -> None:
         with connected(offers) as peer:
@@ -194,14 +196,20 @@ def test_the_socket_goes_with_the_agent(tmp_path: Path, desk: Desk) -> None:
             assert await heard(peer) == b""
 
     run(tmp_path, desk, story)
-    assert not list(tmp_path.iterdir())
+    assert not list(directory.iterdir())
 
 
-@pytest.mark.parametrize("below", ["x" * 120, "missing"], ids=["too long", "missing"])
+@pytest.mark.parametrize("why", ["too long", "open to others"])
 def test_where_no_socket_can_be_there_is_none(
-    tmp_path: Path, desk: Desk, below: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, desk: Desk, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    root = tmp_path / ("x" * 120 if why == "too long" else "short")
+    if why == "open to others":
+        (root / "offers").mkdir(parents=True)
+        (root / "offers").chmod(0o755)
+
     async def story(offers: Offers) -> None:
         assert "offers go through gRPC" in caplog.text
 
-    run(tmp_path / below, desk, story)
+    run(root, desk, story)
+    assert not list(root.glob("*/*"))

@@ -32,6 +32,8 @@ class Agent:
 
     def __init__(self, socket: Path, answer: Answer) -> None:
         self.address = format_address(socket)
+        self.public = socket
+        socket.touch()
         offers_socket(socket).parent.mkdir()
         self.path = str(offers_socket(socket))
         self.answer = answer
@@ -127,6 +129,17 @@ def test_without_a_socket_the_call_is_made(agent: Agent, line: OfferLine, left: 
     assert (agent.calls, agent.steps) == ([1, 2], [])
     if left:
         os.unlink(agent.path)
+
+
+def test_nobody_but_the_agent_is_believed(
+    agent: Agent, line: OfferLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = SimpleNamespace(st_uid=os.getuid() + 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(agent.public), "lstat", lambda path: other)
+        assert ask(line, agent, 1) == 99
+    assert ask(line, agent, 2) == 2
+    assert (agent.calls, agent.steps) == ([1], [2])
 
 
 def test_another_agent_at_the_same_place_is_found(agent: Agent, line: OfferLine) -> None:
