@@ -222,12 +222,13 @@ def _write(results: Results, variant: Variant, interval: int, found: Blocks) -> 
     if found.stalls:
         results.times("  stall of the training thread", found.stalls, f"{key}_stall")
         results.figures[f"{key}_stall_max_s"] = max(found.stalls)
-    shares = {way: found.ways[way] / max(1, found.taken) for way in _WAYS}
-    text = ", ".join(f"{size / 1e9:.2f} GB {way}" for way, size in shares.items())
+    # Shares, for captures that were under way when it began are counted, too.
+    shares = {way: found.ways[way] / max(1, found.ways.total()) for way in _WAYS}
+    text = ", ".join(f"{share:.0%} {way}" for way, share in shares.items())
     results.rows.append(("  of each snapshot", text))
     results.say()
-    for way, size in shares.items():
-        results.figures[f"{key}_{way}_bytes"] = size
+    for way, share in shares.items():
+        results.figures[f"{key}_{way}_share"] = share
     _write_costs(results, key, found)
     if interval in variant.limits:
         results.target(f"{name}, over no snapshots", step / none, variant.limits[interval])

@@ -11,17 +11,20 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from everstep.client.arrangement import Arrangement, Arranger
 from everstep.client.channel import Channel
 from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits, Stats
+from everstep.client.restoring import RNG_PATH
 from everstep.client.session import Session
 from everstep.client.works import Work, Works, await_ends, finish
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import AgentUnavailable, DeadlineExceeded, EverstepError
 from everstep.proto.failpoint import failpoint
-from everstep.proto.state_pb2 import Record
+from everstep.proto.state_pb2 import Record, Value
+from everstep.snapshot import values
 from everstep.snapshot.capture import Capture
 from everstep.snapshot.record import seal_record
 from everstep.snapshot.samples import leaf_of
@@ -77,20 +80,28 @@ class Capturing:
             oldest.ended.wait(self._limits.offer_s)
         return None if oldest.ended.is_set() else oldest.handle
 
-    def begin(self, step: int, arrangement: Arrangement, slot: int, record: Record) -> Snapshot:
+    def begin(
+        self,
+        step: int,
+        arrangement: Arrangement,
+        slot: int,
+        record: Record,
+        generators: dict[str, Any],
+    ) -> Snapshot:
         """Copy what must be copied at once, and start copying the rest.
 
         Args:
             step: Of the snapshot.
             arrangement: The layout and the arena.
             slot: As granted by the agent.
-            record: Complete but for the digests.
+            record: Complete but for the digests and the generators.
+            generators: What `rng.capture` returned.
         """
         assert self.under_way() is None
         handle = Snapshot(step)
         memory = arrangement.arena.slot(slot, arrangement.layout.image_bytes)
         capture = Capture(arrangement.plan, memory, seed=step, slot_index=slot)
-        work = Work(handle, capture, arrangement, record, slot)
+        work = Work(handle, capture, arrangement, record, generators, slot)
         self._remember(handle, arrangement)
         handle.on_wait(lambda: self._help(step), self._persisted, self._session.levels)
         try:
@@ -232,9 +243,7 @@ class Capturing:
             # The agent drops what is older and open when it commits a newer one.
             await_ends(work.older, self._limits.seal_s)
             failpoint("client.seal.before")
-            samples = work.arrangement.replica_samples(capture.replica_samples())
-            work.record.replica_samples = samples
-            work.record.unit_digests = bytes(capture.digests)
+            _complete(work)
             self._seal(work)
             failpoint("client.seal.after")
         except EverstepError as error:
@@ -294,3 +303,11 @@ class Capturing:
         level = logging.DEBUG if kind in self._warned else logging.WARNING
         self._warned.add(kind)
         log.log(level, "%s. Training goes on; client.stats counts further ones.", message)
+
+
+def _complete(work: Work) -> None:
+    """What the record could not say before everything was copied, or need not have said."""
+    capture, record = work.capture, work.record
+    record.values.append(Value(path=RNG_PATH, json=values.encode(work.generators, RNG_PATH)))
+    record.replica_samples = work.arrangement.replica_samples(capture.replica_samples())
+    record.unit_digests = bytes(capture.digests)

@@ -25,7 +25,6 @@ from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits
 from everstep.client.offers import Asked, OfferLine
 from everstep.client.recollecting import Recollecting
-from everstep.client.restoring import RNG_PATH
 from everstep.client.session import Session
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import (
@@ -40,7 +39,6 @@ from everstep.proto.errors import (
 )
 from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import Record, Value
-from everstep.snapshot import values
 
 log = logging.getLogger("everstep")
 _SKIPPED_FOR: dict[type[Exception], str] = {OutOfSpace: "no room", RankClaimed: "claimed"}
@@ -112,7 +110,7 @@ class Snapshotting:
             collected = self._recollecting.collect(
                 attachments, ddp, frozen_guarded=self._incremental
             )
-            generators = values.encode(rng.capture(), RNG_PATH)
+            generators = rng.capture()
             if not self._capturing.begun:
                 self._choose_captures(collected)
             arrangement, offer = self._granted(attachments, collected, step, asked)
@@ -132,8 +130,7 @@ class Snapshotting:
         self._session.used = True
         record = self._record(step, arrangement)
         record.values.extend(Value(path=path, json=json) for path, json in collected.values)
-        record.values.append(Value(path=RNG_PATH, json=generators))
-        return self._capturing.begin(step, arrangement, offer.slot, record)
+        return self._capturing.begin(step, arrangement, offer.slot, record, generators)
 
     def _choose_captures(self, collected: Collected) -> None:
         """As given, else two if anything is on an accelerator: its copies outlast the fence."""

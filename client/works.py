@@ -9,6 +9,7 @@ out: see `client.capturing`.
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from everstep.client.arrangement import Arrangement
 from everstep.client.handle import Snapshot
@@ -25,6 +26,7 @@ class Work:
     capture: Capture
     arrangement: Arrangement
     record: Record
+    generators: dict[str, Any]
     slot: int
     older: tuple[threading.Event, ...] = ()
     """The ends of those that were begun before it and had not ended."""

@@ -136,8 +136,8 @@ class Device(Protocol):
     def room_bytes(self) -> int:
         """How much memory could be had. An allocation that fails may wait for the device."""
 
-    def allocate(self, size: int) -> Memory | None:
-        """Memory for use on the update lane first; None if there is none."""
+    def allocate(self, sizes: Sequence[int]) -> list[Memory]:
+        """Memory for use on the update lane first; the first ones only, if there is no more."""
 
     def scratch_bytes(self, most: int | None) -> int:
         """How much more memory clones may take at the moment.

@@ -206,7 +206,7 @@ class DeviceCapture:
         if plan.block_bytes:
             small = plan.block_bytes <= EARLY_CLONES_BYTES
             if small or plan.block_bytes <= device.room_bytes():
-                self._block = device.allocate(plan.block_bytes)
+                self._block = next(iter(device.allocate([plan.block_bytes])), None)
             if self._block is None:
                 self._fail(
                     f"{device.name}: no {plan.block_bytes} bytes for clones of what may change"

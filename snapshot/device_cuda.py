@@ -176,15 +176,18 @@ class CudaDevice:
         with torch.cuda.device(self._device):
             return bool(torch.cuda.is_current_stream_capturing())
 
-    def allocate(self, size: int) -> Memory | None:
+    def allocate(self, sizes: Sequence[int]) -> list[Memory]:
         """See `Device`."""
+        found: list[Memory] = []
         try:
             with self._own_pool():
-                tensor = torch.empty(size, dtype=torch.uint8, device=self._device)
+                for size in sizes:
+                    tensor = torch.empty(size, dtype=torch.uint8, device=self._device)
+                    found.append(_CudaMemory(self, tensor, size, tensor.data_ptr()))
+                    self.count_held(size)
         except torch.cuda.OutOfMemoryError:
-            return None
-        self.count_held(size)
-        return _CudaMemory(self, tensor, size, tensor.data_ptr())
+            pass
+        return found
 
     def _own_pool(self) -> AbstractContextManager[Any]:
         if self._pool is None:

@@ -78,6 +78,7 @@ class DevicePart:
         self.image_bytes = image_bytes
         leaves = [_device_leaf(source) for source in sources]
         self.live = [s for s, leaf in zip(sources, leaves, strict=True) if leaf.is_live]
+        self.live_tensors = [source.tensor for source in self.live]
         digests = device.has_kernels and options.digests == "device"
         self.plan = plan_device(leaves, image_bytes, digest=digests)
         places = self.plan.places

@@ -51,23 +51,17 @@ class Scratch:
         """
         sizes = -(-rows[:, 2] // _PLACE_BYTES) * _PLACE_BYTES
         ends = numpy.concatenate([[0], numpy.cumsum(sizes)])
-        first = 0
-        while first < len(rows):
-            size = min(_chunk_bytes(int(ends[-1] - ends[first])), budget_bytes)
-            last = int(numpy.searchsorted(ends, ends[first] + size, "right")) - 1
-            if last <= first:
-                break
-            memory = self._device.allocate(size)
-            if memory is None:
-                break
-            budget_bytes -= size
+        chunks = _cut(ends, budget_bytes)
+        done = 0
+        found = self._device.allocate([size for _, _, size in chunks]) if chunks else []
+        for memory, (first, last, _) in zip(found, chunks, strict=False):
             self._held.append(memory)
             places = memory.address + ends[first:last] - ends[first]
             offsets, sources, lengths = rows[first:last].T
             self._wanted.append(numpy.stack([offsets, places, sources, lengths], axis=1))
             self._chunks.append((memory, numpy.stack([offsets, places, lengths], axis=1)))
-            first = last
-        return first
+            done = last
+        return done
 
     def fuse(self, tables: Sequence[UnitTable], unit_count: int) -> list[Table | None]:
         """Leave to the pass that digests these units what it can clone; see `split_clones`."""
@@ -129,6 +123,21 @@ class Scratch:
         self._held.clear()
         self._chunks.clear()
         self._freeing.clear()
+
+
+def _cut(ends: NDArray[numpy.int64], budget_bytes: int) -> list[tuple[int, int, int]]:
+    """Chunks (first row, row after the last, bytes) for rows that end there, within a budget."""
+    chunks: list[tuple[int, int, int]] = []
+    first = 0
+    while first < len(ends) - 1:
+        size = min(_chunk_bytes(int(ends[-1] - ends[first])), budget_bytes)
+        last = int(numpy.searchsorted(ends, ends[first] + size, "right")) - 1
+        if last <= first:
+            break
+        chunks.append((first, last, size))
+        budget_bytes -= size
+        first = last
+    return chunks
 
 
 def _chunk_bytes(wanted_bytes: int) -> int:

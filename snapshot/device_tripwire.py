@@ -7,10 +7,14 @@ word. Keeps the storage of the snapshot's moment alive. Waits for nothing: calle
 lane has come past.
 """
 
+import operator
+
 import torch
 
 from everstep.snapshot.device import REPLICA_SAMPLES, SAMPLES, Lane, Result
 from everstep.snapshot.device_part import DevicePart
+
+_version = operator.attrgetter("_version")
 
 
 class Tripwire:
@@ -35,7 +39,7 @@ class Tripwire:
     def hold(self) -> None:
         """Note the versions; first of all, on the training thread."""
         # The storage of this moment, whatever becomes of the tensors' `.data`.
-        self._held = [source.tensor.untyped_storage() for source in self._part.live]
+        self._held = list(map(torch.Tensor.untyped_storage, self._part.live_tensors))
         self._versions = self._versions_now()
 
     def begin(self, base: int) -> None:
@@ -61,7 +65,7 @@ class Tripwire:
             self._torn |= {source.leaf.name for source, old, new in pairs if old != new}
 
     def _versions_now(self) -> list[int]:
-        return [source.tensor._version for source in self._part.live]
+        return list(map(_version, self._part.live_tensors))
 
     def torn(self) -> tuple[str, ...]:
         """The leaves that changed, in order; once both looks are done."""

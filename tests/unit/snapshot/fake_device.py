@@ -172,12 +172,15 @@ class FakeDevice:
     def room_bytes(self) -> int:
         return self.memory_bytes - self.used_bytes + self.lies_about_room
 
-    def allocate(self, size: int) -> Memory | None:
-        if self.used_bytes + size > self.memory_bytes:
-            return None
-        self.used_bytes += size
-        self._memory.append(FakeMemory(self, size))
-        return self._memory[-1]
+    def allocate(self, sizes: Sequence[int]) -> list[Memory]:
+        found: list[Memory] = []
+        for size in sizes:
+            if self.used_bytes + size > self.memory_bytes:
+                break
+            self.used_bytes += size
+            self._memory.append(FakeMemory(self, size))
+            found.append(self._memory[-1])
+        return found
 
     def scratch_bytes(self, most: int | None) -> int:
         room = max(0, self.memory_bytes - self.used_bytes + self.lies_about_room)

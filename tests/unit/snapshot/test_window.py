@@ -95,3 +95,30 @@ def test_what_makes_no_sense_is_not_counted() -> None:
     window.observe_bandwidth(0, 1.0)
     window.observe_bandwidth(10, 0.0)
     assert window.bytes(TOTAL) == pytest.approx(FIRST_BIAS * 0.1 * 50e9)
+
+
+def test_a_bus_that_is_slower_now_and_then_is_allowed_for() -> None:
+    """At each sixth snapshot three quarters of the usual speed, as measured on a shared H100: not
+    each of those may make the update wait for the 24 ms that are missing."""
+    window = seen(compute_s=0.15)
+    late_s, copied = [], []
+    for number in range(300):
+        bandwidth = 50e9 * (0.75 if number % 6 == 5 else 1.0)
+        most = window.bytes(TOTAL)
+        ended_s = most / bandwidth
+        window.observe_bandwidth(most, ended_s)
+        window.observe_update(0.15, ended_s - 0.15)
+        late_s.append(max(0.0, ended_s - 0.15))
+        copied.append(most)
+    assert sum(late_s[100:]) / 200 < 0.001
+    assert min(copied[100:]) > 0.7 * 0.15 * 50e9
+
+
+def test_a_bus_that_is_fast_again_is_used_again() -> None:
+    window = seen(compute_s=0.15)
+    for late_s in (0.03, 0.03, 0.03):
+        window.observe_update(0.15, late_s)
+    for _ in range(200):
+        ended_s = window.bytes(TOTAL) / 50e9
+        window.observe_update(0.15, ended_s - 0.15)
+    assert 0.9 < window.bias <= 1.0
