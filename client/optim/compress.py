@@ -7,8 +7,9 @@ is one parameter's state in full precision beside them. The step costs the optim
 time and two passes of a codec; the optimizers of this package do both in one fused pass.
 
 Promises: what cannot be held is refused when the optimizer is wrapped, with the reason; what is
-held as it is, is told (`kept`, and once in the log). Numbers in groups that the optimizer changes
-(a step counter, an annealed rate) change once a step, however many parts it is taken in.
+held as it is, is told (`kept`, and once in the log). Codes of a DTensor parameter are DTensors,
+placed as it is, where `spread.py` says that they can be. Numbers in groups that the optimizer
+changes (a step counter, an annealed rate) change once a step, however many parts it is taken in.
 
 Does not promise to notice that an optimizer mixes parameters in its step (a norm over all of them):
 optimizers of `torch.optim` are taken a parameter at a time, others a group at a time.
@@ -38,6 +39,7 @@ from everstep.client.optim.engine import (
     own_step,
     state_made_for,
 )
+from everstep.client.optim.spread import check_spread, row_is_split, spread_like
 from everstep.client.optim.state_names import LEFT_AS_THEY_ARE, ROLE_OF_STATE
 from everstep.proto.errors import InvalidConfiguration, NotCompressible
 from everstep.snapshot.placement import local_of
@@ -76,7 +78,8 @@ def compress(
 
     Raises:
         NotCompressible: If it has state that codes cannot hold; the reason says which.
-        InvalidConfiguration: If an argument is none of its possible values.
+        InvalidConfiguration: If an argument is none of its possible values, or a parameter is
+            sharded so that blocks would lie across ranks.
     """
     return Compressed(optimizer, codec, block, dict(roles or {}), min_elements, at_a_time)
 
@@ -120,6 +123,7 @@ class Compressed(torch.optim.Optimizer):
         self._taken_over = True
         for group in self.param_groups:
             self._set_defaults(group)
+        for group in self.param_groups:
             for parameter in group["params"]:
                 self._take(group, parameter)
         engine.state.clear()
@@ -127,7 +131,16 @@ class Compressed(torch.optim.Optimizer):
     def _set_defaults(self, group: dict[str, Any]) -> None:
         group.setdefault("codec", self._codec)
         group.setdefault("block", self._block)
-        valid_block(codec_named(group["codec"]), group["block"])
+        codec = codec_named(group["codec"])
+        block = valid_block(codec, group["block"])
+        for number, parameter in enumerate(group["params"]):
+            if not self._left_plain(codec, parameter):
+                check_spread(parameter, codec, block, f"parameter {number} of its group")
+
+    def _left_plain(self, codec: Codec, parameter: torch.Tensor) -> bool:
+        split = row_is_split(parameter)
+        shape = tuple(parameter.shape)
+        return bool(left_plain(codec, shape, self._min_elements, row_split=split))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as the optimizer itself would."""
@@ -136,7 +149,11 @@ class Compressed(torch.optim.Optimizer):
             return
         self.engine.param_groups = self.param_groups
         self.engine.add_param_group(param_group)
-        self._set_defaults(self.param_groups[-1])
+        try:
+            self._set_defaults(self.param_groups[-1])
+        except InvalidConfiguration:
+            self.param_groups.pop()
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load codes, or the state of the optimizer uncompressed: the next step encodes it."""
@@ -204,14 +221,14 @@ class Compressed(torch.optim.Optimizer):
                 encoded[name] = value
                 continue
             codec, role, block = self._by_name(group, name)
-            local = local_of(value)
             plain = codec.plain and value.dtype == torch.float32
-            if plain or left_plain(codec, local.shape, self._min_elements):
+            if plain or self._left_plain(codec, parameter):
                 encoded[name] = value
                 continue
-            parts = codec.encode(local, role, block)
+            forms = codec.forms(tuple(parameter.shape), role, block)
+            parts = codec.encode(local_of(value), role, block)
             for part, tensor in parts.named().items():
-                encoded[f"{name}.{part}"] = tensor
+                encoded[f"{name}.{part}"] = spread_like(tensor, forms[part], parameter)
             if value.dtype != torch.float32:
                 encoded[f"{name}.{_DTYPE}"] = torch.empty(0, dtype=value.dtype)
         self.state[parameter] = encoded
@@ -229,7 +246,7 @@ class Compressed(torch.optim.Optimizer):
                 state[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
                 whole = local_of(state[name])
                 forms = codec.forms(whole.shape, role, block)
-                parts = Parts(**{part: stored[f"{name}.{part}"] for part in forms})
+                parts = Parts(**{part: local_of(stored[f"{name}.{part}"]) for part in forms})
                 whole.copy_(codec.decode(parts, role, block, whole.shape))
             elif part not in (*Parts._fields, _DTYPE) or not name:
                 state[key] = value

@@ -52,6 +52,38 @@ def train(method: str, codec: str, mesh: Any, **options: Any) -> None:
                 assert torch.equal(value.full_tensor(), optimizers[1].state[there][key]), key
 
 
+def wrap(make: Any, mesh: Any) -> None:
+    """`compress` holds the rows' codes of what is sharded, in the parameter's placement."""
+    generator = torch.Generator().manual_seed(0)
+    placed = [*PLACED.values(), ACROSS]
+    wholes = [torch.randn(shape, generator=generator) for shape, _ in placed]
+    placements = [[Shard(dim)] for _, dim in placed]
+    alone = [torch.nn.Parameter(whole.clone()) for whole in wholes]
+    spread = [
+        torch.nn.Parameter(distribute_tensor(whole, mesh, placement))
+        for whole, placement in zip(wholes, placements, strict=True)
+    ]
+    optimizers = [optim.compress(make(held)) for held in (spread, alone)]
+    for _ in range(3):
+        for here, there, placement in zip(spread, alone, placements, strict=True):
+            there.grad = torch.randn(there.shape, generator=generator)
+            here.grad = distribute_tensor(there.grad, mesh, placement)
+        for optimizer in optimizers:
+            optimizer.step()
+        # As from a checkpoint of the same ranks.
+        optimizers[0].load_state_dict(optimizers[0].state_dict())
+    for here, there in zip(spread, alone, strict=True):
+        states = [optimizers[0].state[here], optimizers[1].state[there]]
+        coded = there.dim() > 1
+        assert coded == any(key.endswith(".codes") for key in states[0]), tuple(there.shape)
+        assert isinstance(states[0]["exp_avg.codes" if coded else "exp_avg"], DTensor)
+        if coded:
+            assert torch.equal(here.detach().full_tensor(), there), tuple(there.shape)
+            for key, value in states[1].items():
+                if key.endswith((".codes", ".scales")):
+                    assert torch.equal(states[0][key].full_tensor(), value), key
+
+
 def checkpoint(mesh: Any, folder: str) -> None:
     """Codes go through torch.distributed.checkpoint, whose chunks are the ranks' rows."""
     whole = torch.randn(65, 256, generator=torch.Generator().manual_seed(0))
@@ -73,13 +105,17 @@ def refused(mesh: Any, world: int) -> None:
     whole = torch.randn(64, 100 * world)
     parameter = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(1)]))
     parameter.grad = distribute_tensor(whole, mesh, [Shard(1)])
-    try:
-        optim.AdamW([parameter], codec="int8").step()
-    except InvalidConfiguration as error:
-        said = str(error)
-    else:
-        said = "nothing"
-    assert "would lie across ranks; shard it by dimension 0" in said
+    for step in (
+        lambda: optim.AdamW([parameter], codec="int8").step(),
+        lambda: optim.compress(torch.optim.AdamW([parameter])),
+    ):
+        try:
+            step()
+        except InvalidConfiguration as error:
+            said = str(error)
+        else:
+            said = "nothing"
+        assert "would lie across ranks; shard it by dimension 0" in said
 
 
 def main() -> None:
@@ -94,6 +130,8 @@ def main() -> None:
     for codec in ("4bit", "fp8"):
         train("AdamW", codec, mesh)
     train("AdamW", "int8", mesh, clip_norm=1.0)
+    wrap(torch.optim.AdamW, mesh)
+    wrap(torch.optim.NAdam, mesh)
     checkpoint(mesh, sys.argv[4])
     refused(mesh, world)
     torch.distributed.destroy_process_group()

@@ -223,6 +223,16 @@ def test_schedulers_scalers_hooks_closures_and_groups() -> None:
     assert isinstance(optimizer, torch.optim.Optimizer)
 
 
+def test_a_group_that_is_refused_is_not_there() -> None:
+    trained = model()
+    optimizer = compress(torch.optim.AdamW(trained[0].parameters()))
+    with pytest.raises(InvalidConfiguration):
+        optimizer.add_param_group({"params": trained[2].parameters(), "block": 7})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": trained[2].parameters()})
+    train(optimizer, trained, 1)
+
+
 def test_groups_may_have_codecs_of_their_own() -> None:
     trained = model()
     groups = [
