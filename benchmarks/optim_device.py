@@ -33,6 +33,9 @@ LAYOUTS = (
     *(Launch(1024, 4, 4), Launch(512, 2), Launch(1024, 8)),
 )
 TUNED = ("int8", "4bit", "fp8")
+_HEAD_START_CYCLES = 2_000_000
+"""About a millisecond: the host enqueues all that is timed meanwhile, or the device would wait for
+it at the first launch, a twentieth of some figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +251,7 @@ def timed(call: Callable[[], object], rounds: int, each: int = 1) -> float:
     samples = []
     for _ in range(rounds):
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_HEAD_START_CYCLES)
         begun.record()
         for _ in range(each):
             call()
