@@ -72,6 +72,7 @@ class Blocks:
     none_cpu_s: float = 0.0
     threads_cpu_s: float = 0.0
     elapsed_s: float = 0.0
+    update_wait_s: float = 0.0
 
     def count(self, handles: list[Any]) -> None:
         """What the snapshots of one block have come to."""
@@ -170,7 +171,7 @@ def _block(
     process = psutil.Process(agent_pid)
     agent_cpu, cpu, threads = sum(process.cpu_times()[:2]), own_cpu_s(), threads_cpu_s()
     begun = time.perf_counter()
-    ways = _ways(client)
+    ways, waited = _ways(client), client.stats.update_wait_s
     recording = True
     found.ours.append(training.steps(steps, after))
     found.elapsed_s += time.perf_counter() - begun
@@ -181,6 +182,7 @@ def _block(
     settle(measured)
     found.count(measured)
     found.ways += _ways(client) - ways
+    found.update_wait_s += client.stats.update_wait_s - waited
 
 
 def _ways(client: Any) -> Counter[str]:
@@ -229,6 +231,10 @@ def _write(results: Results, variant: Variant, interval: int, found: Blocks) -> 
     results.say()
     for way, share in shares.items():
         results.figures[f"{key}_{way}_share"] = share
+    waited_s = found.update_wait_s / max(1, found.taken)
+    text = f"{waited_s * 1e3:9.2f} ms a snapshot, on the device"
+    results.add("  updates waited for copies", waited_s, text, f"{key}_update_wait_s")
+    results.say()
     _write_costs(results, key, found)
     if interval in variant.limits:
         results.target(f"{name}, over no snapshots", step / none, variant.limits[interval])

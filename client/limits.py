@@ -45,6 +45,7 @@ class Stats:
         direct_bytes: Made updates wait on GPUs, for want of memory for clones.
         clone_bytes: Cloned on GPUs at the snapshots, as anybody may change them.
         skipped_units: Left out by `incremental`: the slot held them already.
+        update_wait_s: For how long GPUs waited with updates for copies, all together.
     """
 
     taken: int = 0
@@ -59,6 +60,7 @@ class Stats:
     direct_bytes: int = 0
     clone_bytes: int = 0
     skipped_units: int = 0
+    update_wait_s: float = 0.0
 
     def count(self, capture: CaptureStats) -> None:
         """Add what one capture did on GPUs."""
@@ -67,3 +69,4 @@ class Stats:
         self.direct_bytes += capture.direct_bytes
         self.clone_bytes += capture.clone_bytes
         self.skipped_units += capture.skipped_units
+        self.update_wait_s += capture.update_wait_s

@@ -28,6 +28,7 @@ from everstep.snapshot.device_moving import BATCH_ROWS, PinnedMover, Split, Stag
 from everstep.snapshot.device_part import CaptureStats, DevicePart
 from everstep.snapshot.device_plan import Table, cut_rows, without_units
 from everstep.snapshot.device_scratch import Scratch
+from everstep.snapshot.device_timing import Timing
 from everstep.snapshot.device_tripwire import Tripwire
 from everstep.snapshot.slot_digests import Claim
 
@@ -39,10 +40,6 @@ TRICKLE_BYTES = 128 << 20
 """Under way at most when the update is overdue: what it has to wait for if it does come."""
 OVERDUE_S = 1.0
 """After the snapshot, and after twice the time that updates took: copy beyond the window."""
-MEASURED_BYTES = 16 << 20
-"""Shorter copies say little about the bandwidth."""
-LATE_START_S = 0.002
-"""A first copy that began later than this after the snapshot waited for another capture's."""
 _POLL_S = 0.0005
 
 
@@ -109,18 +106,15 @@ class DeviceCapture:
         self._block: Memory | None = None
         self._scratch = Scratch(part.device)
         self._accumulators: Result = None
-        self._begun: Mark | None = None
-        self._opened: Mark | None = None
+        self._timing = Timing()
         self._digested: Mark | None = None
-        self._fenced: Mark | None = None
         self._closing: Mark | None = None
         self._closed = False
-        self._window: tuple[Mark, Mark, int] | None = None
 
     @property
     def fenced(self) -> bool:
         """Whether the sources may change as far as the host is concerned."""
-        return self._fenced is not None or self._closed or self._is_worthless
+        return self._timing.fenced is not None or self._closed or self._is_worthless
 
     def begin(self) -> None:
         """Clone and sample what must be now."""
@@ -223,10 +217,10 @@ class DeviceCapture:
         self._tripwire.begin(base)
         self._limit = device.window.bytes(self._left_bytes)
         self._allocate_ahead()
-        self._begun = device.mark("update", timed=True)
-        device.follow("copies", self._begun)
-        self._opened = device.mark("copies", timed=True)
-        device.follow("digests", self._begun)
+        self._timing.begun = device.mark("update", timed=True)
+        device.follow("copies", self._timing.begun)
+        self._timing.opened = device.mark("copies", timed=True)
+        device.follow("digests", self._timing.begun)
         self.stats.clone_bytes = int(self._drains[:, 2].sum())
         device.tenants.append(self)
 
@@ -283,17 +277,15 @@ class DeviceCapture:
         if self._skipped is None and self._known is not None and self.digests:
             self._skip(*self._known)
         knows_skips = not self._claim or not len(self.part.units) or self._skipped is not None
-        if self._fenced is None and not self._closed:
+        if self._timing.fenced is None and not self._closed:
             copied = self._copy_live(self._allowance())
             # Clones need not wait for the update.
             done = not copied and self._next == len(self._live) and knows_skips
             if done and self._drain_clones():
                 self._close()
         elif knows_skips and self._drain_clones() and self._mover.is_idle and self._has_digests():
-            marks = [run[1] for run in (self._window, self._scratch.run) if run is not None]
-            if self._fenced is not None:
-                marks.append(self._fenced)
-            if all(mark.query() for mark in marks):
+            drained = [] if self._scratch.run is None else [self._scratch.run[1]]
+            if all(mark.query() for mark in (*self._timing.marks(), *drained)):
                 self._collect()
 
     def _open(self) -> None:
@@ -319,7 +311,7 @@ class DeviceCapture:
         self.stats.skipped_units = int(skipped.sum())
         # The update may have come before the digests, and have found these left out already.
         changed = without_units(self._expected, skipped)
-        if len(changed) and self._fenced is not None:
+        if len(changed) and self._timing.fenced is not None:
             self._claim.disappointed()
             self._fail("units changed that had not for two snapshots, too late to copy them")
             return
@@ -351,14 +343,15 @@ class DeviceCapture:
         rows = rows[: int(numpy.searchsorted(totals, limit, "right"))]
         if not len(rows):
             return 0
-        start = self._window[0] if self._window else self._device.mark("copies", timed=True)
+        window = self._timing.window
+        start = window[0] if window else self._device.mark("copies", timed=True)
         count = self._mover.accept(rows)
         if not count:
             return 0
         self._next += count
         self.stats.window_bytes += int(rows[:count, 2].sum())
         end = self._device.mark("copies", timed=True)
-        self._window = (start, end, self.stats.window_bytes)
+        self._timing.window = (start, end, self.stats.window_bytes)
         self.moved = True
         return count
 
@@ -391,13 +384,13 @@ class DeviceCapture:
                 time.sleep(_POLL_S)
         # The last copy that reads a live leaf; what was enqueued behind it is not waited for.
         if self.stats.direct_bytes:
-            device.follow("update", device.mark("copies"))
-        elif self._window is not None:
-            device.follow("update", self._window[1])
-        for read in (self._digested, self._scratch.cloned):
+            self._timing.awaited = device.mark("copies", timed=True)
+        elif self._timing.window is not None:
+            self._timing.awaited = self._timing.window[1]
+        for read in (self._timing.awaited, self._digested, self._scratch.cloned):
             if read is not None:
                 device.follow("update", read)
-        self._fenced = fenced
+        self._timing.fenced = fenced
         return True
 
     def _drain_clones(self) -> bool:
@@ -446,31 +439,15 @@ class DeviceCapture:
         assert done_bytes >= self._left_bytes, (done_bytes, self._left_bytes)
         self.torn = self._tripwire.torn()
         self.replica_samples = self._tripwire.replica_samples()
-        self._measure()
+        # Without pinning, and behind the window, what was copied says nothing of how much fits.
+        was_limited = self._mover.is_pinned and not self._trickled
+        self.stats.update_wait_s = self._timing.tell(
+            self._device,
+            self._scratch.run,
+            was_limited=was_limited,
+            cloned=bool(self.stats.scratch_bytes),
+        )
         self._finish()
-
-    def _measure(self) -> None:
-        device = self._device
-        compute_s = 0.0
-        wait_s = 0.0
-        if self._begun is not None and self._opened is not None:
-            wait_s = device.seconds(self._begun, self._opened)
-            device.window.observe_wait(wait_s)
-        if self._fenced is not None and self._begun is not None:
-            compute_s = device.seconds(self._begun, self._fenced)
-        if self._trickled or not self._mover.is_pinned:
-            device.window.observe_update(compute_s, None)
-            return
-        for run in (self._window, self._scratch.run):
-            if run is not None and run[2] >= MEASURED_BYTES:
-                device.window.observe_bandwidth(run[2], device.seconds(run[0], run[1]))
-        late_s = None
-        if self._window is not None and self._begun is not None:
-            late_s = device.seconds(self._begun, self._window[1]) - compute_s
-            # Late because it began late says nothing of how much fits.
-            if wait_s > LATE_START_S or (late_s <= 0 and not self.stats.scratch_bytes):
-                late_s = None
-        device.window.observe_update(compute_s, late_s)
 
     def _is_quiet(self) -> bool:
         """Whether neither host nor device does anything for this capture any more."""

@@ -35,6 +35,7 @@ class CaptureStats:
         direct_bytes: Made the update wait, for want of scratch.
         clone_bytes: Cloned at once, at the snapshot.
         skipped_units: Left out, since the slot held them.
+        update_wait_s: For how long the update waited for copies, on the device.
     """
 
     window_bytes: int = 0
@@ -42,6 +43,7 @@ class CaptureStats:
     direct_bytes: int = 0
     clone_bytes: int = 0
     skipped_units: int = 0
+    update_wait_s: float = 0.0
 
     def add(self, other: "CaptureStats") -> None:
         """Count another's, too."""
@@ -50,6 +52,7 @@ class CaptureStats:
         self.direct_bytes += other.direct_bytes
         self.clone_bytes += other.clone_bytes
         self.skipped_units += other.skipped_units
+        self.update_wait_s += other.update_wait_s
 
 
 class DevicePart:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from everstep.snapshot import device_capture, device_plan, device_scratch
+from everstep.snapshot import device_plan, device_scratch, device_timing
 
 
 @pytest.fixture
@@ -10,4 +10,4 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that tensors of a test have many pieces and chunks."""
     monkeypatch.setattr(device_plan, "PIECE_BYTES", 333_000)
     monkeypatch.setattr(device_scratch, "CHUNK_BYTES", 1 << 20)
-    monkeypatch.setattr(device_capture, "MEASURED_BYTES", 1 << 16)
+    monkeypatch.setattr(device_timing, "MEASURED_BYTES", 1 << 16)

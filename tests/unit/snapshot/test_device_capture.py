@@ -12,6 +12,7 @@ from everstep.snapshot.device import DeviceOptions
 from everstep.snapshot.window import FIRST_BIAS
 
 from .device_captures import MANY, ROUNDS, Setting, Taken, begun, some_setting
+from .fake_device import BANDWIDTH
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
@@ -77,6 +78,7 @@ def test_copies_that_run_late_make_the_update_wait() -> None:
     assert not setting.tensors["t/x"].any()
     taken.check()
     assert taken.capture.stats.direct_bytes == 2 * 4 * MANY
+    assert taken.capture.stats.update_wait_s == pytest.approx(2 * 4 * MANY / BANDWIDTH)
 
 
 def test_with_scratch_the_update_waits_for_no_copy() -> None:
@@ -92,6 +94,7 @@ def test_with_scratch_the_update_waits_for_no_copy() -> None:
     taken.settle(setting.device)
     taken.check()
     assert taken.capture.stats.scratch_bytes == 4 * MANY
+    assert taken.capture.stats.update_wait_s == 0.0
 
 
 def test_it_does_not_end_before_the_digests_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +129,22 @@ def test_the_window_is_copied_before_the_update_and_the_rest_cloned() -> None:
     taken.check()
 
 
+def test_a_window_that_was_too_large_is_what_the_update_waits_for() -> None:
+    setting = Setting({"t/x": torch.randn(4 * MANY)})
+    setting.device.window.observe_update(1.0, None)
+    setting.device.window.observe_bandwidth(10**9, 1)
+    taken = begun(setting)
+    taken.capture.poll()
+    assert taken.capture.fence(1)
+    setting.update()
+    setting.device.run("update")
+    taken.settle(setting.device)
+    taken.check()
+    stats = taken.capture.stats
+    assert stats.direct_bytes == stats.scratch_bytes == 0
+    assert stats.update_wait_s == pytest.approx(4 * 4 * MANY / BANDWIDTH)
+
+
 def large(monkeypatch: pytest.MonkeyPatch, window_bytes: int) -> Setting:
     """State of which whole units lie in one piece, and of which so much leaves before an update."""
     monkeypatch.setattr(device_plan, "PIECE_BYTES", 3_300_000)
@@ -157,6 +176,7 @@ def test_what_is_beyond_the_window_is_cloned_before_the_update_comes(
     stats = taken.capture.stats
     assert 6_000_000 < stats.window_bytes <= 10_000_000
     assert stats.window_bytes + stats.scratch_bytes == 24 * 4 * MANY
+    assert stats.update_wait_s == 0.0
     # The digests' pass clones whole units on its way.
     assert (device.fused_clones > 8) == has_kernels
 
