@@ -17,7 +17,7 @@ from everstep.client.arrangement import Arrangement, Arranger
 from everstep.client.channel import Channel
 from everstep.client.handle import Snapshot
 from everstep.client.limits import Limits, Stats
-from everstep.client.restoring import RNG_PATH
+from everstep.client.rng import RNG_PATH
 from everstep.client.session import Session
 from everstep.client.works import Work, Works, await_ends, finish
 from everstep.proto import agent_pb2 as wire

@@ -43,7 +43,6 @@ from everstep.snapshot.reshard import Holdings
 from everstep.snapshot.restore import Need, Restoration, Shard
 
 log = logging.getLogger("everstep")
-RNG_PATH = "rng"
 _THREADS_LIMIT = 16
 _LIVE_TRIES = 3
 _PAUSE_FIRST_S = 0.05
@@ -259,7 +258,7 @@ class Restoring:
             plan.finish()
         self._needs = plan.needs if self._known else []
         notes = list(plan.resizing.notes)
-        if not terms.weights_only and terms.takes(RNG_PATH):
+        if not terms.weights_only and terms.takes(rng.RNG_PATH):
             notes += self._restore_generators(saved, shards[saved.rank].record)
         own = shards.get(self._rank)
         return Restored(
@@ -303,7 +302,7 @@ class Restoring:
 
     def _restore_generators(self, saved: Saved, record: Record) -> list[str]:
         """Those of a rank that is new are seeded from the snapshot, its own from its own state."""
-        states = values.decode(saved.values[RNG_PATH], hook=decode_torch_value)
+        states = values.decode(saved.values[rng.RNG_PATH], hook=decode_torch_value)
         notes: list[str] = []
         if saved.rank != self._rank:
             about = {"job": record.job, "incarnation": record.incarnation, "step": record.step}

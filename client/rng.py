@@ -17,6 +17,9 @@ import torch
 
 from everstep.proto.errors import FormatInvalid
 
+RNG_PATH = "rng"
+"""Of the generators' states among the values of a record."""
+
 
 def capture() -> dict[str, Any]:
     """All generators' states as plain values."""

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from everstep.client.attachment import decode_torch_value, dtype_named
 from everstep.client.dcp.packing import FORMAT, OBJECTS_PART, STATE_PART
-from everstep.client.restoring import RNG_PATH
+from everstep.client.rng import RNG_PATH
 from everstep.client.saved import Saved, is_within
 from everstep.proto.errors import FormatInvalid
 from everstep.snapshot import values
