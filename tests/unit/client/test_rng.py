@@ -38,6 +38,15 @@ def test_next_draws(odd: int) -> None:
     assert draws() == expected
 
 
+def test_what_is_drawn_later_is_not_in_what_was_captured() -> None:
+    """A capture's thread encodes it when the training has gone on."""
+    captured = rng.capture()
+    expected = draws()
+    stored = values.encode(captured, "rng")
+    assert rng.restore(values.decode(stored, hook=decode_torch_value)) == []
+    assert draws() == expected
+
+
 def test_capture_draws_nothing() -> None:
     random.seed(1)
     torch.manual_seed(1)
