@@ -26,11 +26,14 @@ def ranks() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(params=["int8", "4bit", "fp8"])
+@pytest.fixture(params=["int8", "4bit", "fp8", "compress"])
 def _coded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meshes whose models are larger, and have their states in codes."""
 
-    def adamw(parameters: Any, lr: float) -> optim.AdamW:
+    def adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        if request.param == "compress":
+            torchs = torch.optim.AdamW(parameters, lr=lr, foreach=False)
+            return optim.compress(torchs, block=64, min_elements=50)
         return optim.AdamW(
             parameters, lr=lr, codec=request.param, block=64, min_elements=50, kernels="reference"
         )
