@@ -22,28 +22,42 @@ SUMMED = ("AdamP", "SGDSaI", "Muon")
 """What looks at whole tensors: sums over ranks are bracketed otherwise."""
 
 
-def train(method: str, codec: str, mesh: Any, **options: Any) -> None:
-    generator = torch.Generator().manual_seed(0)
-    placed = [*PLACED.values(), ACROSS]
-    placed = [(shape, dim) for shape, dim in placed if method != "Muon" or len(shape) > 1]
-    wholes = [torch.randn(shape, generator=generator) for shape, _ in placed]
-    placements = [[Shard(dim)] for _, dim in placed]
-    spread = [
-        torch.nn.Parameter(distribute_tensor(whole, mesh, placement))
-        for whole, placement in zip(wholes, placements, strict=True)
-    ]
-    alone = [torch.nn.Parameter(whole.clone()) for whole in wholes]
-    optimizers = [
-        optim.METHODS[method](held, lr=1e-2, codec=codec, **options) for held in (spread, alone)
-    ]
-    for _ in range(3):
-        for here, there, placement in zip(spread, alone, placements, strict=True):
-            there.grad = torch.randn(there.shape, generator=generator)
-            here.grad = distribute_tensor(there.grad, mesh, placement)
+class Twins:
+    """The same parameters and gradients, once spread over a mesh and once whole."""
+
+    def __init__(self, mesh: Any, placed: list[tuple[tuple[int, ...], int]]) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._mesh = mesh
+        self._placements = [[Shard(dim)] for _, dim in placed]
+        wholes = [torch.randn(shape, generator=self._generator) for shape, _ in placed]
+        self.alone = [torch.nn.Parameter(whole.clone()) for whole in wholes]
+        self.spread = [
+            torch.nn.Parameter(distribute_tensor(whole, mesh, placement))
+            for whole, placement in zip(wholes, self._placements, strict=True)
+        ]
+
+    def step(self, optimizers: list[Any]) -> None:
+        for (here, there), placement in zip(self.pairs(), self._placements, strict=True):
+            there.grad = torch.randn(there.shape, generator=self._generator)
+            here.grad = distribute_tensor(there.grad, self._mesh, placement)
         for optimizer in optimizers:
             optimizer.step()
+
+    def pairs(self) -> list[tuple[Any, torch.nn.Parameter]]:
+        return list(zip(self.spread, self.alone, strict=True))
+
+
+def train(method: str, codec: str, mesh: Any, **options: Any) -> None:
+    placed = [*PLACED.values(), ACROSS]
+    twins = Twins(mesh, [(s, dim) for s, dim in placed if method != "Muon" or len(s) > 1])
+    optimizers = [
+        optim.METHODS[method](held, lr=1e-2, codec=codec, **options)
+        for held in (twins.spread, twins.alone)
+    ]
+    for _ in range(3):
+        twins.step(optimizers)
     exact = method not in SUMMED and "clip_norm" not in options
-    for here, there in zip(spread, alone, strict=True):
+    for here, there in twins.pairs():
         whole = here.detach().full_tensor()
         near = torch.equal(whole, there) if exact else torch.allclose(whole, there, atol=2e-3)
         assert near, (method, codec, options, tuple(there.shape))
@@ -54,34 +68,24 @@ def train(method: str, codec: str, mesh: Any, **options: Any) -> None:
 
 def wrap(make: Any, mesh: Any) -> None:
     """`compress` holds the rows' codes of what is sharded, in the parameter's placement."""
-    generator = torch.Generator().manual_seed(0)
-    placed = [*PLACED.values(), ACROSS]
-    wholes = [torch.randn(shape, generator=generator) for shape, _ in placed]
-    placements = [[Shard(dim)] for _, dim in placed]
-    alone = [torch.nn.Parameter(whole.clone()) for whole in wholes]
-    spread = [
-        torch.nn.Parameter(distribute_tensor(whole, mesh, placement))
-        for whole, placement in zip(wholes, placements, strict=True)
-    ]
-    optimizers = [optim.compress(make(held)) for held in (spread, alone)]
+    twins = Twins(mesh, [*PLACED.values(), ACROSS])
+    # Of the vector's only row ranks have parts: it stays as it is, though it is large enough.
+    held = (twins.spread, twins.alone)
+    optimizers = [optim.compress(make(parameters), min_elements=100) for parameters in held]
     for _ in range(3):
-        for here, there, placement in zip(spread, alone, placements, strict=True):
-            there.grad = torch.randn(there.shape, generator=generator)
-            here.grad = distribute_tensor(there.grad, mesh, placement)
-        for optimizer in optimizers:
-            optimizer.step()
+        twins.step(optimizers)
         # As from a checkpoint of the same ranks.
         optimizers[0].load_state_dict(optimizers[0].state_dict())
-    for here, there in zip(spread, alone, strict=True):
-        states = [optimizers[0].state[here], optimizers[1].state[there]]
+    for here, there in twins.pairs():
+        spread, alone = optimizers[0].state[here], optimizers[1].state[there]
         coded = there.dim() > 1
-        assert coded == any(key.endswith(".codes") for key in states[0]), tuple(there.shape)
-        assert isinstance(states[0]["exp_avg.codes" if coded else "exp_avg"], DTensor)
+        assert coded == any(key.endswith(".codes") for key in spread), tuple(there.shape)
+        assert isinstance(spread["exp_avg.codes" if coded else "exp_avg"], DTensor)
         if coded:
             assert torch.equal(here.detach().full_tensor(), there), tuple(there.shape)
-            for key, value in states[1].items():
+            for key, value in alone.items():
                 if key.endswith((".codes", ".scales")):
-                    assert torch.equal(states[0][key].full_tensor(), value), key
+                    assert torch.equal(spread[key].full_tensor(), value), key
 
 
 def checkpoint(mesh: Any, folder: str) -> None:

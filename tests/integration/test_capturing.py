@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import random
 import threading
 import weakref
 from collections.abc import Callable
@@ -106,6 +107,22 @@ def test_only_what_the_optimizer_owns_is_copied_lazily(connect: Connect, hold: H
     other["model"].register_buffer("running", torch.zeros(96, 96))
     other["average"] = {"weights": torch.zeros(96, 96), "count": 0}
     assert restored(connect, other, 1) == before
+
+
+def test_generators_are_stored_as_they_were_at_the_snapshot(
+    connect: Connect, hold: HoldPoint, trained: Objects
+) -> None:
+    """They are encoded once everything is copied, when the training has long drawn from them."""
+    client = connect()
+    client.attach(**trained)
+    point = hold()
+    handle = client.snapshot(1)
+    point.reached()
+    expected = random.random(), exact(torch.rand(3))
+    point.open()
+    assert handle.wait()
+    restored(connect, make(2), 1)
+    assert (random.random(), exact(torch.rand(3))) == expected
 
 
 WRITES: dict[str, Callable[[nn.Module, optim.Optimizer], Any]] = {

@@ -27,6 +27,23 @@ def test_scratch_that_cannot_be_had_makes_the_update_wait(memory: int) -> None:
     assert total == 3 * 4 * MANY
 
 
+@pytest.mark.parametrize("budget", [1_200_000, 2_500_000, 3_300_000])
+def test_clones_take_no_more_than_they_may(budget: int) -> None:
+    """Of chunks of 1 MiB; there would be memory for more."""
+    setting = Setting({f"t/{i}": torch.randn(MANY) for i in range(6)})
+    setting.options = DeviceOptions(scratch_bytes=budget, digests="host")
+    taken = begun(setting)
+    before = setting.device.used_bytes
+    assert taken.capture.fence(1)
+    assert budget - (1 << 20) < setting.device.used_bytes - before <= budget
+    setting.update()
+    taken.settle(setting.device)
+    taken.check()
+    stats = taken.capture.stats
+    assert 0 < stats.scratch_bytes <= budget
+    assert stats.direct_bytes + stats.scratch_bytes == 6 * 4 * MANY
+
+
 @pytest.mark.parametrize("lies", [0, 1 << 30])
 def test_no_memory_for_what_may_change_drops_the_copy_with_the_reason(lies: int) -> None:
     setting = Setting({"t/x": torch.randn(MANY)}, guarded=frozenset())
