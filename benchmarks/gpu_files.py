@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import torch
 
+BARE = "bare O_DIRECT"
 THREADS = 8
 CHUNK_BYTES = 16 << 20
 
@@ -115,21 +116,10 @@ def runai_model_streamer(path: Path, device: torch.device) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def safetensors(path: Path, device: torch.device) -> int:
-    """All tensors of the file with safetensors itself."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(path, device=str(device))
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
 LOADERS: MappingProxyType[str, Callable[[Path, torch.device], int]] = MappingProxyType(
     {
-        "bare O_DIRECT": bare,
+        BARE: bare,
         "fastsafetensors": fastsafetensors,
         "runai-model-streamer": runai_model_streamer,
-        "safetensors": safetensors,
     }
 )

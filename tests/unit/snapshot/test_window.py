@@ -71,11 +71,11 @@ def test_late_copies_lower_the_bias_and_early_ones_raise_it_slowly() -> None:
     window.observe_update(0.1, 0.005)
     lowered = window.bias
     assert lowered < FIRST_BIAS - 0.04
-    window.observe_update(0.1, -0.01)
+    window.observe_update(0.1, -0.05)
     raised = window.bias
     assert lowered < raised < lowered + 0.03
-    window.observe_update(0.1, -0.001)
-    assert window.bias == raised, "it fitted: nothing to change"
+    window.observe_update(0.1, -0.02)
+    assert window.bias == raised, "it fitted, with room for a slower bus: nothing to change"
 
 
 def test_the_bias_stays_within_bounds() -> None:
@@ -84,7 +84,7 @@ def test_the_bias_stays_within_bounds() -> None:
         window.observe_update(0.1, 1.0)
     assert window.bias == LOWEST_BIAS
     for _ in range(1000):
-        window.observe_update(0.1, -0.05)
+        window.observe_update(0.1, -0.09)
     assert window.bias == 1.0
 
 
@@ -110,7 +110,8 @@ def test_a_bus_that_is_slower_now_and_then_is_allowed_for() -> None:
         window.observe_update(0.15, ended_s - 0.15)
         late_s.append(max(0.0, ended_s - 0.15))
         copied.append(most)
-    assert sum(late_s[100:]) / 200 < 0.001
+    assert sum(late_s[100:]) / 200 < 0.0003
+    assert sum(late_s[:24]) / 24 < 0.003, "nor the first ones"
     assert min(copied[100:]) > 0.7 * 0.15 * 50e9
 
 
@@ -121,4 +122,4 @@ def test_a_bus_that_is_fast_again_is_used_again() -> None:
     for _ in range(200):
         ended_s = window.bytes(TOTAL) / 50e9
         window.observe_update(0.15, ended_s - 0.15)
-    assert 0.9 < window.bias <= 1.0
+    assert 0.74 < window.bias <= 0.75, "up to what leaves room"
