@@ -7,7 +7,7 @@ know what will be left of an earlier capture when a new one begins there. Promis
 were measured: then everything is cloned at the update, which is right, and measured. Pure: no
 device, no clock; safe to use from several threads.
 
-The bias falls at once, rises slowly, and leaves a quarter of the time idle, because the two
+The bias falls at once, rises slowly, and leaves a third of the time idle, because the two
 mistakes differ: a byte too few is cloned on the device, sixty times faster than it crosses PCIe,
 and leaves right behind the window; a byte too many makes the update wait. So it pays to allow for a
 bus that is slower now and then: on H100s that others share, one capture in six left the device at
@@ -17,12 +17,12 @@ three quarters of the usual speed.
 import threading
 from collections import deque
 
-FIRST_BIAS = 0.8
+FIRST_BIAS = 0.7
 LOWEST_BIAS = 0.5
 RECENT = 8
 RECENT_WAITS = 2
 """A cadence that changes shows at once; one that alternates has a wait at every second."""
-_IDLE_SHARE = 0.25
+_IDLE_SHARE = 0.33
 """Copies that end more than this share of the time before the update could have been more."""
 _RAISE = 0.03
 """Of what was idle beyond that share."""
@@ -64,9 +64,10 @@ class Window:
             bandwidth = sorted(self._bandwidths)[len(self._bandwidths) // 2]
             compute_s = min(self._compute_s)
             most = self._bias * compute_s * bandwidth
-            # Where the bus carries all of it in time, one that had to wait is an exception; and to
-            # leave more for after the update, because of that, would make the next one wait.
-            if self._periods_s and total_bytes / bandwidth <= min(self._periods_s):
+            # Captures keep the bus from each other where too much of each is left for after its
+            # update. To copy less before, because of that, would keep it so.
+            rest_s = compute_s + (total_bytes - most) / bandwidth
+            if self._periods_s and rest_s <= min(self._periods_s):
                 return int(most)
             left_s = compute_s - max(self._waits_s, default=0.0)
             return max(0, int(self._bias * left_s * bandwidth))

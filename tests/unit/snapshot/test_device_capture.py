@@ -114,7 +114,7 @@ def test_it_does_not_end_before_the_digests_are_read(monkeypatch: pytest.MonkeyP
 def test_the_window_is_copied_before_the_update_and_the_rest_cloned() -> None:
     setting = Setting({f"t/{i}": torch.randn(MANY) for i in range(4)})
     window = setting.device.window
-    window.observe_update(2.8 * 4 * MANY / 1e9, None)
+    window.observe_update(3.2 * 4 * MANY / 1e9, None)
     window.observe_bandwidth(10**9, 1)
     taken = begun(setting)
     taken.capture.poll()

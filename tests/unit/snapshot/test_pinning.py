@@ -1,6 +1,7 @@
 """Pinned arenas and staging buffers, with a fake CUDA runtime and real threads and forks."""
 
 import atexit
+import ctypes
 import mmap
 import os
 import subprocess
@@ -485,4 +486,14 @@ def test_a_forked_child_gets_no_buffer(cuda: FakeCuda, ring: StagingRing) -> Non
 
     assert in_child(check)
     assert len(cuda.ranges()) == 2
+    buffer.release()
+
+
+def test_a_forked_child_has_other_memory_in_place_of_the_buffers(ring: StagingRing) -> None:
+    """Else either's next write makes the kernel move the page, which a device may write to."""
+    buffer = ring.acquire(DEADLINE_S)
+    assert buffer is not None
+    ctypes.memmove(buffer.address, b"abc", 3)
+    assert in_child(lambda: ctypes.string_at(buffer.address, 3) == bytes(3))
+    assert ctypes.string_at(buffer.address, 3) == b"abc"
     buffer.release()

@@ -110,9 +110,9 @@ def test_a_bus_that_is_slower_now_and_then_is_allowed_for() -> None:
         window.observe_update(0.15, ended_s - 0.15)
         late_s.append(max(0.0, ended_s - 0.15))
         copied.append(most)
-    assert sum(late_s[100:]) / 200 < 0.0003
-    assert sum(late_s[:24]) / 24 < 0.003, "nor the first ones"
-    assert min(copied[100:]) > 0.7 * 0.15 * 50e9
+    assert sum(late_s[100:]) / 200 < 0.0001
+    assert sum(late_s[:24]) == 0.0, "nor the first ones"
+    assert min(copied[100:]) > 0.6 * 0.15 * 50e9
 
 
 def test_a_bus_that_is_fast_again_is_used_again() -> None:
@@ -122,4 +122,4 @@ def test_a_bus_that_is_fast_again_is_used_again() -> None:
     for _ in range(200):
         ended_s = window.bytes(TOTAL) / 50e9
         window.observe_update(0.15, ended_s - 0.15)
-    assert 0.74 < window.bias <= 0.75, "up to what leaves room"
+    assert 0.65 < window.bias <= 0.67, "up to what leaves room"
