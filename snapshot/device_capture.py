@@ -238,11 +238,12 @@ class DeviceCapture:
     def _allocate_ahead(self) -> None:
         """Memory for clones of what will not have left the device when the update comes.
 
-        They are made beside forward and backward, which leave bandwidth unused, and not in the
-        update's way. What an incremental capture has to copy is not known before its digests.
+        They are made beside forward and backward, and not in the update's way, and leave behind
+        the window without a pause. As long as nothing is known of the window that is all there
+        is: else the first captures of a training would keep the bus from those after them. What
+        an incremental capture has to copy is not known before its digests.
         """
-        is_measured = self._device.window.compute_s is not None
-        if self._claim or not self._mover.is_pinned or not is_measured:
+        if self._claim or not self._mover.is_pinned:
             return
         ends = numpy.cumsum(self._live[:, 2])
         first = int(numpy.searchsorted(ends, self._limit, "right"))

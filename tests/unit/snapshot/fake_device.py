@@ -184,7 +184,7 @@ class FakeDevice:
 
     def scratch_bytes(self, most: int | None) -> int:
         room = max(0, self.memory_bytes - self.used_bytes + self.lies_about_room)
-        return self.free_for_scratch if most is None else min(most, room)
+        return self.free_for_scratch if most is None else max(0, min(most - self.used_bytes, room))
 
     def copy(self, lane: Lane, rows: Table) -> None:
         if self.fail_copies and lane == "copies":

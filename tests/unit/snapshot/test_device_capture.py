@@ -235,8 +235,27 @@ def test_bandwidth_and_time_are_measured() -> None:
     assert device.window.bytes(1 << 40) > 0
 
 
+def test_the_first_captures_leave_without_waiting_for_an_update() -> None:
+    """Of a window nothing is known: all is cloned at once, and is off the device before the next
+    capture begins. Clones that are made at the update would keep the bus from it."""
+    setting = Setting({f"t/{i}": torch.randn(MANY) for i in range(4)})
+    taken = begun(setting)
+    for _ in range(ROUNDS):
+        taken.capture.poll()
+        setting.device.run()
+    assert setting.device.copied_off == 4 * 4 * MANY
+    assert taken.capture.fence(1)
+    setting.update(lambda tensor: tensor.zero_())
+    taken.settle(setting.device)
+    taken.check()
+    stats = taken.capture.stats
+    assert (stats.window_bytes, stats.scratch_bytes, stats.direct_bytes) == (0, 16 * MANY, 0)
+    assert stats.update_wait_s == 0.0
+
+
 def test_without_an_update_it_ends_by_itself_or_by_finish() -> None:
     setting = Setting({"t/x": torch.randn(MANY), "t/y": torch.randn(9)})
+    setting.device.free_for_scratch = 0
     taken = begun(setting)
     setting.device.run()
     for part in taken.capture._parts:
@@ -252,6 +271,7 @@ def test_an_overdue_update_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(device_capture, "OVERDUE_S", 0.0)
     monkeypatch.setattr(device_capture, "TRICKLE_BYTES", 700_000)
     setting = Setting({f"t/{i}": torch.randn(MANY) for i in range(4)})
+    setting.device.free_for_scratch = 0
     taken = begun(setting)
     taken.capture.poll()
     assert 0 < taken.capture._parts[0].stats.window_bytes <= 700_000
