@@ -94,7 +94,7 @@ test-long: setup kernels
 	$(BIN)/pytest -m "long and not gpu"
 
 test-gpu: view
-	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/.view $(PYTHON) -m pytest -m "gpu and not long"
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/.view $(PYTHON) -m pytest -m gpu
 
 fault: setup kernels
 	$(BIN)/pytest -m "not gpu" tests/fault

@@ -97,17 +97,6 @@ def check(
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_every_byte_is_that_of_its_step(
-    agent: AgentProcess, job: str, connect: Connect, delays: Delays, name: str
-) -> None:
-    loop = LOOPS[name](len(name))
-    client = attached(connect, loop)
-    check(agent, job, loop, client, delays, 8)
-    check_restored(connect, loop, client, name)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", LOOPS)
 def test_every_byte_is_that_of_its_step_a_hundred_times(
     agent: AgentProcess, job: str, connect: Connect, delays: Delays, name: str
 ) -> None:
