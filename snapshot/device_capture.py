@@ -215,7 +215,8 @@ class DeviceCapture:
         device.gather(part.gathers, base)
         device.gather(part.seams, base)
         self._tripwire.begin(base)
-        self._limit = device.window.bytes(self._left_bytes)
+        pauses = not self._clones_ahead
+        self._limit = device.window.bytes(self._left_bytes, pauses=pauses)
         self._allocate_ahead()
         self._timing.begun = device.mark("update", timed=True)
         device.follow("copies", self._timing.begun)
@@ -243,13 +244,17 @@ class DeviceCapture:
         is: else the first captures of a training would keep the bus from those after them. What
         an incremental capture has to copy is not known before its digests.
         """
-        if self._claim or not self._mover.is_pinned:
+        if not self._clones_ahead:
             return
         ends = numpy.cumsum(self._live[:, 2])
         first = int(numpy.searchsorted(ends, self._limit, "right"))
         rest = self._live[first:]
         cloned = self._allocate(rest)
         self._live = numpy.concatenate([self._live[:first], rest[cloned:]])
+
+    @property
+    def _clones_ahead(self) -> bool:
+        return not self._claim and self._mover.is_pinned
 
     def _allocate(self, rest: Table) -> int:
         """Scratch for as many of the rows as there is memory for; return how many."""

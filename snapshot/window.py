@@ -19,6 +19,8 @@ from collections import deque
 
 FIRST_BIAS = 0.7
 LOWEST_BIAS = 0.5
+_MOST_BIAS = 0.92
+"""Where room for a slower bus would have to be taken from other captures."""
 RECENT = 8
 RECENT_WAITS = 2
 """A cadence that changes shows at once; one that alternates has a wait at every second."""
@@ -51,11 +53,13 @@ class Window:
         with self._lock:
             return min(self._compute_s, default=None)
 
-    def bytes(self, total_bytes: int) -> int:
+    def bytes(self, total_bytes: int, *, pauses: bool = False) -> int:
         """How many bytes of a new capture to copy before its update.
 
         Args:
             total_bytes: Of the capture.
+            pauses: Whether what is left cannot leave before the update has come: room for a slower
+                bus is then taken from the captures that follow, and left only if they have it.
         """
         with self._lock:
             if not self._compute_s or not self._bandwidths:
@@ -63,14 +67,18 @@ class Window:
             # The median: one capture that shared the bus with a restore says little.
             bandwidth = sorted(self._bandwidths)[len(self._bandwidths) // 2]
             compute_s = min(self._compute_s)
-            most = self._bias * compute_s * bandwidth
+            share = self._bias
+            if pauses and self._periods_s:
+                needed = total_bytes - (min(self._periods_s) - compute_s) * bandwidth
+                share = max(share, min(needed / (compute_s * bandwidth), _MOST_BIAS))
+            most = share * compute_s * bandwidth
             # Captures keep the bus from each other where too much of each is left for after its
             # update. To copy less before, because of that, would keep it so.
             rest_s = compute_s + (total_bytes - most) / bandwidth
             if self._periods_s and rest_s <= min(self._periods_s):
                 return int(most)
             left_s = compute_s - max(self._waits_s, default=0.0)
-            return max(0, int(self._bias * left_s * bandwidth))
+            return max(0, int(share * left_s * bandwidth))
 
     def observe_wait(self, seconds: float) -> None:
         """Note how long after a snapshot its first copy could begin, on the device."""

@@ -1,5 +1,6 @@
 """Digests, units that are left out, and several devices."""
 
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from everstep.snapshot import units
 from everstep.snapshot.capture import CapturePlan
 from everstep.snapshot.device import DeviceOptions
 from everstep.snapshot.slot_digests import SlotDigests
+from everstep.snapshot.window import FIRST_BIAS, Window
 
 from .device_captures import MANY, ROUNDS, Setting, Taken, begun, layout_of
 from .fake_device import FakeArena, FakeDevice, FakeDevices
@@ -63,6 +65,27 @@ def test_unchanged_units_are_left_out(digests_first: bool, polls: int) -> None:
         if step >= 2:
             # Expected to be equal, they are not even cloned.
             assert stats.scratch_bytes < 4 * 4 * MANY + 2 * UNIT_BYTES
+
+
+@pytest.mark.parametrize("period", [2.2, 4.0])
+def test_what_cannot_leave_ahead_of_the_update_has_the_window_that_it_needs(period: float) -> None:
+    """Else the bus pauses before the update, and the next captures find it taken."""
+    steps = Incremental()
+    for step in range(2):
+        steps.take(step, digests_first=True)
+    size = 4 * 4 * MANY
+    window = steps.device.window = Window()
+    window.observe_update(size / 1e9, None)
+    window.observe_bandwidth(10**9, 1)
+    for at_s in (-1000.0, -1000.0 + period * size / 1e9):
+        window.began(time.monotonic() + at_s)
+    usual = FIRST_BIAS * size
+    taken = steps.take(2, digests_first=True)
+    taken.check()
+    if period > 3:
+        assert 0.8 * usual < taken.capture.stats.window_bytes <= usual
+    else:
+        assert usual < taken.capture.stats.window_bytes <= 0.81 * size
 
 
 @pytest.mark.parametrize("digests_first", [True, False])

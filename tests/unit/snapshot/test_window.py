@@ -50,6 +50,26 @@ def test_a_wait_that_a_larger_window_would_end_does_not_make_it_smaller() -> Non
     assert window.bytes(TOTAL) < 0.5 * whole, "at every step the bus is too slow for it"
 
 
+def test_room_for_a_slower_bus_is_not_taken_from_the_next_captures() -> None:
+    """Two steps of 0.15 s and 15 GB at 50 GB/s, of which the rest leaves after the update only."""
+    window = seen(compute_s=0.15)
+    usual = window.bytes(TOTAL)
+    assert window.bytes(TOTAL, pauses=True) == usual, "nothing is known of the next one"
+    window.began(1.0)
+    window.began(1.31)
+    needed = TOTAL - (0.31 - 0.15) * 50e9
+    assert usual < 0.92 * 0.15 * 50e9 < needed
+    assert window.bytes(TOTAL, pauses=True) == pytest.approx(0.92 * 0.15 * 50e9)
+    assert window.bytes(TOTAL) == usual
+    window.began(1.64)
+    window.began(1.97)
+    needed = TOTAL - (0.33 - 0.15) * 50e9
+    assert window.bytes(TOTAL, pauses=True) == pytest.approx(needed)
+    window.began(2.5)
+    window.began(3.0)
+    assert window.bytes(TOTAL, pauses=True) == usual
+
+
 def test_the_shortest_recent_step_counts() -> None:
     window = seen(compute_s=0.1)
     for _ in range(RECENT - 1):
