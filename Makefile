@@ -83,13 +83,12 @@ check: setup view
 	    || { echo "proto/$$(basename $$file) is out of date: run 'make proto'"; exit 1; }; \
 	done
 
-# Tests without processes of their own share the cores. The others wait half of the time, so two of
-# their files go side by side, and not more: deadlines in them are for a busy machine, not for a
-# swamped one. None is to carry the libraries along that the adapters are for.
+# Tests without processes of their own share the cores; the others must not disturb each other, and
+# are not to carry the libraries along that the adapters are for.
 test: setup kernels
 	$(BIN)/pytest -n auto --maxprocesses 8 $(QUIET_TESTS)
 	$(BIN)/pytest $(ADAPTER_TESTS)
-	$(BIN)/pytest -n 2 --dist loadfile $(addprefix --ignore ,$(QUIET_TESTS) $(ADAPTER_TESTS))
+	$(BIN)/pytest $(addprefix --ignore ,$(QUIET_TESTS) $(ADAPTER_TESTS))
 
 test-long: setup kernels
 	$(BIN)/pytest -m "long and not gpu"
