@@ -298,8 +298,8 @@ class StagingRing:
     The memory is reserved when the first buffer is asked for, so that a ring which is never used
     costs nothing. A child that is forked meanwhile has other memory in its place, and so cannot
     make the kernel move a page that a device is writing to. It lies in huge pages where the kernel
-    has them: the disk of a virtual machine gave 2.7 GB/s into those, 2.2 into shared memory (by
-    O_DIRECT, 16 threads), whose small pages lie apart.
+    has them: a restore from a disk took 1.04 of a bare loop's time into those, and 1.19 into shared
+    memory, whose small pages lie apart (`benchmarks.gpu_capture`, an H100's host).
 
     Args:
         runtime: What `CudaRuntime.find` returned; None for buffers that are not pinned.

@@ -45,6 +45,18 @@ def in_thread(action: Callable[[], Any]) -> tuple[threading.Thread, threading.Ev
     return thread, finished
 
 
+def stuck(
+    connect: Connect, hold: HoldPoint, objects: Objects
+) -> tuple[everstep.Client, Hold, everstep.Snapshot]:
+    """A snapshot whose copy is stuck in its first block."""
+    client = connect()
+    client.attach(**objects)
+    point = hold()
+    handle = client.snapshot(1)
+    point.reached()
+    return client, point, handle
+
+
 def test_only_its_own_thread_says_that_it_carries_a_capture(
     connect: Connect, trained: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,11 +74,7 @@ def test_only_its_own_thread_says_that_it_carries_a_capture(
 def test_snapshot_returns_before_the_copy_and_the_fence_completes_it(
     connect: Connect, hold: HoldPoint, trained: Objects
 ) -> None:
-    client = connect()
-    client.attach(**trained)
-    point = hold()
-    handle = client.snapshot(1)
-    point.reached()  # the copy is stuck in its first block
+    client, point, handle = stuck(connect, hold, trained)
     assert handle.state == "copying"
     assert not handle.done()
     before = states(trained)
@@ -91,12 +99,8 @@ def test_only_what_the_optimizer_owns_is_copied_lazily(connect: Connect, hold: H
     objects["model"].register_buffer("running", torch.randn(96, 96))
     objects["average"] = {"weights": torch.randn(96, 96), "count": 1}
     one_step(objects)
-    client = connect()
-    client.attach(**objects)
     before = states(objects)
-    point = hold()
-    handle = client.snapshot(1)
-    point.reached()
+    _, point, handle = stuck(connect, hold, objects)
     objects["model"].running.add_(1)
     objects["average"]["weights"].mul_(2)
     objects["average"]["count"] = 2
@@ -113,11 +117,7 @@ def test_generators_are_stored_as_they_were_at_the_snapshot(
     connect: Connect, hold: HoldPoint, trained: Objects
 ) -> None:
     """They are encoded once everything is copied, when the training has long drawn from them."""
-    client = connect()
-    client.attach(**trained)
-    point = hold()
-    handle = client.snapshot(1)
-    point.reached()
+    _, point, handle = stuck(connect, hold, trained)
     expected = random.random(), exact(torch.rand(3))
     point.open()
     assert handle.wait()
@@ -263,12 +263,8 @@ def test_many_snapshots_in_a_row(connect: Connect, trained: Objects) -> None:
 
 def test_updating_without_an_optimizer(connect: Connect, hold: HoldPoint) -> None:
     weights = {"w": torch.randn(200, 200)}
-    client = connect()
-    client.attach(guarded={"weights": weights})
     before = exact(weights)
-    point = hold()
-    handle = client.snapshot(1)
-    point.reached()
+    client, point, handle = stuck(connect, hold, {"guarded": {"weights": weights}})
 
     def update() -> None:
         with client.updating():
@@ -289,11 +285,7 @@ def test_updating_without_an_optimizer(connect: Connect, hold: HoldPoint) -> Non
 
 def test_guarded_state_changed_outside_updating_is_torn(connect: Connect, hold: HoldPoint) -> None:
     weights = {"w": torch.randn(200, 200)}
-    client = connect()
-    client.attach(guarded={"weights": weights})
-    point = hold()
-    handle = client.snapshot(1)
-    point.reached()
+    _, point, handle = stuck(connect, hold, {"guarded": {"weights": weights}})
     weights["w"].mul_(2)
     point.open()
     assert not handle.wait()
@@ -305,12 +297,8 @@ def test_a_view_larger_than_the_parameter_is_not_guarded(connect: Connect, hold:
     flat = torch.randn(20_000)
     parameter = nn.Parameter(flat[:10_000])
     objects: Objects = {"optimizer": optim.SGD([parameter]), "flat": {"flat": flat}}
-    client = connect()
-    client.attach(**objects)
     before = exact(flat)
-    point = hold()
-    handle = client.snapshot(1)
-    point.reached()
+    client, point, handle = stuck(connect, hold, objects)
     flat[15_000:].zero_()
     point.open()
     assert handle.wait(), handle

@@ -265,6 +265,7 @@ def test_without_an_update_it_ends_by_itself_or_by_finish() -> None:
     assert taken.capture.fenced
     assert taken.capture.fence(1)
     assert taken.capture.stats.scratch_bytes == 0
+    assert taken.capture.stats.window_bytes == 4 * MANY
 
 
 def test_an_overdue_update_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -497,3 +497,20 @@ def test_a_forked_child_has_other_memory_in_place_of_the_buffers(ring: StagingRi
     assert in_child(lambda: ctypes.string_at(buffer.address, 3) == bytes(3))
     assert ctypes.string_at(buffer.address, 3) == b"abc"
     buffer.release()
+
+
+def test_buffers_lie_in_huge_pages_if_the_kernel_has_them(ring: StagingRing) -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("a kernel without huge pages")
+    buffer = ring.acquire(DEADLINE_S)
+    assert buffer is not None
+    flags, here = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            begin, end = (int(each, 16) for each in first.split("-"))
+            here = begin <= buffer.address < end
+        elif here and first == "VmFlags:":
+            flags = rest.split()
+    assert "hg" in flags
+    buffer.release()
