@@ -4,9 +4,12 @@ import ctypes
 import functools
 import itertools
 import mmap
+import os
 import shutil
 import subprocess
 import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from everstep.kernels.cuda_runtime import CudaRuntime
@@ -64,3 +67,17 @@ class Mapping:
 def can_compile() -> bool:
     """Whether this machine can build the fake."""
     return shutil.which("g++") is not None
+
+
+def in_child(check: Callable[[], bool]) -> bool:
+    """Whether `check` holds in a forked child."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads are running: the point
+        child = os.fork()
+    if child == 0:
+        held = False
+        try:
+            held = check()
+        finally:
+            os._exit(0 if held else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
