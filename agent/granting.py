@@ -87,17 +87,28 @@ def readmit(job: Job, rank: int, in_flight: Iterable[InFlight]) -> None:
             _readmit(job, rank, copied)
 
 
+def readmit_sealing(job: Job, seal: events.Seal) -> None:
+    """A rank may seal before it has attached again to an agent that came back: what it seals it
+    would have named then."""
+    rank = seal.caller.rank
+    member = job.members[rank]
+    if not member.attached and not member.detached and job.arenas.get(rank):
+        _readmit(job, rank, InFlight(seal.step, seal.place))
+
+
 def _readmit(job: Job, rank: int, copied: InFlight) -> None:
     snapshot_id = SnapshotId(job.incarnation, copied.step)
     newest = job.newest_committed()
     superseded = newest is not None and newest.id > snapshot_id
-    replaced = job.arenas[rank][-1].generation != copied.place.generation
+    arena = job.arenas[rank][-1]
+    there = arena.generation == copied.place.generation
+    there = there and 0 <= copied.place.slot < arena.slot_count
     taken = any(
         other.granted.get(rank) == copied.place
         for other in job.snapshots.values()
         if other.id != snapshot_id
     )
-    if superseded or replaced or taken or copied.step in job.refused:
+    if superseded or not there or taken or copied.step in job.refused:
         return
     snapshot = job.snapshots.setdefault(snapshot_id, Snapshot(snapshot_id, job.world))
     if snapshot.stage is Stage.OPEN:

@@ -279,6 +279,7 @@ class State:
     def _seal(self, event: events.Seal) -> str | None:
         job = self._job(event.caller)
         rank = event.caller.rank
+        granting.readmit_sealing(job, event)
         snapshot = job.snapshots.get(SnapshotId(job.incarnation, event.step))
         if snapshot is None or snapshot.granted.get(rank) != event.place:
             return f"step {event.step} was not granted that slot"

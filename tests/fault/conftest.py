@@ -16,13 +16,12 @@ from fleet import Fleet
 from harness import HERE, Node, Shim, Zygote
 from netns import clear_stale, lacking
 
+from tests.zygotes import zygote
+
 
 @pytest.fixture(scope="session")
-def zygotes() -> Iterator[dict[str, Zygote]]:
-    started = {kind: Zygote(kind) for kind in ("agent", "trainer")}
-    yield started
-    for zygote in started.values():
-        zygote.close()
+def zygotes() -> dict[str, Zygote]:
+    return {kind: zygote(kind) for kind in ("agent", "trainer")}
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
 """One node of real processes to break: an agent, its trainers, and the directories between them.
 
-Nothing here sleeps in the hope that something has happened: processes are waited for by pidfd,
-everything else is looked at until a deadline.
+Nothing here sleeps in the hope that something has happened: see tests/zygotes.py.
 """
 
-import contextlib
 import json
-import os
 import select
 import shutil
 import signal
@@ -14,11 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
@@ -27,139 +23,9 @@ from everstep.proto.agent_pb2_grpc import AgentStub
 from everstep.proto.wire_errors import decode
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
+from tests.zygotes import DEADLINE_S, OWN_ENVIRONMENT, Process, Zygote, until
 
-Thing = TypeVar("Thing")
 HERE = Path(__file__).parent
-DEADLINE_S = 30.0
-POLL_S = 0.005
-OWN_ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    "PYTHONSAFEPATH": "1",
-}
-
-
-def until(condition: Callable[[], Thing], what: str, within_s: float = DEADLINE_S) -> Thing:
-    """The first true value of a condition, which is looked at again and again."""
-    deadline = time.monotonic() + within_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} did not happen within {within_s:g} s")
-        time.sleep(POLL_S)
-
-
-class Process:
-    """A process that is ours, by its pid; its log is a file."""
-
-    def __init__(self, pid: int, log: Path, reap: Callable[[], int]) -> None:
-        self.pid = pid
-        self.log = log
-        self.code: int | None = None
-        self._reap = reap
-        self._descriptor = os.pidfd_open(pid)
-
-    @property
-    def alive(self) -> bool:
-        return self.code is None and not select.select([self._descriptor], [], [], 0)[0]
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def stacks(self) -> str:
-        """What it is doing, in its log: for the message about a process that hangs."""
-        before = len(self.text())
-        self.signal(signal.SIGUSR1)
-        with contextlib.suppress(TimeoutError):
-            until(lambda: "most recent call first" in self.text()[before:], "a dump", 2.0)
-        return self.text()[-6000:]
-
-    def signal(self, number: int) -> None:
-        if self.code is None:
-            signal.pidfd_send_signal(self._descriptor, number)
-
-    def stop(self) -> None:
-        """SIGSTOP, and wait until it has stopped."""
-        self.signal(signal.SIGSTOP)
-        self.until_stopped()
-
-    def until_stopped(self) -> None:
-        tasks = Path(f"/proc/{self.pid}/task")
-
-        def stopped() -> bool:
-            states = [
-                (task / "stat").read_text().rsplit(")", 1)[1].split()[0] for task in tasks.iterdir()
-            ]
-            return set(states) == {"T"}
-
-        until(stopped, f"process {self.pid} stopping")
-
-    def proceed(self) -> None:
-        self.signal(signal.SIGCONT)
-
-    def ended(self, within_s: float = DEADLINE_S) -> int:
-        """Wait for the end; the exit status, negative for a signal."""
-        if self.code is None:
-            if not select.select([self._descriptor], [], [], within_s)[0]:
-                raise TimeoutError(
-                    f"process {self.pid} runs on after {within_s:g} s\n" + self.stacks()
-                )
-            self.code = self._reap()
-            os.close(self._descriptor)
-        return self.code
-
-    def kill(self) -> None:
-        """SIGKILL, and wait."""
-        self.signal(signal.SIGKILL)
-        self.ended()
-
-
-class Zygote:
-    """A warm process that forks others; see zygote.py."""
-
-    def __init__(self, kind: str) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "zygote.py"), kind, str(theirs.fileno())],
-                env={**OWN_ENVIRONMENT, "EVERSTEP_FAILPOINTS": "unused=exit"},
-                pass_fds=[theirs.fileno()],
-            )
-        self._control = ours
-        self._ready = False
-
-    def fork(
-        self,
-        log: Path,
-        environ: dict[str, str],
-        failpoints: str,
-        descriptors: tuple[int, ...] = (),
-        **request: Any,
-    ) -> Process:
-        if not self._ready:
-            self._answer()
-            self._ready = True
-        request |= {"environ": environ, "failpoints": failpoints}
-        with log.open("ab") as output:
-            files = [output.fileno(), *descriptors]
-            socket.send_fds(self._control, [json.dumps(request).encode()], files)
-            pid = self._answer()
-        return Process(pid, log, lambda: self._ask({"reap": pid}))
-
-    def close(self) -> None:
-        self._control.close()
-        self._process.wait(DEADLINE_S)
-
-    def _ask(self, request: dict[str, Any]) -> Any:
-        self._control.send(json.dumps(request).encode())
-        return self._answer()
-
-    def _answer(self) -> Any:
-        data = self._control.recv(4096)
-        assert data, "the zygote died"
-        return json.loads(data)
 
 
 class TrainerDied(Exception):
@@ -351,7 +217,7 @@ class Node:
         with theirs:
             request = {"netns": self.namespace} if self.namespace else {}
             process = self.zygotes["trainer"].fork(
-                log, environ, failpoints, (theirs.fileno(),), script=script, **request
+                log, environ, failpoints, (theirs.fileno(),), script=str(HERE / script), **request
             )
         self.processes.append(process)
         self.trainers.append(Trainer(process, ours))

@@ -23,6 +23,7 @@ from everstep.proto.agent_pb2 import StatusReply
 from everstep.proto.errors import EverstepError
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
+from tests.zygotes import Program
 
 DEADLINE_S = 60.0
 _POLL_S = 0.02
@@ -69,7 +70,7 @@ class AgentNode:
         self.config = self.home / "everstep.toml"
         self.config.write_text(options)
         self.environ = environ
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Program | subprocess.Popen[bytes] | None = None
         self.replaces = ""
         self._prefix = prefix
         # Bound but not listening: nobody else is given the port, and the agent may have it.
@@ -102,7 +103,7 @@ class AgentNode:
     def start(self, peers: list[str], environ: dict[str, str] | None = None) -> None:
         """Start its agent, and wait until its socket answers."""
         assert not self.runs
-        command = [*self._prefix, sys.executable, "-m", "everstep.agent", "agent"]
+        command = ["-m", "everstep.agent", "agent"]
         command += ["--node-id", self.node_id, "--listen", self.endpoint]
         command += ["--socket", str(self.socket), "--memory-dir", str(self.memory_dir)]
         command += ["--nvme-dir", str(self.nvme_dir), "--config", str(self.config)]
@@ -110,14 +111,17 @@ class AgentNode:
             command += ["--peer", peer]
         if self.replaces:
             command += ["--replaces", self.replaces]
-        inherited = {**os.environ, "EVERSTEP_HOME": str(self.home), **self.environ}
+        added = {"EVERSTEP_HOME": str(self.home), **self.environ, **(environ or {})}
+        if not self._prefix:
+            self.process = Program("agent", *command, environ=added, log=self.log)
+            return
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command,
+                [*self._prefix, sys.executable, *command],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                env={**inherited, **(environ or {})},
+                env={**os.environ, **added},
             )
 
     def await_answer(self) -> None:
@@ -197,21 +201,15 @@ class NodeTrainer:
         self.said: list[dict[str, Any]] = []
         self._errors = node.home / f"trainer-{rank}-{time.monotonic_ns()}.log"
         script = str(Path(__file__).parent / "cluster_trainer.py")
-        with self._errors.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, script, *arguments],
-                env={
-                    **os.environ,
-                    "PYTHONWARNINGS": "ignore",
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(world),
-                    "EVERSTEP_AGENT": node.address,
-                    **environ,
-                },
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-            )
+        environ = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "EVERSTEP_AGENT": node.address,
+            **environ,
+        }
+        self.process = Program(
+            "trainer", script, *arguments, environ=environ, log=self._errors, piped=True
+        )
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
         self._begun = b""

@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -21,6 +19,7 @@ import everstep
 from everstep.proto import failpoint
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
+from tests.zygotes import Program
 
 # As themselves: they are fixtures of the folder from here on.
 from .bulk_plane import make_units as make_units
@@ -67,7 +66,7 @@ class AgentProcess:
         self.socket = self.home / "a.sock"
         self.address = f"unix:{self.socket}"
         self.log = self.home / "agent.log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Program | None = None
         self._config = self.home / "everstep.toml"
         self._config.write_text(options)
         self._environ = environ or {}
@@ -90,14 +89,11 @@ class AgentProcess:
 
     def start(self, environ: dict[str, str] | None = None) -> None:
         """Start it, and wait until its socket answers."""
-        command = [sys.executable, "-m", "everstep.agent", "agent", "--node-id", "n0"]
+        command = ["-m", "everstep.agent", "agent", "--node-id", "n0"]
         command += ["--socket", str(self.socket), "--memory-dir", str(self.memory_dir)]
         command += ["--nvme-dir", str(self.nvme_dir or ""), "--config", str(self._config)]
-        inherited = {**os.environ, **self._environ, **(environ or {})}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=inherited
-            )
+        added = {**self._environ, **(environ or {})}
+        self.process = Program("agent", *command, environ=added, log=self.log)
         eventually(self._answers, f"an answer at {self.address}: {self.log.read_text()[-2000:]}")
 
     def _answers(self) -> bool:
@@ -225,12 +221,9 @@ class Trainer:
 
     def __init__(self, environ: dict[str, str], arguments: tuple[str, ...]) -> None:
         script = str(Path(__file__).parent / "trainer.py")
-        self.process = subprocess.Popen(
-            [sys.executable, script, *arguments],
-            env={**os.environ, "PYTHONWARNINGS": "ignore", **environ},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        errors = Path("/dev/stderr")
+        self.process = Program(
+            "trainer", script, *arguments, environ=environ, log=errors, piped=True
         )
 
     def facts(self, count: int = 1) -> dict[str, dict[str, Any]]:
@@ -246,8 +239,9 @@ class Trainer:
 
     def ended(self) -> int:
         """Its exit status, once it has ended."""
-        self.process.communicate(timeout=DEADLINE_S)
-        return self.process.returncode
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.process.wait(DEADLINE_S)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Training runs whose state is spread over ranks, started by torchrun: see test_fsdp.py.
+"""Training runs whose state is spread over ranks, started as torchrun does: see test_fsdp.py.
 
 Run with a plain interpreter, so it imports nothing of the tests'. Each rank writes what it saw to
 ``OUT/PHASE-KIND-RANK.json``. What is reported of a tensor is a digest of all its global bytes.

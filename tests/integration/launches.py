@@ -1,13 +1,14 @@
 """Launches of the script fsdp_ranks.py, and what its ranks have seen."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
+import socket
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.zygotes import Program
 
 from .conftest import DEADLINE_S, AgentProcess, eventually
 
@@ -17,8 +18,55 @@ _LIMIT_S = 240.0  # of a launch; busy machines take a minute for four ranks
 NAMES = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 
+class Launch:
+    """The ranks of one launch; they see what torchrun lets its ranks see."""
+
+    def __init__(self, world: int, arguments: Sequence[str], log: Path, **environ: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        script = str(Path(__file__).parent / "fsdp_ranks.py")
+        environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+        }
+        self.ranks = [
+            Program(
+                "trainer",
+                script,
+                *arguments,
+                environ={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                log=log,
+            )
+            for rank in range(world)
+        ]
+
+    def poll(self) -> int | None:
+        """The status of the first rank that failed; None while all are well, 0 at the end."""
+        codes = [rank.poll() for rank in self.ranks]
+        failed = next((code for code in codes if code), 0)
+        return None if not failed and None in codes else failed
+
+    def wait(self, timeout_s: float) -> int:
+        """The same, once it is known."""
+        eventually(lambda: self.poll() is not None, "the end of all ranks", timeout_s)
+        code = self.poll()
+        assert code is not None
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL to all of them."""
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.kill()
+        for rank in self.ranks:
+            rank.wait(DEADLINE_S)
+
+
 class Launches:
-    """Starts torchrun with the script fsdp_ranks.py.
+    """Launches the script fsdp_ranks.py.
 
     Args:
         agent: That all ranks talk to.
@@ -30,27 +78,18 @@ class Launches:
         self.agent = agent
         self.out = out
         self._device = device
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started: list[Launch] = []
+        self._log = out / "ranks.log"
 
-    def start(self, world: int, *arguments: str, **environ: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(world), str(Path(__file__).parent / "fsdp_ranks.py")]
-        command += ["--out", str(self.out), "--device", self._device, *arguments]
-        environ |= {"EVERSTEP_AGENT": self.agent.address, "OMP_NUM_THREADS": "1"}
+    def start(self, world: int, *arguments: str, **environ: str) -> Launch:
+        arguments = ("--out", str(self.out), "--device", self._device, *arguments)
+        environ["EVERSTEP_AGENT"] = self.agent.address
         # What cuBLAS asks for where results must not depend on how kernels overlap.
         environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        with (self.out / "torchrun.log").open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                env={**os.environ, "PYTHONWARNINGS": "ignore", **environ},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self._started.append(process)
-        return process
+        self._started.append(Launch(world, arguments, self._log, **environ))
+        return self._started[-1]
 
-    def facts(self, name: str, kind: str, world: int, running: subprocess.Popen[bytes]) -> Facts:
+    def facts(self, name: str, kind: str, world: int, running: Launch) -> Facts:
         """What each rank has written; waits for it."""
         paths = [self.out / f"{name}-{kind}-{rank}.json" for rank in range(world)]
 
@@ -65,11 +104,8 @@ class Launches:
     def save_and_die(self, world: int, kinds: Sequence[str]) -> None:
         """Train, take a snapshot, train on; then nothing is left of it but the agent."""
         running = self.start(world, "alone", "save", "--kinds", *kinds, "--linger")
-        ranks = self.facts("save", kinds[-1], world, running)
-        os.killpg(running.pid, signal.SIGKILL)
-        for rank in ranks:
-            os.kill(rank["pid"], signal.SIGKILL)
-        running.wait(DEADLINE_S)
+        self.facts("save", kinds[-1], world, running)
+        running.kill()
 
     def resume(self, world: int, kinds: Sequence[str]) -> None:
         """Restore, and go on to the end."""
@@ -78,21 +114,18 @@ class Launches:
 
     def die_restoring(self, world: int, kind: str) -> None:
         """Every rank is killed once it has copied, and before it has handed anything over."""
-        (self.out / "torchrun.log").unlink()
         killed = {"EVERSTEP_FAILPOINTS": "client.restore.copied=kill"}
         running = self.start(world, "resume", "--kinds", kind, "--name", "killed", **killed)
-        assert running.wait(_LIMIT_S) != 0
+        for rank in running.ranks:
+            assert rank.wait(_LIMIT_S) == -signal.SIGKILL, self.said()
         assert not list(self.out.glob("killed-*")), self.said()
-        assert "SIGKILL" in self.said(), self.said()
 
     def said(self) -> str:
-        return (self.out / "torchrun.log").read_text()[-6000:]
+        return self._log.read_text(errors="replace")[-6000:]
 
     def close(self) -> None:
-        for process in self._started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait(DEADLINE_S)
+        for launch in self._started:
+            launch.kill()
 
 
 class Seen:

@@ -4,11 +4,11 @@ import json
 import os
 import selectors
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.zygotes import Program
 
 DEADLINE_S = 60.0
 
@@ -32,14 +32,7 @@ class LiveRank:
         self._begun = b""
         script = str(Path(__file__).parent / "live_trainer.py")
         environ = {"RANK": str(rank), "WORLD_SIZE": str(world), "EVERSTEP_AGENT": address}
-        with log.open("ab") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, script, *arguments],
-                env={**os.environ, "PYTHONWARNINGS": "ignore", **environ},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-            )
+        self.process = Program("trainer", script, *arguments, environ=environ, log=log, piped=True)
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
 

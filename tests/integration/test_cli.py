@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import everstep
 from everstep.agent import asking
 from everstep.agent.cli import app
+from tests.zygotes import Program
 
 from .conftest import AgentProcess, eventually
 
@@ -329,11 +330,13 @@ distributed.destroy_process_group()
 
 
 def test_export_puts_the_ranks_of_a_ddp_job_together(cli: Cli, tmp_path: Path) -> None:
-    store = tmp_path / "store"
+    store, script, log = tmp_path / "store", tmp_path / "rank.py", tmp_path / "ranks.log"
+    script.write_text(RANK)
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(store)]) for rank in (0, 1)
+        Program("trainer", str(script), str(rank), str(store), environ={}, log=log)
+        for rank in (0, 1)
     ]
-    assert [process.wait(100) for process in ranks] == [0, 0]
+    assert [rank.wait(100) for rank in ranks] == [0, 0], log.read_text(errors="replace")
     shards = [cli("inspect", "--rank", rank, "--json").document for rank in (0, 1)]
     assert all(shard["leaves"][0]["replicated"] for shard in shards)
     assert sum(shard["parts"][0]["held_bytes"] for shard in shards) == 4 * (300 * 200 + 200)

@@ -1,9 +1,6 @@
 """Checkpoints of torch.distributed.checkpoint over Everstep: several ranks and nodes."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from everstep.dcp import EverstepReader, EverstepWriter
+from tests.zygotes import Program
 
 from .clusters import AgentCluster
 from .conftest import DEADLINE_S, AgentProcess
@@ -28,25 +26,18 @@ pytestmark = pytest.mark.timeout(400)
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
     """Runs phases of dcp_ranks.py, one rank with each agent; returns what each found, by phase."""
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[Program] = []
 
     def launched(agents: Sequence[str], *phases: str) -> dict[str, Facts]:
         meet = tmp_path / f"meet-{len(started)}"
         world = len(agents)
         log = tmp_path / "ranks.log"
         for rank, address in enumerate(agents):
-            command = [sys.executable, str(Path(__file__).parent / "dcp_ranks.py"), *phases]
+            command = [str(Path(__file__).parent / "dcp_ranks.py"), *phases]
             command += ["--rank", str(rank), "--world", str(world)]
             command += ["--out", str(tmp_path), "--meet", str(meet)]
-            environ = {"EVERSTEP_AGENT": address, "OMP_NUM_THREADS": "1"}
-            with log.open("ab") as said:
-                process = subprocess.Popen(
-                    command,
-                    env={**os.environ, "PYTHONWARNINGS": "ignore", **environ},
-                    stdout=said,
-                    stderr=said,
-                )
-            started.append(process)
+            environ = {"EVERSTEP_AGENT": address}
+            started.append(Program("trainer", *command, environ=environ, log=log))
         deadline = time.monotonic() + LAUNCH_S
         for process in started[-world:]:
             status = process.wait(max(0.0, deadline - time.monotonic()))

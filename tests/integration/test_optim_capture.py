@@ -14,7 +14,7 @@ from everstep.agent.cli import app
 from everstep.client import optim
 
 from .conftest import AgentProcess
-from .states import states
+from .states import exact, states
 
 Objects = dict[str, Any]
 SAVED, LAST = 3, 6
@@ -119,10 +119,7 @@ def test_an_export_decodes(
     objects = make(1, "AdamW", codec=codec)
     train(objects, 0, SAVED)
     save(agent_process, "run", objects)
-    assert export("run", "--to", "torch").exit_code == 0
-    stored = torch.load("out.pt", weights_only=True)["optimizer"]
-    assert "exp_avg.codes" in stored["state"][0]
-    result = export("run", "--to", "torch", "--decode", "--force")
+    result = export("run", "--to", "torch", "--decode")
     assert result.exit_code == 0, result.output
     loaded = torch.load("out.pt", weights_only=True)
     group, state = loaded["optimizer"]["param_groups"][0], loaded["optimizer"]["state"]
@@ -140,6 +137,18 @@ def test_an_export_decodes(
     for parameter in theirs.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     theirs.step()
+
+
+def test_an_export_has_the_codes_unless_asked_to_decode(
+    agent_process: AgentProcess, export: Callable[..., Any]
+) -> None:
+    objects = make(1, "AdamW", codec="int8")
+    train(objects, 0, SAVED)
+    save(agent_process, "run", objects)
+    assert export("run", "--to", "torch").exit_code == 0
+    stored = torch.load("out.pt", weights_only=True)["optimizer"]
+    assert exact(stored) == exact(objects["optimizer"].state_dict())
+    assert "exp_avg.codes" in stored["state"][0]
 
 
 def test_what_cannot_be_decoded_is_refused(

@@ -17,6 +17,16 @@ from .meshes import WORLD_LIMIT, Job, Plan, Reference
 
 SAVED = [Plan(2, 2, 1), Plan(4, 1, 1), Plan(2, 1, 1, 2)]
 OTHERS = [Plan(1), Plan(3), Plan(2, 2, 2)]
+LONG = pytest.mark.long
+CODED = ["int8", "4bit", "fp8", "compress"]
+# The steps of torch's own optimizer on meshes take torch a quarter of a minute.
+CASES = [
+    pytest.param(
+        codec, saved, id=f"{codec}-{saved}", marks=LONG if codec == "compress" and at else []
+    )
+    for codec in CODED
+    for at, saved in enumerate(SAVED)
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,8 +36,8 @@ def ranks() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(params=["int8", "4bit", "fp8", "compress"])
-def _coded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def coded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meshes whose models are larger, and have their states in codes."""
 
     def adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:
@@ -52,9 +62,10 @@ def _coded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(meshes, "optim", SimpleNamespace(AdamW=adamw))
 
 
-@pytest.mark.usefixtures("_coded")
-@pytest.mark.parametrize("saved", SAVED, ids=str)
-def test_every_mesh_restores_the_codes_of_another(agent_process: AgentProcess, saved: Plan) -> None:
+@pytest.mark.parametrize(("coded", "saved"), CASES, indirect=["coded"])
+def test_every_mesh_restores_the_codes_of_another(
+    agent_process: AgentProcess, coded: None, saved: Plan
+) -> None:
     agent = agent_process.address
     with Job(saved, "job", agent=agent) as first:
         first.train(2)

@@ -9,6 +9,9 @@ from everstep.proto.ids import SnapshotId
 
 from .deciding import AGREED, JOB, Node, adoption, shard
 
+CALLER = events.Caller(JOB, 0, 1, "first-0", 1)
+"""As it is known when the agent has come back."""
+
 
 def test_a_whole_snapshot_is_adopted_and_checked() -> None:
     node = Node()
@@ -109,15 +112,40 @@ def test_a_copy_under_way_keeps_its_slot_across_the_agents_restart() -> None:
     assert node.committed() == [5, 6]
 
 
-@pytest.mark.parametrize(
-    ("step", "place"),
-    [(6, Place(1, 0)), (6, Place(2, 1)), (4, Place(1, 1))],
-    ids=["a record is there", "another arena", "superseded"],
-)
-def test_a_copy_that_cannot_have_been_granted_is_not_taken(step: int, place: Place) -> None:
+def test_a_seal_may_come_before_its_rank_has_attached_again() -> None:
+    """Two threads of a trainer look for the agent, each in its own time."""
+    node = Node(world=1)
+    node.callers[0] = CALLER
+    node.handle(adoption(world=1, members=[0], shards=[shard(1, 5, 0, 1)]))
+    assert node.seal(0, 6, Place(1, 1)) is None
+    node.attach(0, incarnation=1)
+    assert node.committed() == [5, 6]
+    node.handle(events.AdoptedVerified(JOB, SnapshotId(1, 5)))
+    assert node.offer(0, 7) == Place(1, 0)
+
+
+def test_a_rank_that_has_closed_its_client_seals_nothing() -> None:
     node = Node(world=1)
     node.handle(adoption(world=1, members=[0], shards=[shard(1, 5, 0, 1)]))
-    node.attach(0, incarnation=1, in_flight=events.InFlight(step, place))
+    node.attach(0, incarnation=1)
+    node.handle(events.Detach(node.callers[0]))
+    assert node.seal(0, 6, Place(1, 1)) == "step 6 was not granted that slot"
+
+
+@pytest.mark.parametrize("attaches", [True, False])
+@pytest.mark.parametrize(
+    ("step", "place"),
+    [(6, Place(1, 0)), (6, Place(2, 1)), (4, Place(1, 1)), (6, Place(1, 2))],
+    ids=["a record is there", "another arena", "superseded", "no such slot"],
+)
+def test_a_copy_that_cannot_have_been_granted_is_not_taken(
+    step: int, place: Place, attaches: bool
+) -> None:
+    node = Node(world=1)
+    node.handle(adoption(world=1, members=[0], shards=[shard(1, 5, 0, 1)]))
+    node.callers[0] = CALLER
+    if attaches:
+        node.attach(0, incarnation=1, in_flight=events.InFlight(step, place))
     assert node.seal(0, step, place) == f"step {step} was not granted that slot"
     assert node.committed() == [5]
 

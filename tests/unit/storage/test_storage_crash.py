@@ -1,10 +1,7 @@
 """Killed, or failed by the device, at every named point: the old or the new, never a mixture."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import everstep.storage
 from everstep.storage.arena import MemoryLevel
 from everstep.storage.nvme import NvmeLevel
 from everstep.storage.parity_memory import ParityMemory
+from tests.zygotes import Program
 
 _MOMENTS = ("before_write", "after_write", "before_rename", "after_rename", "after_sync")
 
@@ -104,26 +102,20 @@ def cases(points: list[str], error: str) -> list:
     return killed + failed
 
 
-def run(kind: str, root: Path, point: str, action: str) -> subprocess.CompletedProcess[str]:
+def run(kind: str, root: Path, point: str, action: str) -> str:
+    """What the child says, which reaches the point: that kills it, or it goes on to the end."""
     name, _, nth = point.partition("@")
-    return subprocess.run(
-        [sys.executable, "-P", str(Path(__file__).with_name("crash_child.py")), kind, str(root)],
-        env={
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "EVERSTEP_FAILPOINTS": f"{name}={action}" + (f"@{nth}" if nth else "@1"),
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+    child = Program(
+        "agent",
+        str(Path(__file__).with_name("crash_child.py")),
+        kind,
+        str(root),
+        environ={"EVERSTEP_FAILPOINTS": f"{name}={action}@{nth or 1}"},
+        log=root.with_suffix(".log"),
     )
-
-
-def assert_reached(result: subprocess.CompletedProcess[str], action: str) -> None:
-    if action == "kill":
-        assert result.returncode == -signal.SIGKILL, result.stderr
-    else:
-        assert result.returncode == 0, result.stderr
+    status, said = child.wait(60), root.with_suffix(".log").read_text()
+    assert status == (-signal.SIGKILL if action == "kill" else 0), said
+    return said.strip()
 
 
 def check_nvme(nvme: NvmeLevel, take) -> set[int]:
@@ -150,9 +142,8 @@ def test_nvme_holds_the_old_or_the_new(tmp_path: Path, take, point: str, action:
     layout = root / "job/layouts" / take(1, 3).layout_id
     if ".layout." in point:
         layout.write_bytes(b"rot")
-    result = run("nvme", root, point, action)
-    assert_reached(result, action)
-    committed = result.stdout.strip() == "done" or ".delete." in point or ".supersede." in point
+    said = run("nvme", root, point, action)
+    committed = said == "done" or ".delete." in point or ".supersede." in point
     with NvmeLevel(root) as nvme:
         if ".layout." in point:
             nvme.put_layout("job", take(1, 3).layout_id, take(1, 3).layout)
@@ -185,10 +176,9 @@ def test_memory_holds_the_old_or_the_new(tmp_path: Path, take, point: str, actio
         memory.reserve("job", rank, 1, slot_count=2, slot_bytes=4 << 20)
     for snapshot in (older, old):
         snapshot.save(memory)
-    result = run("memory", root, point, action)
-    assert_reached(result, action)
+    said = run("memory", root, point, action)
     if action != "kill":
-        assert result.stdout.strip() == "OutOfSpace", result.stdout
+        assert said == "OutOfSpace"
     memory = MemoryLevel(root, keep_free_bytes=0)
     listed = memory.snapshots("job")
     assert old.id in listed
@@ -218,8 +208,7 @@ def test_parity_on_nvme_is_the_old_or_the_new(
         take(1, 5).save(nvme)
         parity("p1").save(nvme)
         alone.save(nvme)
-    result = run("parity-nvme", root, point, action)
-    assert_reached(result, action)
+    run("parity-nvme", root, point, action)
     if action != "kill" and "parity.before" in point:
         # A device that fails costs no space until the next start.
         assert not list(root.rglob("parity-p2"))
@@ -262,10 +251,9 @@ def test_parity_in_memory_is_the_old_or_the_new(
     gone.encode(store)
     old.encode(store)
     store.delete("job", "p0")
-    result = run("parity-memory", root, point, action)
-    assert_reached(result, action)
+    said = run("parity-memory", root, point, action)
     if action != "kill":
-        assert result.stdout.strip() == "OutOfSpace", result.stdout
+        assert said == "OutOfSpace"
     store = ParityMemory(root, keep_free_bytes=0)
     store.sweep("job")
     plans = {manifest.plan.plan_id for manifest in store.manifests("job")}

@@ -1,8 +1,6 @@
 """State: its keys, saving at an odd moment, loading without a cast, groups that change."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 
 from everstep.client import optim
 from everstep.proto.errors import InvalidConfiguration
+from tests.zygotes import Program
 
 SHAPES = [(40, 130), (5000,), (3,), (), (9, 4, 130)]
 CODECS = ("fp32", "bf16", "bf16+8", "int8", "dynamic", "4bit", "4bit-rank1", "fp8")
@@ -117,12 +116,13 @@ def test_a_fresh_process_goes_on_bit_for_bit(
     saved = {"parameters": [p.detach() for p in held], "optimizer": optimizer.state_dict()}
     torch.save(saved, tmp_path / "saved.pt")
     steps(optimizer, 3, 7)
-    subprocess.run(
-        [sys.executable, "-c", RESUME, str(Path(__file__).parent), str(tmp_path / "saved.pt"),
-         method, str(tmp_path / "made.pt")],
-        check=True,
-        timeout=100,
-    )  # fmt: skip
+    script, log = tmp_path / "resume.py", tmp_path / "log"
+    script.write_text(RESUME)
+    files = str(tmp_path / "saved.pt"), method, str(tmp_path / "made.pt")
+    resumed = Program(
+        "trainer", str(script), str(Path(__file__).parent), *files, environ={}, log=log
+    )
+    assert resumed.wait(100) == 0, log.read_text()
     made = torch.load(tmp_path / "made.pt", weights_only=True)
     assert made == everything(optimizer)
 

@@ -1,10 +1,11 @@
-"""Warm processes for the fault tests: imports once, then forks agents or trainers on request.
+"""A warm process of the tests: imports once, then forks agents, trainers or programs on request.
 
 Importing torch takes seconds, forking a process that has it takes milliseconds. A forked process
 is as real as any: its own pid, session, memory and descriptors. Run as
-``zygote.py KIND DESCRIPTOR``, where the descriptor is a socket on which `harness.Zygote` asks.
+``zygote.py KIND DESCRIPTOR``, where the descriptor is a socket on which `zygotes.Zygote` asks.
 """
 
+import atexit
 import ctypes
 import faulthandler
 import importlib
@@ -19,6 +20,15 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+IMPORTED = (
+    "everstep.client.client",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.parallel",
+)
+"""What ranks of a job import, beside torch."""
 
 
 def arm(setting: str) -> None:
@@ -51,9 +61,10 @@ def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     log, *rest = descriptors
     null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (log, 1), (log, 2)):
+    piped = "command" in request and rest
+    for source, target in zip((*rest, log) if piped else (null, log, log), (0, 1, 2), strict=True):
         os.dup2(source, target)
-    for descriptor in (null, log):
+    for descriptor in (null, log, *(rest if piped else ())):
         os.close(descriptor)
     faulthandler.register(signal.SIGUSR1)
     os.environ.update(request["environ"])
@@ -65,27 +76,41 @@ def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
     if "nofile" in request:
         resource.setrlimit(resource.RLIMIT_NOFILE, (request["nofile"], request["nofile"]))
     arm(request["failpoints"])
-    if kind == "agent":
+    if "command" in request:
+        run_as_main(*request["command"])
+    elif kind == "agent":
         # As `everstep agent` does, which first has to import what reads a command line.
         from everstep.agent.config import load
         from everstep.agent.daemon import run
 
         run(load(Path(request["config"]), request["options"]))
     else:
-        script = request.get("script", "trainer.py")
-        trainer = runpy.run_path(str(Path(__file__).with_name(script)))
+        trainer = runpy.run_path(request["script"])
         trainer["serve"](socket.socket(fileno=rest[0]), arm)
+
+
+def run_as_main(first: str, *arguments: str) -> None:
+    """As ``python`` does with these words."""
+    if first == "-m":
+        module, *arguments = arguments
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [first, *arguments]
+        runpy.run_path(first, run_name="__main__")
 
 
 def main() -> None:
     kind, descriptor = sys.argv[1], int(sys.argv[2])
     if kind == "agent":
+        importlib.import_module("everstep.agent.cli")
         importlib.import_module("everstep.agent.daemon")
     else:
         import torch
         import torch.utils.data
 
-        importlib.import_module("everstep.client.client")
+        for module in IMPORTED:
+            importlib.import_module(module)
         torch.set_num_threads(1)
         # The first step of an optimizer imports half of torch.
         weight = torch.nn.Parameter(torch.zeros(4))
@@ -117,9 +142,10 @@ def main() -> None:
                 # The normal end of a process: what waits for threads must be part of the test.
                 import threading
 
+                threading._shutdown()
+                atexit._run_exitfuncs()
                 sys.stdout.flush()
                 sys.stderr.flush()
-                threading._shutdown()
                 os._exit(code)
         for descriptor in descriptors:
             os.close(descriptor)
