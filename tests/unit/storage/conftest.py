@@ -1,6 +1,7 @@
 """A small file system, and shards and parity to store."""
 
 import ctypes
+import functools
 import hashlib
 import os
 import random
@@ -24,6 +25,12 @@ _LAYOUT_BODY = state_pb2.Layout(image_bytes=1).SerializeToString()
 LAYOUT_ID = hashlib.blake2b(_LAYOUT_BODY, digest_size=16).hexdigest()
 
 
+@functools.lru_cache(64)
+def random_bytes(seed: str, length: int) -> bytes:
+    """Slow to make, and asked for again and again."""
+    return random.Random(seed).randbytes(length)
+
+
 @dataclass(frozen=True)
 class Take:
     """A snapshot with random but repeatable images."""
@@ -42,7 +49,7 @@ class Take:
 
     def image(self, rank: int) -> bytes:
         seed = f"{self.incarnation} {self.step} {rank}{self.seed}"
-        return random.Random(seed).randbytes(self.sizes[rank])
+        return random_bytes(seed, self.sizes[rank])
 
     def record(self, rank: int) -> bytes:
         record = state_pb2.Record(
