@@ -15,7 +15,6 @@ KERNEL_SOURCES := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.h)
 GENERATED := build/proto-check
 ADAPTER_TESTS := tests/adapters
 QUIET_TESTS := tests/unit tests/contract tests/golden tests/sim tests/test_layering.py
-PEACEFUL_TESTS := tests/integration
 
 .PHONY: help setup view kernels proto check test test-long test-gpu fault bench demo wheel clean
 
@@ -84,14 +83,13 @@ check: setup view
 	    || { echo "proto/$$(basename $$file) is out of date: run 'make proto'"; exit 1; }; \
 	done
 
-# Tests without processes of their own share the cores, and so do files of those whose processes
-# wait for each other in peace. Those that break things watch the clock, and must not disturb each
-# other; nor are they to carry the libraries along that the adapters are for.
+# Tests with processes of their own go by file, as files share agents and fleets; they are not to
+# carry the libraries along that the adapters are for.
 test: setup kernels
 	$(BIN)/pytest -n auto --maxprocesses 8 $(QUIET_TESTS)
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PEACEFUL_TESTS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile \
+	    $(addprefix --ignore ,$(QUIET_TESTS) $(ADAPTER_TESTS))
 	$(BIN)/pytest $(ADAPTER_TESTS)
-	$(BIN)/pytest $(addprefix --ignore ,$(QUIET_TESTS) $(PEACEFUL_TESTS) $(ADAPTER_TESTS))
 
 test-long: setup kernels
 	$(BIN)/pytest -m "long and not gpu"

@@ -67,6 +67,8 @@ def child(kind: str, request: dict[str, Any], descriptors: list[int]) -> None:
     for descriptor in (null, log, *(rest if piped else ())):
         os.close(descriptor)
     faulthandler.register(signal.SIGUSR1)
+    if "command" in request:
+        os.environ.clear()
     os.environ.update(request["environ"])
     if "netns" in request:
         enter(request["netns"])
