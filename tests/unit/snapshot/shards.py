@@ -1,5 +1,6 @@
 """Shards of a few tensors, as files."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -54,7 +55,9 @@ class Folder:
         capture.finish(10)
         offset = 3 * 4096
         path = self.path / f"rank-{rank}"
-        path.write_bytes(b"\x11" * offset + image)
+        with path.open("wb") as file:
+            file.write(b"\x11" * offset)
+            file.write(image)
         record = Record(
             rank=rank,
             world=world,
@@ -66,6 +69,12 @@ class Folder:
 
 
 def some() -> Tensors:
+    """Of many dtypes and sizes, for nobody to change."""
+    return dict(_some())
+
+
+@functools.cache
+def _some() -> Tensors:
     torch.manual_seed(1)
     return {
         "t/large": torch.randn(40 * UNIT_BYTES // 4 + 3),

@@ -82,7 +82,7 @@ def everything(held: list[torch.nn.Parameter], optimizer: Optimizer) -> dict[str
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("codec", NAMES)
