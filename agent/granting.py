@@ -101,14 +101,14 @@ def _readmit(job: Job, rank: int, copied: InFlight) -> None:
     newest = job.newest_committed()
     superseded = newest is not None and newest.id > snapshot_id
     arena = job.arenas[rank][-1]
-    there = arena.generation == copied.place.generation
-    there = there and 0 <= copied.place.slot < arena.slot_count
+    slots = arena.slot_count if arena.generation == copied.place.generation else 0
     taken = any(
         other.granted.get(rank) == copied.place
         for other in job.snapshots.values()
         if other.id != snapshot_id
     )
-    if superseded or not there or taken or copied.step in job.refused:
+    there = 0 <= copied.place.slot < slots
+    if superseded or taken or not there or copied.step in job.refused:
         return
     snapshot = job.snapshots.setdefault(snapshot_id, Snapshot(snapshot_id, job.world))
     if snapshot.stage is Stage.OPEN:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 
 from everstep.kernels.cuda_runtime import CudaFailure, CudaRuntime
 from everstep.snapshot.pinning import PinnedArena, StagingRing
+from tests.unit.fake_cuda import in_child
 
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20
@@ -144,17 +144,12 @@ def test_pinning_again_after_another_mapping(path: Path, runtime: CudaRuntime) -
 
 
 def test_a_forked_child_disturbs_nothing(runtime: CudaRuntime, arena: Arena) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads are running: the point
-        child = os.fork()
-    if child == 0:
-        held = False
-        try:
-            held = arena.pinned.close() and not arena.pinned.is_pinned(0)
-            arena.array[:1000] = 7  # the file is shared
-        finally:
-            os._exit(0 if held else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    def let_go() -> bool:
+        held = arena.pinned.close() and not arena.pinned.is_pinned(0)
+        arena.array[:1000] = 7  # the file is shared
+        return held
+
+    assert in_child(let_go)
     assert (arena.array[:1000] == 7).all()
     assert arena.pinned.is_pinned(SLOTS - 1)
     copy_and_compare(runtime, arena, seed=7)

@@ -81,21 +81,21 @@ def check_equal(document: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.timeout(600)
 def test_a_lost_node_is_decoded_and_the_job_ends_equal(tmp_path: Path) -> None:
-    demo = NodesDemo(tmp_path, "--nodes=3", "--lose=1", "--short", "--json")
+    demo = NodesDemo(tmp_path, "--nodes=4", "--lose=1", "--short", "--json")
     status, out, err = demo.end(580)
     assert (status, err) == (0, "")
     document = json.loads(out)
     loss = check_equal(document)
-    assert loss["replaced_by"] == ["n4"]
+    assert loss["replaced_by"] == ["n5"]
     assert loss["decoded_ranks"] == [int(loss["nodes"][0][1:]) - 1]
     assert "memory" in loss["parity_levels"]
     assert loss["protected_step"] <= loss["restored_step"]
     assert loss["protected_again_s"] > loss["recovery_s"]
     # Whole units of 1 MiB, of which a node has twelve here: by the formula, but for their ends.
-    assert 1 / 2 <= document["parity_share"] < 0.54
-    assert document["parity_share_by_formula"] == 1 / 2
+    assert 1 / 3 <= document["parity_share"] < 0.36
+    assert document["parity_share_by_formula"] == 1 / 3
     assert document["round_sent_bytes_per_node"] >= document["shard_bytes_per_node"]
-    assert demo.left_behind(4) == []
+    assert demo.left_behind(5) == []
 
 
 @pytest.mark.long
@@ -119,7 +119,7 @@ def test_more_losses_than_parity_go_back_to_disk(tmp_path: Path) -> None:
     loss = check_equal(json.loads(out))
     assert loss["restored_step"] == loss["disk_step"]
     assert loss["decoded_ranks"] == []
-    assert demo.left_behind(4) == []
+    assert demo.left_behind(5) == []
 
 
 @pytest.mark.long

@@ -119,7 +119,11 @@ def test_an_export_decodes(
     objects = make(1, "AdamW", codec=codec)
     train(objects, 0, SAVED)
     save(agent_process, "run", objects)
-    result = export("run", "--to", "torch", "--decode")
+    assert export("run", "--to", "torch").exit_code == 0
+    stored = torch.load("out.pt", weights_only=True)["optimizer"]
+    assert "exp_avg.codes" in stored["state"][0]
+    assert exact(stored) == exact(objects["optimizer"].state_dict())
+    result = export("run", "--to", "torch", "--decode", "--force")
     assert result.exit_code == 0, result.output
     loaded = torch.load("out.pt", weights_only=True)
     group, state = loaded["optimizer"]["param_groups"][0], loaded["optimizer"]["state"]
@@ -137,18 +141,6 @@ def test_an_export_decodes(
     for parameter in theirs.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     theirs.step()
-
-
-def test_an_export_has_the_codes_unless_asked_to_decode(
-    agent_process: AgentProcess, export: Callable[..., Any]
-) -> None:
-    objects = make(1, "AdamW", codec="int8")
-    train(objects, 0, SAVED)
-    save(agent_process, "run", objects)
-    assert export("run", "--to", "torch").exit_code == 0
-    stored = torch.load("out.pt", weights_only=True)["optimizer"]
-    assert exact(stored) == exact(objects["optimizer"].state_dict())
-    assert "exp_avg.codes" in stored["state"][0]
 
 
 def test_what_cannot_be_decoded_is_refused(
