@@ -164,15 +164,20 @@ class Device(Protocol):
     def sample(self, lane: Lane, sources: Prepared, base: int, samples: int, seed: int) -> Result:
         """Enqueue the sampling of sources, rows (address, bytes)."""
 
+    def digest_lane(self) -> Lane:
+        """Where digests cost least: the update lane, if our own threads' is the calling one's."""
+
     def digest(
         self,
+        lane: Lane,
         units: Sequence[tuple[UnitTable, Prepared]],
         base: int,
         clones: Sequence[Table | None],
     ) -> Result:
-        """Enqueue the digests of units on the digests lane, and clones of some by the same pass.
+        """Enqueue the digests of units, and clones of some by the same pass.
 
         Args:
+            lane: Past the snapshot, and the gathers into the clone block.
             units: Tables, prepared.
             base: Of the clone block.
             clones: See `device_plan.split_clones`.

@@ -11,6 +11,8 @@ seal, digest on the host, start threads, or know of leaves elsewhere (see `snaps
     copies  |                        B window ....... W, C clones .................... done
     digests |                        B digests .. D, clones of what is beyond the window .. C
 
+Digests lie in the update's lane instead where the device says that they cost less there.
+
 Every tensor, clone and table that a lane reads is referenced from here until the host has seen a
 mark behind the last read: so `record_stream` is not needed, and memory comes back at once.
 """
@@ -23,7 +25,7 @@ import numpy
 from numpy.typing import NDArray
 
 from everstep.snapshot import device_scratch
-from everstep.snapshot.device import Mark, Memory, Result
+from everstep.snapshot.device import Lane, Mark, Memory, Result
 from everstep.snapshot.device_moving import BATCH_ROWS, PinnedMover, Split, StagedMover
 from everstep.snapshot.device_part import CaptureStats, DevicePart
 from everstep.snapshot.device_plan import Table, cut_rows, without_units
@@ -106,6 +108,7 @@ class DeviceCapture:
         self._block: Memory | None = None
         self._scratch = Scratch(part.device)
         self._accumulators: Result = None
+        self._digest_lane: Lane = "digests"
         self._timing = Timing()
         self._digested: Mark | None = None
         self._closing: Mark | None = None
@@ -221,20 +224,23 @@ class DeviceCapture:
         self._timing.begun = device.mark("update", timed=True)
         device.follow("copies", self._timing.begun)
         self._timing.opened = device.mark("copies", timed=True)
-        device.follow("digests", self._timing.begun)
+        # Copies wait for digests if those say what to copy: then not behind the training's kernels.
+        self._digest_lane = "digests" if self._claim else device.digest_lane()
         self.stats.clone_bytes = int(self._drains[:, 2].sum())
         device.tenants.append(self)
 
     def _digest(self) -> None:
         """Enqueue digests and the clones that go with them; not by `begin`, whose thread has the
         training to do, unless the update comes first."""
-        part = self.part
+        device, part, lane = self._device, self.part, self._digest_lane
+        assert self._timing.begun is not None
+        device.follow(lane, self._timing.begun)
         if part.unit_tables:
             tables = [one for one, _ in part.unit_tables]
             clones = self._scratch.fuse(tables, len(part.plan.touched))
-            self._accumulators = self._device.digest(part.unit_tables, self._base, clones)
-        self._digested = self._device.mark("digests")
-        self._scratch.clone("digests")
+            self._accumulators = device.digest(lane, part.unit_tables, self._base, clones)
+        self._digested = device.mark(lane)
+        self._scratch.clone(lane)
 
     def _allocate_ahead(self) -> None:
         """Memory for clones of what will not have left the device when the update comes.

@@ -265,8 +265,18 @@ class CudaDevice:
         found.written = self.mark(lane)
         return found
 
+    def digest_lane(self) -> Lane:
+        """See `Device`."""
+        # Products whose programs stay on a multiprocessor to their end get fewer of them while
+        # digests run beside them: of every second step digests took 4.1 % there and 3.5 in the
+        # training's own stream (measured on an H100). The default one is current on our threads,
+        # too, and no graph can be recorded in it.
+        is_default = torch.cuda.current_stream(self._device).cuda_stream == 0
+        return "update" if is_default else "digests"
+
     def digest(
         self,
+        lane: Lane,
         units: Sequence[tuple[UnitTable, Prepared]],
         base: int,
         clones: Sequence[Table | None],
@@ -275,7 +285,7 @@ class CudaDevice:
         count = sum(len(table.units) for table, _ in units)
         result = self._results.take(count * xxh3_triton.LANES)
         found = result.words.view(count, xxh3_triton.LANES)
-        with self._on("digests"):
+        with self._on(lane):
             first = 0
             for (table, prepared), targets in zip(units, clones, strict=True):
                 words = found[first : first + len(table.units)]
@@ -286,7 +296,7 @@ class CudaDevice:
                     placed = self._uploaded(targets) if targets is not None else None
                     xxh3_triton.accumulate(addresses, words, alignment, clones=placed)
                 first += len(table.units)
-        result.written = self.mark("digests")
+        result.written = self.mark(lane)
         return result
 
     def fingerprints(self, result: Result) -> bytes:

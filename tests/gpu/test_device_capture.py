@@ -135,6 +135,53 @@ def test_a_capture_is_the_state_of_the_snapshot(seed: int, devices: CudaDevices)
     arena.close()
 
 
+@pytest.mark.parametrize("aside", [False, True])
+def test_a_graph_that_is_recorded_meanwhile_gets_nothing_of_it(
+    aside: bool, devices: CudaDevices
+) -> None:
+    """Digests may lie in the training's stream: not in one that is recorded."""
+    tensors = {f"t/{number}": torch.randn(4 << 20, device="cuda") for number in range(4)}
+    layout = layout_of(tensors)
+    arena = Arena(layout.image_bytes, pinned=True)
+    plan = CapturePlan(layout, tensors, frozenset(tensors), arena=arena.pinned, devices=devices)
+    capture = Capture(plan, arena.slot(0), seed=1)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    counter = torch.zeros((), device="cuda")
+    image = expected(tensors, layout)
+
+    def carry() -> None:
+        capture.enter_thread()
+        capture.carry(WAIT_S)
+
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream) if aside else nullcontext():
+        (device,) = {devices.of(tensor) for tensor in tensors.values()}
+        assert device is not None
+        assert device.digest_lane() == ("digests" if aside else "update")
+        capture.begin()
+        thread = threading.Thread(target=carry)
+        with torch.cuda.graph(graph, stream=stream):
+            counter.add_(1)
+            thread.start()
+            thread.join(WAIT_S)
+            counter.add_(1)
+    assert capture.problem == ""
+    assert capture.complete
+    assert bytes(arena.slot(0)) == image
+    assert bytes(capture.digests) == digest_units(arena.slot(0), UNIT_BYTES)
+    capture.release()
+    # Of the capture, which would find other bytes now, the graph does nothing.
+    slot = bytes(arena.slot(0))
+    for tensor in tensors.values():
+        tensor.zero_()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert counter.item() == 6
+    assert bytes(arena.slot(0)) == slot
+    arena.close()
+
+
 def test_unchanged_units_are_left_out(devices: CudaDevices) -> None:
     tensors = {name: torch.randn(16 << 20, device="cuda") for name in ("t/frozen", "t/changing")}
     layout = layout_of(tensors)

@@ -142,6 +142,7 @@ def some_setting(random: Random) -> Setting:
     names = list(tensors)
     device = FakeDevice(has_kernels=random.random() < 0.8)
     device.free_for_scratch = random.choice([0, 1 << 20, 1 << 40, 1 << 40])
+    device.lane_of_digests = random.choice(["update", "digests"])
     if random.random() < 0.7:
         device.window.observe_update(random.uniform(0, 0.01), None)
         device.window.observe_bandwidth(10**9, 1)

@@ -98,6 +98,7 @@ class FakeDevice:
         self.free_for_scratch = 1 << 40
         self.lies_about_room = 0
         self.recording = False
+        self.lane_of_digests: Lane = "digests"
         self.now_s = 0.0
         self.fail_copies = False
         self.copied_off = 0
@@ -220,8 +221,12 @@ class FakeDevice:
         self._enqueue(lane, look)
         return result
 
+    def digest_lane(self) -> Lane:
+        return self.lane_of_digests
+
     def digest(
         self,
+        lane: Lane,
         units: Sequence[tuple[UnitTable, Any]],
         base: int,
         clones: Sequence[Table | None],
@@ -237,7 +242,7 @@ class FakeDevice:
             rows = zip(targets.tolist(), addresses.at(base).tolist(), strict=True)
             copies = [(target, source, 1 << 20) for target, source in rows if target]
             self.fused_clones += len(copies)
-            self.copy("digests", numpy.array(copies, dtype=numpy.int64).reshape(-1, 3))
+            self.copy(lane, numpy.array(copies, dtype=numpy.int64).reshape(-1, 3))
 
         def look() -> None:
             result.bytes = b"".join(
@@ -248,7 +253,7 @@ class FakeDevice:
 
         for table, addresses in units:
             assert not (addresses.at(base) % table.alignment).any()
-        self._enqueue("digests", look)
+        self._enqueue(lane, look)
         return result
 
     def fingerprints(self, result: Any) -> bytes:

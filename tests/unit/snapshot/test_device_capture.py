@@ -97,6 +97,24 @@ def test_with_scratch_the_update_waits_for_no_copy() -> None:
     assert taken.capture.stats.update_wait_s == 0.0
 
 
+def test_digests_may_lie_in_the_updates_lane() -> None:
+    """Before the update there, whoever enqueues them."""
+    for polled in (True, False):
+        setting = Setting({"t/x": torch.randn(MANY)})
+        setting.device.lane_of_digests = "update"
+        taken = begun(setting)
+        if polled:
+            taken.capture.poll()
+            setting.device.run("update")
+        assert taken.capture.fence(1)
+        setting.update(lambda tensor: tensor.zero_())
+        setting.device.run("update")
+        assert not setting.tensors["t/x"].any(), "it waited for a lane that had nothing to do"
+        assert not setting.device.lanes["digests"]
+        taken.settle(setting.device)
+        taken.check()
+
+
 def test_it_does_not_end_before_the_digests_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """They may become ready on the device between a look at them and the look whether all is."""
     setting = Setting({"t/x": torch.randn(4 * MANY)})

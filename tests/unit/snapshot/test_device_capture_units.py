@@ -10,6 +10,7 @@ from everstep.proto.ids import UNIT_BYTES
 from everstep.snapshot import units
 from everstep.snapshot.capture import CapturePlan
 from everstep.snapshot.device import DeviceOptions
+from everstep.snapshot.device_capture import DeviceCapture
 from everstep.snapshot.slot_digests import SlotDigests
 from everstep.snapshot.window import FIRST_BIAS, Window
 
@@ -65,6 +66,26 @@ def test_unchanged_units_are_left_out(digests_first: bool, polls: int) -> None:
         if step >= 2:
             # Expected to be equal, they are not even cloned.
             assert stats.scratch_bytes < 4 * 4 * MANY + 2 * UNIT_BYTES
+
+
+def test_digests_that_copies_wait_for_are_not_behind_the_training() -> None:
+    steps = Incremental()
+    steps.device.lane_of_digests = "update"
+    for step in range(2):
+        steps.take(step, digests_first=True)
+    taken = begun(steps.setting, seed=2, plan=steps.plan, slot=steps.slots[0], slot_index=0)
+    steps.device.run("update")
+    steps.device.work(1.0)
+    taken.capture.poll()
+    steps.device.run("digests", "copies")
+    taken.capture.poll()
+    (capture,) = steps.device.tenants
+    assert isinstance(capture, DeviceCapture)
+    assert capture.digests
+    assert taken.capture.fence(1)
+    taken.settle(steps.device)
+    taken.check()
+    assert taken.capture.stats.skipped_units >= steps.most - 2
 
 
 @pytest.mark.parametrize("period", [2.2, 4.0])
