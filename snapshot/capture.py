@@ -48,9 +48,10 @@ from everstep.snapshot.units import digest_in_place, plan_units
 
 SMALL_BYTES = 16 * 1024
 """Leaves below this are copied at once: cheaper than watching them."""
-_POLL_S = 0.003
-"""Copies take a hundred times as long, and whoever polls more often takes the interpreter's lock
-from the training thread more often."""
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.003, 0.012
+"""Between two looks at what the device has done, longer by a quarter each as long as nothing has
+come of it and nobody waits: copies take a hundred times as long, and who looks takes the
+interpreter's lock from the training thread."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -266,6 +267,8 @@ class Capture:
         self._parts: list[DeviceCapture] = []
         self._carrying = threading.Lock()
         self._host_copied = threading.Event()
+        self._pause_s = _SHORTEST_PAUSE_S
+        self._is_awaited = False
 
     def begin(self) -> None:
         """Copy at once what may change at any time, and note what the rest looks like now."""
@@ -316,6 +319,7 @@ class Capture:
 
     def finish(self, timeout_s: float) -> bool:
         """Copy everything, without waiting for an update; return whether it is in time."""
+        self._is_awaited = True
         for part in self._parts:
             part.lift()
         self.carry(timeout_s)
@@ -360,16 +364,20 @@ class Capture:
         try:
             while not self.done.is_set() and not self.poll() and time.monotonic() < deadline_s:
                 # Not the event of the fence: the device's marks can only be asked for.
-                self.done.wait(_POLL_S)
+                self.done.wait(self._pause_s)
         finally:
             self._carrying.release()
 
     def poll(self) -> bool:
         """Go on without waiting, on one thread at a time; return whether it is done."""
+        longest_s = _SHORTEST_PAUSE_S if self._is_awaited else _LONGEST_PAUSE_S
+        self._pause_s = min(longest_s, 1.25 * self._pause_s)
         moved = True
         while moved and not self.done.is_set():
             ended = [part.poll() for part in self._parts]
             moved = self.advance() or any(part.moved for part in self._parts)
+            if moved:
+                self._pause_s = _SHORTEST_PAUSE_S
             problem = next((part.problem for part in self._parts if part.problem), "")
             if problem and not self._given_up:
                 self.problem = problem

@@ -47,9 +47,10 @@ class Tripwire:
         device, part, self._base = self._part.device, self._part, base
         if device.has_kernels:
             self._before = device.sample("update", part.sampled, base, SAMPLES, self._seed)
-            self._replicas = device.sample(
-                "update", part.replicas, base, REPLICA_SAMPLES, self._seed
-            )
+            if part.replica_numbers:
+                self._replicas = device.sample(
+                    "update", part.replicas, base, REPLICA_SAMPLES, self._seed
+                )
 
     def look_again(self, lane: Lane) -> None:
         """Enqueue the second look, after which the leaves may change."""
@@ -82,8 +83,8 @@ class Tripwire:
 
     def replica_samples(self) -> bytes:
         """8 bytes for each of the part's replicas; none where the device has no kernels."""
-        device = self._part.device
-        return device.fingerprints(self._replicas) if device.has_kernels else b""
+        found = self._replicas
+        return self._part.device.fingerprints(found) if found is not None else b""
 
     def release(self) -> None:
         """Let go of everything."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from everstep.proto.ids import UNIT_BYTES
-from everstep.snapshot import units
+from everstep.snapshot import capture, units
 from everstep.snapshot.capture import CapturePlan
 from everstep.snapshot.device import DeviceOptions
 from everstep.snapshot.device_capture import DeviceCapture
@@ -79,9 +79,9 @@ def test_digests_that_copies_wait_for_are_not_behind_the_training() -> None:
     taken.capture.poll()
     steps.device.run("digests", "copies")
     taken.capture.poll()
-    (capture,) = steps.device.tenants
-    assert isinstance(capture, DeviceCapture)
-    assert capture.digests
+    (part,) = steps.device.tenants
+    assert isinstance(part, DeviceCapture)
+    assert part.digests
     assert taken.capture.fence(1)
     taken.settle(steps.device)
     taken.check()
@@ -222,6 +222,32 @@ def test_the_carrying_thread_ends_a_capture(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(taken.capture, "poll", run_and_poll)
     assert taken.capture.finish(10)
     taken.check()
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_looks_that_nothing_comes_of_are_fewer_unless_somebody_waits(
+    awaited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting({"t/x": torch.randn(MANY)}, pinned=False)
+    taken = begun(setting)
+    pauses: list[float] = []
+
+    def wait(timeout_s: float) -> bool:
+        pauses.append(timeout_s)
+        if not len(pauses) % 10:
+            setting.device.run()
+        return False
+
+    monkeypatch.setattr(taken.capture.done, "wait", wait)
+    taken.capture.finish(10) if awaited else taken.capture.carry(10)
+    taken.check()
+    shortest, longest = capture._SHORTEST_PAUSE_S, capture._LONGEST_PAUSE_S
+    assert len(pauses) > 10
+    if awaited:
+        assert set(pauses) == {shortest}
+    else:
+        assert pauses[9] == longest
+        assert pauses[10] == shortest, "something came of it"
 
 
 def test_digests_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
