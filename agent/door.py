@@ -2,9 +2,10 @@
 
 gRPC for Python cannot tell a unix peer's user id, so its server listens on a private socket in a
 0700 directory, and this door stands before it. Promises that no byte of a refused peer reaches the
-server, that a link buffers at most about half a megabyte each way, that half-closed links stay open
-for the other half, and that an idle door costs nothing. Does not know what it relays, and does not
-authenticate beyond the user id that the kernel vouches for.
+server, that refused peers hold one descriptor at any time, that a link buffers at most about half a
+megabyte each way, that half-closed links stay open for the other half, and that an idle door costs
+nothing. Does not know what it relays, and does not authenticate beyond the user id that the kernel
+vouches for.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from everstep.proto.errors import InvalidConfiguration
 from everstep.proto.places import directory_problem
@@ -81,6 +83,7 @@ class Door:
         self._links: set[_Link] = set()
         self._empty = asyncio.Event()
         self._empty.set()
+        self._entering_count = 0
         self._unlogged_count = 0
         self._last_logged_s: float | None = None
         self.refused_count = 0
@@ -102,7 +105,7 @@ class Door:
             raise InvalidConfiguration(str(self._private.parent), problem)
         mode = 0o600 if self._allowed_uids <= {os.getuid(), 0} else 0o666
         async with _only_one(self._public.parent):
-            listener = _listen(self._public, mode)
+            listener = _listen(self._public, mode, self.lets_in)
         found = self._public.lstat()
         self._identity = (found.st_dev, found.st_ino)
         loop = asyncio.get_running_loop()
@@ -129,24 +132,30 @@ class Door:
         except TimeoutError:
             _log.warning("%d links did not end with the door", len(self._links))
 
-    def admit(self, visitor: "_Visitor", transport: asyncio.Transport) -> None:
-        """Relay this peer if it may enter, else cut it off."""
-        pid, uid = peer_credentials(transport.get_extra_info("socket"))
+    def lets_in(self, peer: sockets.socket) -> bool:
+        """Whether this peer may enter; one that may is expected by `admit`."""
+        pid, uid = peer_credentials(peer)
         if uid not in self._allowed_uids:
             reason = f"user id {uid} is not in allowed_uids"
-        elif len(self._links) >= self._max_connections:
+        elif len(self._links) + self._entering_count >= self._max_connections:
             reason = f"all {self._max_connections} connections are taken"
-        elif self._server is None:
-            reason = "the agent is shutting down"
         else:
-            transport.pause_reading()
-            link = _Link(self, visitor)
-            self._links.add(link)
-            self._empty.clear()
-            link.open(self._private)
-            return
-        transport.abort()
+            self._entering_count += 1
+            return True
         self._refused(pid, reason)
+        return False
+
+    def admit(self, visitor: "_Visitor", transport: asyncio.Transport) -> None:
+        """Relay a peer that was let in."""
+        self._entering_count -= 1
+        if self._server is None:
+            transport.abort()
+            return
+        transport.pause_reading()
+        link = _Link(self, visitor)
+        self._links.add(link)
+        self._empty.clear()
+        link.open(self._private)
 
     def left(self, link: "_Link") -> None:
         """Forget a link whose both ends are closed."""
@@ -179,6 +188,26 @@ class Door:
             pass
         except OSError as error:
             _log.warning("%s stays behind: %s", self._public, error)
+
+
+class _Listener(sockets.socket):
+    """Turns peers away before asyncio sees them.
+
+    It accepts all that wait at once, and closes those that it is told to abort some time later:
+    until then their descriptors would be missing for records and flushes.
+    """
+
+    def __init__(self, lets_in: Callable[[sockets.socket], bool]) -> None:
+        super().__init__(sockets.AF_UNIX, sockets.SOCK_STREAM)
+        self._lets_in = lets_in
+
+    def accept(self) -> tuple[sockets.socket, Any]:
+        for _ in range(_BACKLOG):
+            peer, address = super().accept()
+            if self._lets_in(peer):
+                return peer, address
+            peer.close()
+        raise BlockingIOError  # others have waited long enough
 
 
 class _Side(asyncio.Protocol):
@@ -342,9 +371,9 @@ async def _only_one(directory: Path) -> AsyncIterator[None]:
         os.close(descriptor)
 
 
-def _listen(public: Path, mode: int) -> sockets.socket:
+def _listen(public: Path, mode: int, lets_in: Callable[[sockets.socket], bool]) -> sockets.socket:
     _remove_stale(public)
-    listener = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    listener = _Listener(lets_in)
     try:
         listener.bind(str(public))
         # Before listen, so that nobody ever connects under the mode that the umask gave.

@@ -299,6 +299,31 @@ def test_a_full_house_refuses_and_has_room_again(directory: Path) -> None:
     run(scenario)
 
 
+def test_a_crowd_takes_no_more_descriptors_than_there_is_room_for(directory: Path) -> None:
+    """Also not for a moment: a record or a flush may need one just then."""
+
+    async def scenario() -> None:
+        async with opened(directory, max_connections=8) as (door, server):
+            crowd = [socket.socket(socket.AF_UNIX) for _ in range(100)]
+            for visitor in crowd:
+                visitor.connect(str(directory / "agent.sock"))
+            before = most = len(descriptors())
+            while server.accepted < 8 or door.refused_count < 92:
+                await asyncio.sleep(0)
+                most = max(most, len(descriptors()))
+            assert door.open_count == 8
+            assert most - before <= 8 * 3, "two of the door for each, and one of the server"
+            for visitor in crowd:
+                visitor.close()
+            await until(lambda: door.open_count == 0)
+            reader, writer = await connect(directory)
+            writer.write(b"room again")
+            assert await reader.readexactly(10) == b"room again"
+            await gone(writer)
+
+    run(scenario)
+
+
 def test_a_stranger_is_refused_before_any_byte_passes(directory: Path) -> None:
     """Whoever runs the tests plays the stranger: the door is told not to know this user."""
 
