@@ -87,7 +87,7 @@ check: setup view
 # carry the libraries along that the adapters are for.
 test: setup kernels
 	$(BIN)/pytest -n auto --maxprocesses 8 $(QUIET_TESTS)
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile \
 	    $(addprefix --ignore ,$(QUIET_TESTS) $(ADAPTER_TESTS))
 	$(BIN)/pytest $(ADAPTER_TESTS)
 
