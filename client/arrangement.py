@@ -24,12 +24,7 @@ from everstep.client.channel import Channel
 from everstep.kernels.cuda_runtime import CudaRuntime
 from everstep.proto import agent_pb2 as wire
 from everstep.proto.errors import Misplaced, RankClaimed
-from everstep.snapshot.capture import (
-    CapturePlan,
-    dtype_name,
-    identity,
-    value_bytes,
-)
+from everstep.snapshot.capture_plan import CapturePlan, dtype_name, identity, value_bytes
 from everstep.snapshot.device import DeviceOptions
 from everstep.snapshot.device_cuda import CudaDevices
 from everstep.snapshot.layout import Layout, LeafSpec, Part, encode, pack

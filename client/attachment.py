@@ -26,7 +26,7 @@ from everstep.client.sharing import (
 )
 from everstep.proto.errors import Misplaced, NotCapturable, Refused
 from everstep.snapshot import values
-from everstep.snapshot.capture import check_capturable, dtype_name, value_bytes
+from everstep.snapshot.capture_plan import check_capturable, dtype_name, value_bytes
 from everstep.snapshot.layout import Block, Part
 from everstep.snapshot.placement import (
     Extent,

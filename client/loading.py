@@ -21,7 +21,7 @@ from everstep.client.saved import Form, Saved, is_within
 from everstep.client.sharing import pointer
 from everstep.client.terms import Terms
 from everstep.proto.errors import StateMismatch
-from everstep.snapshot.capture import dtype_name
+from everstep.snapshot.capture_plan import dtype_name
 from everstep.snapshot.placement import Placed, Portion, Spread, is_distributed, local_of, portions
 from everstep.snapshot.restore import Need, Wanted
 from everstep.snapshot.tree import join, split

@@ -26,7 +26,7 @@ from everstep.client.attachment import (
 )
 from everstep.client.forms import Form, ModuleForm, OptimizerForm, Sources
 from everstep.client.sharing import leaves_of
-from everstep.snapshot.capture import check_capturable
+from everstep.snapshot.capture_plan import check_capturable
 from everstep.snapshot.placement import Spread, local_of
 from everstep.snapshot.tree import Flat
 

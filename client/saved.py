@@ -18,7 +18,7 @@ from everstep.client.terms import Terms
 from everstep.proto.errors import Refused
 from everstep.proto.state_pb2 import Record
 from everstep.snapshot import values
-from everstep.snapshot.capture import dtype_name
+from everstep.snapshot.capture_plan import dtype_name
 from everstep.snapshot.layout import Layout
 from everstep.snapshot.placement import Placed
 from everstep.snapshot.reshard import Holdings, Tensor

@@ -20,7 +20,7 @@ import torch
 from everstep.proto.errors import StateMismatch
 from everstep.proto.failpoint import failpoint
 from everstep.snapshot.accelerator import Accelerator
-from everstep.snapshot.capture import dtype_name
+from everstep.snapshot.capture_plan import dtype_name
 from everstep.snapshot.device_fill import DeviceFill, Pinned
 from everstep.snapshot.reading import Range, Shard, ShardReader, units_of
 from everstep.snapshot.reshard import Box, Holdings, Rows, Tensor

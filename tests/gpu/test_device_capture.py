@@ -13,7 +13,8 @@ import torch
 from everstep.kernels.cuda_runtime import CudaRuntime
 from everstep.kernels.digest import digest_units
 from everstep.proto.ids import UNIT_BYTES
-from everstep.snapshot.capture import Capture, CapturePlan, dtype_name
+from everstep.snapshot.capture import Capture
+from everstep.snapshot.capture_plan import CapturePlan, dtype_name
 from everstep.snapshot.device import DeviceOptions
 from everstep.snapshot.device_cuda import CudaDevices
 from everstep.snapshot.layout import Layout, LeafSpec, Part, pack

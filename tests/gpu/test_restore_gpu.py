@@ -27,7 +27,8 @@ from everstep.kernels.cuda_runtime import CudaRuntime
 from everstep.proto.errors import ShardCorrupt
 from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import Record, Value
-from everstep.snapshot.capture import Capture, CapturePlan, dtype_name, value_bytes
+from everstep.snapshot.capture import Capture
+from everstep.snapshot.capture_plan import CapturePlan, dtype_name, value_bytes
 from everstep.snapshot.device_fill import Pinned
 from everstep.snapshot.layout import Layout, LeafSpec, pack
 from everstep.snapshot.reading import Shard

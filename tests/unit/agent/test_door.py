@@ -1,125 +1,33 @@
-"""The door: who may enter, bytes unchanged both ways, bounds on everything, nothing left behind."""
+"""The door: bytes unchanged both ways, bounds on everything, nothing left behind."""
 
 import asyncio
-import logging
 import os
 import select
 import socket
-import stat
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from everstep.agent.door import Door, peer_credentials
 
-LIMIT_S = 20.0
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+from .doors import (
+    connect,
+    door_directory,
+    gone,
+    is_cut,
+    opened,
+    run,
+    until,
+)
 
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """Short enough for sockets, and open to other users except for private/."""
-    with tempfile.TemporaryDirectory(prefix="door-", dir="/tmp") as name:
-        path = Path(name)
-        path.chmod(0o755)
-        (path / "private").mkdir(mode=0o700)
+    with door_directory() as path:
         yield path
-
-
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    """Run a scenario and hold it to leaving neither tasks nor file descriptors behind."""
-
-    async def bounded() -> None:
-        before = descriptors()
-        async with asyncio.timeout(LIMIT_S):
-            await scenario()
-            await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
-            await until(lambda: descriptors() == before)
-
-    asyncio.run(bounded())
-
-
-def descriptors() -> set[str]:
-    return {name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  bounded by `run`, and nobody could set an event
-        await asyncio.sleep(0.001)
-
-
-async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    except ConnectionError:
-        pass
-    finally:
-        writer.close()
-
-
-class Server:
-    """Stands in for the gRPC server: listens on the private socket, counts who gets through."""
-
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
-        self.accepted = 0
-        self.ended = 0
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.accepted += 1
-        try:
-            await self.handler(reader, writer)
-        finally:
-            self.ended += 1
-            writer.close()
-
-
-@asynccontextmanager
-async def opened(
-    directory: Path,
-    handler: Handler = echo,
-    allowed: frozenset[int] = frozenset(),
-    max_connections: int = 8,
-) -> AsyncIterator[tuple[Door, Server]]:
-    server = Server(handler)
-    listening = await asyncio.start_unix_server(server, directory / "private/agent.sock")
-    door = Door(
-        directory / "agent.sock", directory / "private/agent.sock", allowed, max_connections
-    )
-    await door.start()
-    try:
-        yield door, server
-    finally:
-        await door.close()
-        listening.close()
-        await until(lambda: server.ended == server.accepted)
-
-
-async def connect(directory: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_unix_connection(directory / "agent.sock")
-
-
-async def gone(writer: asyncio.StreamWriter) -> None:
-    writer.close()
-    try:
-        await writer.wait_closed()
-    except ConnectionError:
-        pass
-
-
-async def is_cut(reader: asyncio.StreamReader) -> bool:
-    try:
-        return await reader.read(1) == b""
-    except ConnectionError:
-        return True
 
 
 def test_bytes_pass_unchanged_in_both_directions(directory: Path) -> None:
@@ -277,139 +185,6 @@ def test_a_peer_that_does_not_read_is_not_buffered_without_end(directory: Path) 
             assert received == [bytes(sent)]
 
     run(scenario)
-
-
-def test_a_full_house_refuses_and_has_room_again(directory: Path) -> None:
-    async def scenario() -> None:
-        async with opened(directory, max_connections=2) as (door, server):
-            first, second = await connect(directory), await connect(directory)
-            await until(lambda: door.open_count == 2)
-            third = await connect(directory)
-            assert await is_cut(third[0])
-            assert (door.refused_count, door.open_count) == (1, 2)
-            await gone(first[1])
-            await until(lambda: door.open_count == 1)
-            fourth = await connect(directory)
-            fourth[1].write(b"hello")
-            assert await fourth[0].readexactly(5) == b"hello"
-            assert server.accepted == 3
-            for _, writer in (second, third, fourth):
-                await gone(writer)
-
-    run(scenario)
-
-
-def test_a_crowd_takes_no_more_descriptors_than_there_is_room_for(directory: Path) -> None:
-    """Also not for a moment: a record or a flush may need one just then."""
-
-    async def scenario() -> None:
-        async with opened(directory, max_connections=8) as (door, server):
-            crowd = [socket.socket(socket.AF_UNIX) for _ in range(100)]
-            for visitor in crowd:
-                visitor.connect(str(directory / "agent.sock"))
-            before = most = len(descriptors())
-            while server.accepted < 8 or door.refused_count < 92:
-                await asyncio.sleep(0)
-                most = max(most, len(descriptors()))
-            assert door.open_count == 8
-            assert most - before <= 8 * 3, "two of the door for each, and one of the server"
-            for visitor in crowd:
-                visitor.close()
-            await until(lambda: door.open_count == 0)
-            reader, writer = await connect(directory)
-            writer.write(b"room again")
-            assert await reader.readexactly(10) == b"room again"
-            await gone(writer)
-
-    run(scenario)
-
-
-def test_a_stranger_is_refused_before_any_byte_passes(directory: Path) -> None:
-    """Whoever runs the tests plays the stranger: the door is told not to know this user."""
-
-    async def scenario() -> None:
-        async with opened(directory) as (door, server):
-            door._allowed_uids = frozenset({os.getuid() + 1})
-            for _ in range(3):
-                reader, writer = await connect(directory)
-                writer.write(b"let me in")
-                assert await is_cut(reader)
-                await gone(writer)
-            assert door.refused_count == 3
-            assert (server.accepted, door.open_count) == (0, 0)
-
-    run(scenario)
-
-
-_KNOCK = """
-import os, socket, sys
-os.setgid(65534); os.setuid(int(sys.argv[2]))
-s = socket.socket(socket.AF_UNIX)
-try:
-    s.connect(sys.argv[1]); s.sendall(b"knock"); print(s.recv(5).decode())
-except PermissionError:
-    print("no permission")
-except ConnectionError:
-    print()
-"""
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-@pytest.mark.parametrize(
-    ("allowed", "uid", "answer"),
-    [
-        (frozenset(), 65533, "no permission"),
-        (frozenset({65533}), 65533, "knock"),
-        (frozenset({65533}), 65532, ""),
-        (frozenset(), 0, "knock"),
-    ],
-)
-def test_real_users(allowed: frozenset[int], uid: int, answer: str, directory: Path) -> None:
-    async def scenario() -> None:
-        async with opened(directory, allowed=allowed) as (_, server):
-            command = [sys.executable, "-I", "-c", _KNOCK, str(directory / "agent.sock"), str(uid)]
-            done = await asyncio.to_thread(
-                subprocess.run, command, capture_output=True, text=True, timeout=LIMIT_S
-            )
-            assert (done.returncode, done.stdout.strip()) == (0, answer), done.stderr
-            assert server.accepted == (answer == "knock")
-        await asyncio.get_running_loop().shutdown_default_executor()
-
-    run(scenario)
-
-
-def test_the_sockets_mode(directory: Path) -> None:
-    async def scenario() -> None:
-        for allowed, mode in (
-            (frozenset[int](), 0o600),
-            (frozenset({os.getuid(), 0}), 0o600),
-            (frozenset({os.getuid() + 1}), 0o666),
-        ):
-            before = os.umask(0o077)
-            try:
-                async with opened(directory, allowed=allowed):
-                    found = (directory / "agent.sock").stat().st_mode
-                    assert stat.S_IMODE(found) == mode
-                    (directory / "private/agent.sock").unlink()
-            finally:
-                os.umask(before)
-
-    run(scenario)
-
-
-def test_refusals_are_logged_once_in_a_while(
-    directory: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    times_s = iter((0.0, 1.0, 9.9, 10.0, 10.1))
-    door = Door(directory / "a", directory / "b", frozenset(), 1, clock=lambda: next(times_s))
-    with caplog.at_level(logging.WARNING):
-        for _ in range(5):
-            door._refused(1, "no")
-    assert [record.args[-1] for record in caplog.records if isinstance(record.args, tuple)] == [
-        1,
-        3,
-    ]
-    assert door.refused_count == 5
 
 
 def test_closing_cuts_links_and_removes_the_socket(directory: Path) -> None:

@@ -28,7 +28,7 @@ from everstep.client.attachment import (
 )
 from everstep.proto.errors import NotCapturable, Refused
 from everstep.snapshot import values
-from everstep.snapshot.capture import value_bytes
+from everstep.snapshot.capture_plan import value_bytes
 
 
 class Stateful:

@@ -15,7 +15,7 @@ from everstep.client.saved import Form, Saved
 from everstep.client.terms import Terms
 from everstep.proto.errors import StateMismatch
 from everstep.proto.state_pb2 import Record, Value
-from everstep.snapshot.capture import dtype_name, value_bytes
+from everstep.snapshot.capture_plan import dtype_name, value_bytes
 from everstep.snapshot.layout import LeafSpec, pack
 
 Objects = dict[str, Any]

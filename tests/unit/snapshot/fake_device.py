@@ -18,7 +18,7 @@ import xxhash
 
 from everstep.kernels.capture import Sampler
 from everstep.kernels.cuda_runtime import CudaFailure
-from everstep.snapshot.capture import value_bytes
+from everstep.snapshot.capture_plan import value_bytes
 from everstep.snapshot.device import Lane, Mark, Memory, Tenant
 from everstep.snapshot.device_plan import Relative, Table, UnitTable
 from everstep.snapshot.window import Window

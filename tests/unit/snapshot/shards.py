@@ -8,7 +8,8 @@ import torch
 
 from everstep.proto.ids import UNIT_BYTES
 from everstep.proto.state_pb2 import Record
-from everstep.snapshot.capture import Capture, CapturePlan, dtype_name, value_bytes
+from everstep.snapshot.capture import Capture
+from everstep.snapshot.capture_plan import CapturePlan, dtype_name, value_bytes
 from everstep.snapshot.layout import LeafSpec, Part, pack
 from everstep.snapshot.reading import Shard
 from everstep.snapshot.replicas import share

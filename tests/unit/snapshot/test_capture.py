@@ -12,9 +12,9 @@ from everstep.proto import failpoint
 from everstep.proto.errors import NotCapturable
 from everstep.proto.ids import UNIT_BYTES
 from everstep.snapshot import capture as capturing
-from everstep.snapshot.capture import (
+from everstep.snapshot.capture import Capture
+from everstep.snapshot.capture_plan import (
     SMALL_BYTES,
-    Capture,
     CapturePlan,
     check_capturable,
     dtype_name,

@@ -8,7 +8,7 @@ import torch
 
 from everstep.proto.ids import UNIT_BYTES
 from everstep.snapshot import capture, units
-from everstep.snapshot.capture import CapturePlan
+from everstep.snapshot.capture_plan import CapturePlan
 from everstep.snapshot.device import DeviceOptions
 from everstep.snapshot.device_capture import DeviceCapture
 from everstep.snapshot.slot_digests import SlotDigests
